@@ -1,0 +1,189 @@
+"""When curvature is sampled, and how samples are averaged."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sophia_optax import _checks
+from sophia_optax.curvature import AxisName, Estimator, accumulation_dtype, widen
+
+ArrayLike = jax.typing.ArrayLike
+DTypeLike = jax.typing.DTypeLike
+
+
+class HessianEstimateState(NamedTuple):
+    """State of `hessian_estimate`."""
+
+    count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
+    accepted: jax.Array  # int32 (), samples averaged into h
+    rejected: jax.Array  # int32 (), samples refused because they were not finite
+    age: jax.Array  # int32 (), updates since h last took a sample
+    mass: jax.Array  # float32 (), total weight of the samples in h; 1 in the limit
+    h: optax.Updates  # float32 or `dtype`, shaped as params: the uncorrected average
+
+
+def hessian_estimate(
+    estimator: Estimator,
+    *,
+    decay: ArrayLike = 0.99,
+    update_interval: ArrayLike = 10,
+    bias_correction: bool = True,
+    seed: ArrayLike = 0,
+    dtype: DTypeLike | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gradients in, smoothed diagonal curvature out.
+
+        h <- decay h + (1 - decay) ĥ          when a refresh is due, before h is used
+        mass <- decay mass + (1 - decay)      likewise
+        out = h / mass  (0 while mass is 0), or h without bias correction
+
+    A refresh is due at counts 0, k, 2k, ... A sample with a value that is not finite is refused
+    whole and counted. Where h changes on every update (`update_interval=1`, driven by the
+    counter) such values are refused coordinate by coordinate, and not counted: a test of the
+    whole tree at every step would cost a pass over the parameters.
+
+    Args:
+      estimator: makes one sample ĥ, such as `hutchinson()` or `gauss_newton_bartlett()`.
+      decay: β2 in [0, 1), per sample.
+      update_interval: k >= 1, updates between samples.
+      bias_correction: divide by mass, so that h is right from the first sample on.
+      seed: the sample at count n uses `fold_in(key(seed), n)`.
+      dtype: dtype of h; None is float32, or float64 where the parameter is. "bfloat16" is rounded
+        stochastically, since rounding to nearest stalls short of the mean.
+      axis_name: axis of an enclosing `shard_map` over which batches are sharded.
+
+    Extra arguments of `update`:
+      hessian: pytree shaped as params, a sample made outside; replaces the call of the estimator.
+      refresh: None: now if `hessian` is given, else when due by the counter (`lax.cond`). A
+        Python or NumPy bool: a static choice, with no cond in the program. A boolean array: cond.
+        False needs no argument of the estimator.
+      **extra: passed on to the estimator.
+
+    Returns:
+      A transformation. Its state holds the counters, `mass` and `h`, all in buffers of their own.
+      Its output is float32 at least.
+
+    Raises:
+      ValueError: an argument is out of range; `hessian` has the wrong structure or shapes.
+
+    Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, lines 6-10; bias correction is ours.
+
+    >>> import jax.numpy as jnp
+    >>> from sophia_optax import squared_gradient
+    >>> tx = hessian_estimate(squared_gradient(), decay=.9, update_interval=1)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> h, state = tx.update(jnp.array([1., 2.]), state)
+    >>> print(h, state.mass.round(1))
+    [1. 4.] 0.1
+    """
+    _checks.in_range("decay", decay, 0, 1, open_high=True)
+    _checks.positive_integer("update_interval", update_interval, "1 samples at every update.")
+    if dtype is not None and jnp.finfo(dtype).dtype == jnp.float16:
+        raise ValueError("dtype=float16 cannot hold curvature (it overflows); use 'bfloat16'.")
+    every_update = isinstance(update_interval, int) and update_interval == 1
+
+    def init(params):
+        dtypes = [x.dtype for x in jax.tree.leaves(params)]
+
+        def zeros(x):  # like x: the sharding of x is carried over on meshes with explicit axes
+            return jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x))
+
+        return HessianEstimateState(
+            count=jnp.zeros([], jnp.int32),
+            accepted=jnp.zeros([], jnp.int32),
+            rejected=jnp.zeros([], jnp.int32),
+            age=jnp.zeros([], jnp.int32),
+            mass=jnp.zeros([], jnp.result_type(jnp.float32, *dtypes)),
+            h=jax.tree.map(
+                lambda x: jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x)), params
+            ),
+        )
+
+    def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
+        key = jax.random.fold_in(_key(seed), state.count)
+        if hessian is not None:
+            _checks.same_shapes("hessian", hessian, updates)
+
+        def absorb(state):
+            sample = hessian
+            if sample is None:
+                sample = estimator(key, params, updates, axis_name=axis_name, **extra)
+            by_coordinate = every_update and refresh is None and hessian is None
+            return _absorb(state, sample, decay, jax.random.fold_in(key, 1), by_coordinate)
+
+        def keep(state):
+            return state._replace(age=optax.safe_increment(state.age))
+
+        due = refresh_due(refresh, hessian)
+        if due is None:
+            due = every_update or state.count % jnp.asarray(update_interval, jnp.int32) == 0
+        if isinstance(due, bool):
+            new = absorb(state) if due else keep(state)
+        else:
+            new = jax.lax.cond(due, absorb, keep, state)
+        new = new._replace(count=optax.safe_increment(state.count))
+        return (_corrected(new) if bias_correction else jax.tree.map(widen, new.h)), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
+    """A bool where the choice is static, an array where it is not, None where the counter rules."""
+    if refresh is None:
+        return True if hessian is not None else None
+    return bool(refresh) if isinstance(refresh, bool | np.bool_) else jnp.asarray(refresh, bool)
+
+
+def _key(seed: ArrayLike) -> jax.Array:
+    return jax.random.key(jnp.asarray(seed).astype(jnp.uint32))
+
+
+def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateState:
+    """One more sample into the average, or a rejection."""
+
+    def average(h, x):
+        d = jnp.asarray(decay, accumulation_dtype(h))
+        return d * h.astype(d.dtype) + (1 - d) * x.astype(d.dtype)
+
+    finite = jax.tree.map(jnp.isfinite, sample)
+    averaged = _round_to(state.h, jax.tree.map(average, state.h, sample), key)
+    if by_coordinate:
+        ok = jnp.asarray(True)
+    else:
+        ok = jax.tree.reduce(jnp.logical_and, jax.tree.map(jnp.all, finite), jnp.asarray(True))
+        finite = jax.tree.map(lambda _: ok, finite)
+    return HessianEstimateState(
+        count=state.count,
+        accepted=jnp.where(ok, optax.safe_increment(state.accepted), state.accepted),
+        rejected=jnp.where(ok, state.rejected, optax.safe_increment(state.rejected)),
+        age=jnp.where(ok, 0, optax.safe_increment(state.age)),
+        mass=jnp.where(ok, average(state.mass, jnp.ones_like(state.mass)), state.mass),
+        h=jax.tree.map(jnp.where, finite, averaged, state.h),
+    )
+
+
+def _corrected(state: HessianEstimateState) -> optax.Updates:
+    """H / mass, and 0 while no sample was accepted."""
+    empty = state.mass == 0
+    scale = jnp.where(empty, 0, 1 / jnp.where(empty, 1, state.mass))
+    return jax.tree.map(lambda h: widen(h) * scale.astype(accumulation_dtype(h)), state.h)
+
+
+def _round_to(like: optax.Updates, tree: optax.Updates, key: jax.Array) -> optax.Updates:
+    """Casts to the dtypes of `like`, to bfloat16 stochastically: the mean is then kept."""
+
+    def cast(key, x, like):
+        if like.dtype != jnp.bfloat16:
+            return x.astype(like.dtype)
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+        rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
+        return jax.lax.bitcast_convert_type(rounded, jnp.float32).astype(jnp.bfloat16)
+
+    leaves, structure = jax.tree.flatten(tree)
+    keys = structure.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
+    return jax.tree.map(cast, keys, tree, like)
