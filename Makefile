@@ -1,0 +1,33 @@
+# Two commands do everything: `make train` and `make test`; both install first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install train test test-all lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,notebooks,dev]'
+	touch $@
+
+train: install  ## a tiny GPT on Shakespeare with Sophia-G, in under two minutes
+	$(BIN)/python -m train
+
+test: install  ## everything but the tests marked slow
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install  ## the tables that the README quotes
+	$(BIN)/python -m benchmarks.update_cost
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

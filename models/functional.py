@@ -1,0 +1,58 @@
+"""A decoder as pure functions of a plain dict: what jit, grad and optimizers see."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from models.decoder import Constrain, Decoder, DecoderConfig, identity
+
+
+class Functional(NamedTuple):
+    """A model as three things; see `split`."""
+
+    init: Callable[[jax.Array], Any]  # key -> params: nested dict of float32 arrays
+    apply: Callable[..., jax.Array]  # (params, tokens[B, T], constrain=identity) -> logits
+    specs: Any  # PartitionSpec for each leaf of params, in the same nested dict
+
+
+def split(config: DecoderConfig) -> Functional:
+    """Separates a decoder's definition from its parameters.
+
+    The module is traced once for its structure; nothing is allocated. After that parameters are
+    an ordinary nested dict for `jax.jit`, which walks no module graph at each call as `nnx.jit`
+    does.
+
+    Args:
+      config: shape and arithmetic. Configs that differ only in `attention`, `dtype` or
+        `attention_layer_scale` have the same params, so one set may run under several.
+
+    Returns:
+      A `Functional`:
+        init: `key -> params`; jit it with `out_shardings` made from `specs` to create each shard
+          in place, or pass it to `jax.eval_shape` for shapes alone.
+        apply: `(params, tokens, constrain=identity) -> logits`, float32[B, T, V]; arguments and
+          errors are those of `Decoder.__call__`.
+        specs: a `jax.sharding.PartitionSpec` for each leaf, structured as params.
+
+    >>> import jax, jax.numpy as jnp
+    >>> model = split(DecoderConfig(vocab_size=256, context=8, width=16, layers=1, heads=2))
+    >>> params = model.init(jax.random.key(0))
+    >>> model.apply(params, jnp.zeros((3, 8), int)).shape
+    (3, 8, 256)
+    >>> params["blocks"]["00"]["mlp"]["up"].shape, model.specs["blocks"]["00"]["mlp"]["up"]
+    ((16, 64), P('fsdp', None))
+    """
+
+    def make(key: jax.Array) -> Decoder:
+        return Decoder(config, rngs=nnx.Rngs(key))
+
+    def init(key: jax.Array):
+        return nnx.to_pure_dict(nnx.state(make(key)))
+
+    def apply(params, tokens_BxT: jax.Array, constrain: Constrain = identity) -> jax.Array:
+        return nnx.merge(graph, params)(tokens_BxT, constrain)
+
+    graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
+    return Functional(init, apply, nnx.to_pure_dict(nnx.get_partition_spec(state)))

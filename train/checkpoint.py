@@ -1,0 +1,171 @@
+"""Checkpoints of a run: saved in the background, restored onto any mesh, errors with a cure."""
+
+import contextlib
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Metrics = Mapping[str, float] | None
+_DISK = "check free space and permissions"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, unreadable, unwritable or of another model; says what to do."""
+
+
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
+    """The checkpoints in a local or mounted folder; leaving the context ends the last save.
+
+    Kept are the last `keep_last` and, of those saved with metrics, the one of lowest `loss`.
+    `save` acts on multiples of `save_interval` steps. The folder is made at the first save.
+    """
+
+    def __init__(self, directory: str | Path, *, save_interval: int, keep_last: int = 2):
+        if save_interval < 1 or keep_last < 1:
+            raise ValueError(f"{save_interval=} and {keep_last=} must be at least 1")
+        self.directory = Path(directory).absolute()
+        self._interval, self._keep_last = save_interval, keep_last
+        self._current: int | None = None  # the step last saved or restored through this object
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending; one that is still being written counts."""
+        return [c.step for c in self._manager.checkpoints] if self.directory.is_dir() else []
+
+    @property
+    def latest(self) -> int | None:
+        """The last of `steps`; None where there is none."""
+        return max(self.steps, default=None)
+
+    def save(self, step: int, state: Any, *, metrics: Metrics = None, force: bool = False) -> bool:
+        """Start to save a pytree of `jax.Array`; its buffers may be donated once this returns.
+
+        Waits for the save before it and for the copy to the host. After `restore` of an older
+        step the later ones are an abandoned future: the first save deletes those at or after it.
+        `force` saves off the interval too. Returns whether a save began: not for the step last
+        saved or restored. Raises CheckpointError if this or the save before it failed, or if the
+        folder holds `step` or a later one that this object neither saved nor went back from.
+        """
+        # Orbax knows intervals too, but takes milliseconds to say no.
+        if step == self._current or (step % self._interval and not force):
+            return False
+        abandoned = [s for s in self.steps if s >= step]
+        if abandoned and self._current is None:
+            raise CheckpointError(
+                f"{self.directory} already holds the steps {abandoned} of another run: "
+                "resume that run, or give this one a folder of its own"
+            )
+        with self._explain(f"step {step} or the one before was not saved", _DISK):
+            for s in abandoned:
+                self._manager.delete(s)
+            values = None if metrics is None else {k: float(v) for k, v in metrics.items()}
+            self._manager.save_async(step, state, force=True, metrics=values)
+        self._current = step
+        return True
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any]:
+        """Read (step, state) onto the devices that `abstract_state` names, from whatever mesh.
+
+        `abstract_state` is a pytree of `jax.ShapeDtypeStruct` with shardings; `step` is one of
+        `steps`, by default the last. Raises CheckpointError.
+        """
+        steps = self.steps
+        if not steps:
+            what = "holds no checkpoint" if self.directory.is_dir() else "does not exist"
+            raise CheckpointError(f"{self.directory} {what}: give the folder of a run that saved")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(f"{self.directory} has no step {step}: restore one of {steps}")
+        others = [s for s in steps if s != step]
+        cure = f"others are there: {others}, pick one by step=" if others else "it was the only one"
+        with self._explain(f"step {step} is unreadable", cure):
+            self._manager.wait()
+            _compare(self._manager.metadata(step).metadata, abstract_state, self.directory)
+            state = self._manager.load(step, abstract_state)
+        self._current = step
+        return step, state
+
+    def close(self) -> None:
+        """Wait for the save in progress. Raises CheckpointError if it failed."""
+        if "_manager" in self.__dict__:
+            with self._explain("the last save failed", _DISK):
+                self._manager.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        training = _orbax().training
+        keep = training.preservation_policies
+        best = keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
+        with self._explain("cannot be opened", "move the damaged step's folder out of it"):
+            return training.Checkpointer(
+                self.directory,
+                save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(
+                    self._interval
+                ),
+                preservation_policy=keep.AnyPreservationPolicy(
+                    [keep.LatestN(self._keep_last), best]
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _explain(self, what: str, cure: str) -> Iterator[None]:
+        """Orbax's errors and logs tell of its handlers; the first of the chain is the cause."""
+        log = logging.getLogger("absl")
+        disabled, log.disabled = log.disabled, True
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            cause = f"{type(root).__name__}: {str(root).partition(chr(10))[0][:200]}"
+            raise CheckpointError(f"{self.directory}: {what} ({cause}); {cure}") from root
+        finally:
+            log.disabled = disabled
+
+
+def _orbax() -> Any:
+    """Imported late, since it takes half a second; under its stable name where it has one."""
+    try:
+        return importlib.import_module("orbax.checkpoint.v1")
+    except ModuleNotFoundError:
+        return importlib.import_module("orbax.checkpoint.experimental.v1")
+
+
+def _rank(metrics: Mapping[str, float]) -> float:
+    """What the best checkpoint has most of; a NaN would leave the order to chance."""
+    loss = metrics.get("loss", math.nan)
+    return -loss if math.isfinite(loss) else -math.inf
+
+
+def _compare(saved: Any, abstract_state: Any, directory: Path) -> None:
+    """Orbax would cast a leaf of another dtype, and name no leaf of another shape."""
+    have, want = _leaves(saved), _leaves(abstract_state)
+    wrong = [
+        f"{name} is {have.get(name, 'absent')} on disk and {want.get(name, 'absent')} here"
+        for name in sorted(have | want)
+        if have.get(name) != want.get(name)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{directory} was saved with another model or optimizer: {len(wrong)} leaves differ, "
+            f"{'; '.join(wrong[:3])}. Resume with the settings of that run, or start a new folder"
+        )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{[*leaf.shape]}"
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }

@@ -1,0 +1,249 @@
+"""What a run is: frozen dataclasses, one default for each pair of a model and an optimizer."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from models import PRESETS, DecoderConfig
+from train.mesh import MeshConfig
+from train.optimizers import OPTIMIZERS, AdamW, Lion, Muon, Optimizer, SophiaG, SophiaH, name_of
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What a run writes and shows; nothing here changes what it computes."""
+
+    folder: str = ""
+    """Where the run is kept; empty makes a new one, runs/MODEL-OPTIMIZER-DATE-TIME."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept: the last few, and the best one besides."""
+    sample_length: int = 400
+    """Characters of text sampled at the end; 0 for none."""
+    recompute_reference: bool = False
+    """First train AdamW with this budget and store what it reached in train/references.json."""
+    compile_cache: str = "~/.cache/sophia_optax/xla"
+    """Folder of compiled programs, for fast restarts; empty for none."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run on the embedded text."""
+
+    model: DecoderConfig
+    """Shape of the model."""
+    optim: Optimizer
+    """The optimizer and its hyperparameters."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How devices are arranged."""
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    """What is written and shown."""
+    steps: int = 1200
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences a step, over all devices."""
+    sequence_length: int = 64
+    """Tokens a sequence."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate grows from 0 to its peak."""
+    final_learning_rate: float = 0.05
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    evaluate_every: int = 200
+    """Steps between evaluations on the whole held-out text."""
+    seed: int = 0
+    """Of initial parameters, data order, and curvature samples."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "sequence_length", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.sequence_length > self.model.context:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} is longer than the model's context of "
+                f"{self.model.context}; lower it or raise --model.context."
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be at least 0 and less than "
+                f"steps={self.steps}, or the learning rate never reaches its peak."
+            )
+
+    @property
+    def name(self) -> str:
+        """MODEL-OPTIMIZER, as on the command line."""
+        return f"{model_name(self)}-{name_of(self.optim)}"
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """Linear warm-up, then a cosine to `final_learning_rate` of the peak."""
+        peak = self.optim.learning_rate
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if self.warmup_steps else peak,
+            peak,
+            self.warmup_steps,
+            self.steps,
+            self.final_learning_rate * peak,
+        )
+
+    @property
+    def hash(self) -> str:
+        """Changes with whatever can change the result, not with where it runs or is written."""
+        fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Published sizes: Liu et al. 2023, table 2; 30m and 540m take their neighbour's values.
+_PUBLISHED: dict[str, dict[str, Optimizer]] = {
+    size: {
+        "sophia-g": SophiaG(learning_rate=lr, gamma=gamma, weight_decay=0.2),
+        "sophia-h": SophiaH(learning_rate=lr, weight_decay=0.2),
+        "adamw": AdamW(learning_rate=adamw_lr),
+        "lion": Lion(learning_rate=adamw_lr / 4),
+        "muon": Muon(learning_rate=adamw_lr),
+    }
+    for size, lr, gamma, adamw_lr in (
+        ("gpt2-30m", 6e-4, 0.05, 6e-4),
+        ("gpt2-125m", 6e-4, 0.05, 6e-4),
+        ("gpt2-355m", 7e-4, 0.08, 3e-4),
+        ("gpt2-540m", 3e-4, 0.05, 2e-4),
+        ("gpt2-770m", 3e-4, 0.05, 2e-4),
+    )
+}
+_TINY: dict[str, Optimizer] = {
+    "sophia-g": SophiaG(learning_rate=2e-3, b1=0.9, gamma=0.003),
+    "sophia-h": SophiaH(learning_rate=2e-3, b1=0.9, gamma=0.003),
+    "adamw": AdamW(learning_rate=5e-3),
+    "lion": Lion(learning_rate=1e-3, b1=0.9, b2=0.98),
+    "muon": Muon(learning_rate=5e-3),
+}
+
+
+def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
+    """The default run of a model and an optimizer.
+
+    Args:
+      model: a name in `models.PRESETS`.
+      optimizer: a name in `OPTIMIZERS`.
+
+    Returns:
+      Its config: the published one for GPT-2 sizes, a two-minute one for `tiny`.
+
+    Raises:
+      ValueError: an unknown name; the message suggests the nearest.
+
+    >>> preset("tiny", "adamw").optim.learning_rate
+    0.005
+    """
+    _known(model, PRESETS, "model")
+    _known(optimizer, OPTIMIZERS, "optimizer")
+    if model == "tiny":
+        return Config(PRESETS[model], _TINY[optimizer])
+    return Config(
+        PRESETS[model],
+        _PUBLISHED[model][optimizer],
+        steps=100_000,
+        batch_size=480,
+        sequence_length=1024,
+        warmup_steps=2000,
+        evaluate_every=1000,
+    )
+
+
+def model_name(run: Config) -> str:
+    """The model's name on the command line; "tiny" with changes is "tiny" too."""
+    known = (name for name, model in PRESETS.items() if model == run.model)
+    return next(known, "tiny")
+
+
+def command(run: Config) -> str:
+    """The command line of a run, with a flag for each departure from its preset.
+
+    >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
+    'python -m train tiny adamw --steps 500'
+    """
+    names = (model_name(run), name_of(run.optim))
+    return " ".join(["python -m train", *names, *_flags(run, preset(*names))])
+
+
+def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
+    flags = []
+    for field in dataclasses.fields(value):
+        new, old = getattr(value, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if isinstance(new, RunConfig) or new == old:
+            continue
+        if dataclasses.is_dataclass(new):
+            flags += _flags(new, old, name + ".")
+        elif isinstance(new, bool):
+            head, _, tail = name.rpartition(".")
+            flags.append(name if new else f"{head}.no-{tail}" if head else f"--no-{tail[2:]}")
+        else:
+            flags.append(f"{name} {new}")
+    return flags
+
+
+def _known(name: str, table: dict[str, Any], kind: str) -> None:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown {kind} {name!r}.{hint} There are: {', '.join(table)}.")
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values, with the optimizer's name."""
+    return {**dataclasses.asdict(config), "optimizer": name_of(config.optim)}
+
+
+def from_json(fields: dict[str, Any]) -> Config:
+    """The inverse of `to_json`.
+
+    >>> from_json(to_json(preset())) == preset()
+    True
+    """
+    fields = dict(fields)
+    return Config(
+        model=DecoderConfig(**fields.pop("model")),
+        optim=OPTIMIZERS[fields.pop("optimizer")](**fields.pop("optim")),
+        mesh=MeshConfig(**fields.pop("mesh")),
+        run=RunConfig(**fields.pop("run")),
+        **fields,
+    )
+
+
+def save(config: Config, folder: Path) -> None:
+    """Writes `config.json` into a run's folder."""
+    (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+
+
+def load(folder: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+      ValueError: the folder is missing, holds no run, or its `config.json` cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise ValueError(
+            f"{folder} {what}: give the folder of a run, such as runs/tiny-sophia-g-..., which "
+            "the last line of that run named."
+        )
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a run's config ({type(error).__name__}: {error}). It was "
+            "edited, cut short, or written by another version; restore it from a copy."
+        ) from error

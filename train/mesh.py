@@ -1,0 +1,84 @@
+"""Devices in a mesh, and who holds which part of what."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp")
+"""The batch is sharded over both axes, parameters and optimizer state over the second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged."""
+
+    data: int = 0
+    """Devices that hold copies of the parameters; 0 takes all that fsdp leaves."""
+    fsdp: int = 1
+    """Devices over which parameters, gradients and optimizer state are sharded."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh of all devices, with axes "data" and "fsdp" of type Auto.
+
+    Raises:
+      ValueError: the product of the axes is not the number of devices (`jax.make_mesh` would
+        leave the surplus idle).
+    """
+    devices = jax.device_count()
+    data = config.data or devices // max(config.fsdp, 1)
+    if config.fsdp < 1 or config.data < 0 or data * config.fsdp != devices:
+        raise ValueError(
+            f"a mesh of data={config.data or 'the rest'} x fsdp={config.fsdp} does not use "
+            f"{devices} devices exactly. Choose factors of {devices}: --mesh.data 0 takes what "
+            "--mesh.fsdp leaves."
+        )
+    return jax.make_mesh((data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def constrain_activations(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Keeps activations sharded by rows; left alone, XLA gathers them to save a weight gather."""
+    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES)))
+
+
+def parameter_shardings(mesh: Mesh, specs: Any) -> Any:
+    """A `NamedSharding` for each `PartitionSpec`."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def state_shardings(mesh: Mesh, init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
+    """Shardings of an optimizer's state, each leaf like the parameter it is made of.
+
+    `jax.jit(init)` would replicate it. On a mesh of explicit axes shardings are part of types,
+    so tracing `init` there tells where each leaf belongs.
+
+    Args:
+      mesh: the mesh of automatic axes that the run uses.
+      init: a transformation's `init`.
+      params: `ShapeDtypeStruct` of each parameter.
+      shardings: its `NamedSharding`.
+
+    Returns:
+      A `NamedSharding` for each leaf of the state.
+    """
+    twin = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(AXES))
+
+    def explicit(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, sharding.spec))
+
+    with jax.set_mesh(twin):
+        state = jax.eval_shape(init, jax.tree.map(explicit, params, shardings))
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, x.sharding.spec if x.sharding else P()), state
+    )

@@ -1,0 +1,116 @@
+"""From a config to compiled programs: shapes, then shardings, then arrays."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import models
+from train import data, evaluate, mesh
+from train import step as step_lib
+from train.config import Config
+
+
+class Program(NamedTuple):
+    """What a config is turned into before anything is allocated."""
+
+    apply: step_lib.Apply
+    init: Any  # () -> TrainState, each shard made in place
+    step: Any  # (state, batch, refresh: static bool) -> (state, metrics); state is donated
+    evaluate: Any  # params -> dict of floats
+    batch: Any  # step number -> int32[B, T + 1] on the mesh
+    abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
+
+
+def assemble(run: Config) -> Program:
+    """The programs of a run, on all devices there are.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the batch does not divide over them.
+    """
+    devices = mesh.make_mesh(run.mesh)
+    if run.batch_size % devices.size:
+        raise ValueError(
+            f"batch_size={run.batch_size} does not divide over {devices.size} devices; choose a "
+            f"multiple of {devices.size}."
+        )
+    model = models.split(run.model)
+    tx = _optimizer(run, devices.size)
+    init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
+    abstract = _abstract(init, tx, devices, model.specs)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    batch, heldout = _batches(run, mesh.batch_sharding(devices))
+    return Program(
+        apply=model.apply,
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            _step(run, model, tx, devices),
+            static_argnames="refresh",
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        ),
+        evaluate=evaluate.make_evaluate(
+            model.apply,
+            heldout,
+            mesh.batch_sharding(devices),
+            constrain=mesh.constrain_activations(devices),
+        ),
+        batch=batch,
+        abstract=abstract,
+    )
+
+
+def use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs between runs: a restart takes seconds."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+def _optimizer(run: Config, shards: int) -> optax.GradientTransformation:
+    optimizer = run.optim.make(run.schedule, shards=shards, seed=run.seed)
+    if not run.gradient_clip:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(run.gradient_clip), optimizer)
+
+
+def _abstract(init, tx: optax.GradientTransformation, devices: Mesh, specs) -> step_lib.TrainState:
+    shapes = jax.eval_shape(init)
+    placed = mesh.parameter_shardings(devices, specs)
+    shardings = step_lib.TrainState(
+        step=NamedSharding(devices, P()),
+        params=placed,
+        opt_state=mesh.state_shardings(devices, tx.init, shapes.params, placed),
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, devices: Mesh):
+    # cuDNN attention has no second derivative.
+    twice_differentiable = dataclasses.replace(run.model, attention="xla")
+    return step_lib.make_step(
+        model.apply,
+        tx,
+        hessian_apply=models.split(twice_differentiable).apply,
+        constrain=mesh.constrain_activations(devices),
+        grouped=getattr(run.optim, "groups", 1) > 1,
+    )
+
+
+def _batches(run: Config, sharding: NamedSharding):
+    """(step number -> batch on the mesh, () -> iterator of the held-out batches)."""
+    tokens = data.shakespeare()
+    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+
+    def batch(step: int) -> jax.Array:
+        rows = functools.partial(data.batch, tokens.train, **sizes, seed=run.seed, step=step)
+        shape = (run.batch_size, run.sequence_length + 1)
+        return data.to_mesh(lambda chosen: rows(rows=chosen), shape, sharding)
+
+    return batch, functools.partial(data.heldout_batches, tokens.heldout, **sizes)

@@ -1,0 +1,69 @@
+"""The end of a run: a figure, a sample, the comparison, and what to do next."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from train import metrics, reference, sample
+from train.config import Config
+from train.step import Apply, TrainState
+
+PROMPT = "HAMLET.\n"
+
+
+def finish(run: Config, folder: Path, apply: Apply, state: TrainState) -> None:
+    """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command."""
+    step, baseline = int(state.step), reference.find(run)
+    history = metrics.read_history(folder)
+    current = baseline if baseline and not baseline.stale else None
+    curve = (current.heldout, "AdamW, same budget") if current else None
+    metrics.plot(history, folder / "loss.png", title=run.name, reference=curve)
+    if run.run.quiet:
+        return
+    console = Console()
+    if run.run.sample_length and step == run.steps:
+        text = _sample(run, apply, state)
+        (folder / "sample.txt").write_text(text)
+        console.print(Panel(Text(text), title="sample", title_align="left"))
+    console.print(f"[bold]{_result(run, history)}[/bold]", highlight=False)
+    console.print(_comparison(baseline), highlight=False)
+    console.print(f"curves: {folder / 'loss.png'}   metrics: {folder / 'metrics.jsonl'}")
+    longer = "" if step < run.steps else f" --steps {2 * run.steps}"
+    console.print("go on:", soft_wrap=True)
+    console.print(f"python -m train resume {folder}{longer}", soft_wrap=True, highlight=False)
+
+
+def _sample(run: Config, apply: Apply, state: TrainState) -> str:
+    return sample.sample(
+        apply,
+        state.params,
+        PROMPT,
+        length=run.run.sample_length,
+        context=run.sequence_length,
+        seed=run.seed,
+    )
+
+
+def _result(run: Config, history: list[dict]) -> str:
+    rows = [row for row in history if "bits_per_byte" in row]
+    if not rows:
+        return f"{run.name}: stopped before its first evaluation"
+    last = rows[-1]
+    return (
+        f"{run.name}: {last['bits_per_byte']:.3f} bits a byte on held-out text "
+        f"({last['heldout_loss']:.3f} nats) after {last['step']} steps"
+    )
+
+
+def _comparison(baseline: reference.Reference | None) -> str:
+    again = "python -m train ... --run.recompute-reference"
+    if baseline is None:
+        return f"AdamW: no reference for this model; make one with `{again}`"
+    if baseline.stale:
+        return f"AdamW: the stored reference is stale (another config); renew it with `{again}`"
+    return (
+        f"AdamW with the same budget: {baseline.bits_per_byte:.3f} bits a byte "
+        f"(`{baseline.command}`)"
+    )
