@@ -86,7 +86,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         cure = f"others are there: {others}, pick one by step=" if others else "it was the only one"
         with self._explain(f"step {step} is unreadable", cure):
             self._manager.wait()
-            _compare(self._manager.metadata(step).metadata, abstract_state, self.directory)
+            saved = self._manager.metadata(step).metadata
+            if saved is not None:  # where the metadata is damaged, load says how
+                _compare(saved, abstract_state, self.directory)
             state = self._manager.load(step, abstract_state)
         self._current = step
         return step, state

@@ -125,13 +125,15 @@ class _Meter:
         if self.pending is None:
             return
         (step, measured), self.pending = self.pending, None
-        values = {name: float(value) for name, value in jax.device_get(measured).items()}
+        values: dict[str, float] = {
+            name: float(value) for name, value in jax.device_get(measured).items()
+        }
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {step}. Lower --optim.learning-rate, or "
                 "lengthen --warmup-steps; checkpoints from before it are kept."
             )
-        values["learning_rate"] = float(self.run.schedule(step - 1))
+        values["learning_rate"] = float(jax.device_get(self.run.schedule(step - 1)))
         values["tokens_per_second"] = self._tokens_per_second(step)
         self.log.train(step, values)
 

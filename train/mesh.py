@@ -1,7 +1,7 @@
 """Devices in a mesh, and who holds which part of what."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,22 +22,24 @@ class MeshConfig:
     """Devices over which parameters, gradients and optimizer state are sharded."""
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of all devices, with axes "data" and "fsdp" of type Auto.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices, or of those given, with axes "data" and "fsdp" of type Auto.
 
     Raises:
       ValueError: the product of the axes is not the number of devices (`jax.make_mesh` would
         leave the surplus idle).
     """
-    devices = jax.device_count()
-    data = config.data or devices // max(config.fsdp, 1)
-    if config.fsdp < 1 or config.data < 0 or data * config.fsdp != devices:
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    data = config.data or count // max(config.fsdp, 1)
+    if config.fsdp < 1 or config.data < 0 or data * config.fsdp != count:
         raise ValueError(
             f"a mesh of data={config.data or 'the rest'} x fsdp={config.fsdp} does not use "
-            f"{devices} devices exactly. Choose factors of {devices}: --mesh.data 0 takes what "
+            f"{count} devices exactly. Choose factors of {count}: --mesh.data 0 takes what "
             "--mesh.fsdp leaves."
         )
-    return jax.make_mesh((data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+    shape = (data, config.fsdp)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

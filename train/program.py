@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,29 +28,29 @@ class Program(NamedTuple):
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
 
 
-def assemble(run: Config) -> Program:
-    """The programs of a run, on all devices there are.
+def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
+    """The programs of a run, on all devices there are or on those given.
 
     Raises:
       ValueError: the mesh does not fit the devices, or the batch does not divide over them.
     """
-    devices = mesh.make_mesh(run.mesh)
-    if run.batch_size % devices.size:
+    placed = mesh.make_mesh(run.mesh, devices)
+    if run.batch_size % placed.size:
         raise ValueError(
-            f"batch_size={run.batch_size} does not divide over {devices.size} devices; choose a "
-            f"multiple of {devices.size}."
+            f"batch_size={run.batch_size} does not divide over {placed.size} devices; choose a "
+            f"multiple of {placed.size}."
         )
     model = models.split(run.model)
-    tx = _optimizer(run, devices.size)
+    tx = _optimizer(run, placed.size)
     init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
-    abstract = _abstract(init, tx, devices, model.specs)
+    abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batch, heldout = _batches(run, mesh.batch_sharding(devices))
+    batch, heldout = _batches(run, mesh.batch_sharding(placed))
     return Program(
         apply=model.apply,
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            _step(run, model, tx, devices),
+            _step(run, model, tx, placed),
             static_argnames="refresh",
             donate_argnums=0,
             out_shardings=(shardings, None),
@@ -57,8 +58,8 @@ def assemble(run: Config) -> Program:
         evaluate=evaluate.make_evaluate(
             model.apply,
             heldout,
-            mesh.batch_sharding(devices),
-            constrain=mesh.constrain_activations(devices),
+            mesh.batch_sharding(placed),
+            constrain=mesh.constrain_activations(placed),
         ),
         batch=batch,
         abstract=abstract,
@@ -78,27 +79,24 @@ def _optimizer(run: Config, shards: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(run.gradient_clip), optimizer)
 
 
-def _abstract(init, tx: optax.GradientTransformation, devices: Mesh, specs) -> step_lib.TrainState:
+def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> step_lib.TrainState:
     shapes = jax.eval_shape(init)
-    placed = mesh.parameter_shardings(devices, specs)
-    shardings = step_lib.TrainState(
-        step=NamedSharding(devices, P()),
-        params=placed,
-        opt_state=mesh.state_shardings(devices, tx.init, shapes.params, placed),
-    )
+    params = mesh.parameter_shardings(placed, specs)
+    opt_state = mesh.state_shardings(placed, tx.init, shapes.params, params)
+    shardings = shapes._replace(step=NamedSharding(placed, P()), params=params, opt_state=opt_state)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 
-def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, devices: Mesh):
+def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, placed: Mesh):
     # cuDNN attention has no second derivative.
     twice_differentiable = dataclasses.replace(run.model, attention="xla")
     return step_lib.make_step(
         model.apply,
         tx,
         hessian_apply=models.split(twice_differentiable).apply,
-        constrain=mesh.constrain_activations(devices),
+        constrain=mesh.constrain_activations(placed),
         grouped=getattr(run.optim, "groups", 1) > 1,
     )
 
