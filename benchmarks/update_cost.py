@@ -22,7 +22,7 @@ from rich.table import Table
 
 import sophia_optax
 
-Compiled = jax.stages.Compiled
+Compiled = Any  # jax.stages.Compiled, whose analyses are typed as optional
 LEARNING_RATE = 1e-3
 
 
@@ -32,8 +32,8 @@ def by_hand() -> optax.GradientTransformation:
     def init(params):
         return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
 
-    def update(grads, state, params=None):
-        m = jax.tree.map(lambda g, m: 0.965 * m + 0.035 * g, grads, state[0])
+    def update(updates, state, params=None):
+        m = jax.tree.map(lambda g, m: 0.965 * m + 0.035 * g, updates, state[0])
 
         def step(m, h, p):
             ratio = jnp.clip(m / jnp.maximum(0.01 * h, 1e-12), -1, 1)

@@ -52,7 +52,9 @@ def same_shapes(name: str, tree: Any, like: Any) -> None:
     have, want = jax.tree.structure(tree), jax.tree.structure(like)
     if have != want:
         raise ValueError(
-            f"`{name}` must have the structure of the gradients {want}, but it has {have}."
+            f"`{name}` must have the structure of the gradients {want}, but it has {have}. Under "
+            "optax.masked or optax.partition, make the wrapper with "
+            "`mask_compatible_extra_args=True`, which masks both alike."
         )
     for (path, leaf), other in zip(
         jax.tree.leaves_with_path(tree), jax.tree.leaves(like), strict=True

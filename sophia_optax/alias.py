@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from sophia_optax import _checks
 from sophia_optax.curvature import AxisName, Estimator, hutchinson
 from sophia_optax.gauss_newton import gauss_newton_bartlett
 from sophia_optax.ratio import clip_by_ratio, floor
@@ -95,6 +96,8 @@ def sophia_h(
     >>> print(bool(loss(x) < loss(jnp.zeros(2)) / 10))
     True
     """
+    for name, decay in (("b1", b1), ("b2", b2)):
+        _checks.in_range(name, decay, 0, 1, open_high=True)
     return optax.chain(
         clip_by_ratio(
             optax.ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype),

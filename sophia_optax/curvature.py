@@ -35,7 +35,8 @@ class Estimator(Protocol):
 
 def accumulation_dtype(x: jax.Array) -> jnp.dtype:
     """float32 at least, float64 where `x` is."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # else bfloat16 has no answer in strict mode
+        return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -95,9 +96,10 @@ def hutchinson(
     Args:
       probe: "rademacher" (default) or "normal", the paper's.
       num_samples: independent probes averaged in one sample; each costs a Hessian-vector product.
-      batch_fraction: share of the rows of `inputs` that the Hessian is taken of.
-      mode: "forward" (jvp of the gradient, the cheaper) or "reverse" (gradient of a
-        gradient-vector product, for losses with nested `custom_vjp`).
+      batch_fraction: share of the rows of `inputs` that the Hessian is taken of: every n-th row,
+        n = round(1 / fraction).
+      mode: "forward" (jvp of the gradient) or "reverse" (vjp of the gradient), for losses with
+        nested `custom_vjp`, on which jax refuses the former ("can't apply forward-mode autodiff").
 
     Extra arguments of `update`:
       obj_fn: `params -> scalar`, the mean loss of this step's batch and nothing else;
@@ -105,7 +107,8 @@ def hutchinson(
       inputs: pytree whose leaves lead with the batch axis; needed if `batch_fraction` < 1.
 
     Returns:
-      An estimator. Under `axis_name` all shards use one probe, and H u is averaged over them.
+      An estimator. Under `axis_name` all shards use one probe, and H u is averaged over them:
+      `obj_fn` is then the mean loss of a shard's own rows, free of collectives.
 
     Raises:
       ValueError: an argument is out of range; `obj_fn` or `params` is missing; params are masked.
@@ -125,6 +128,7 @@ def hutchinson(
     _checks.positive_integer("num_samples", num_samples)
     check_fraction(batch_fraction)
     sampler = jax.random.rademacher if probe == "rademacher" else jax.random.normal
+    product = _forward_product if mode == "forward" else _reverse_product
 
     def estimator(
         key,
@@ -148,10 +152,7 @@ def hutchinson(
 
         def sample(key):
             u = optax.tree.random_like(key, params, sampler)
-            if mode == "forward":
-                hu = jax.jvp(gradient, (params,), (u,))[1]
-            else:
-                hu = jax.grad(lambda p: optax.tree.vdot(gradient(p), u))(params)
+            hu = product(gradient, params, varying(u, axis_name))
             if axis_name is not None:
                 hu = jax.lax.pmean(hu, axis_name)
             return jax.tree.map(lambda u, hu: widen(u) * widen(hu), u, hu)
@@ -159,6 +160,16 @@ def hutchinson(
         return mean_over_samples(sample, key, num_samples)
 
     return estimator
+
+
+def _forward_product(gradient: Callable, params: Tree, u: Tree) -> Tree:
+    """H u as the derivative of the gradient along u."""
+    return jax.jvp(gradient, (params,), (u,))[1]
+
+
+def _reverse_product(gradient: Callable, params: Tree, u: Tree) -> Tree:
+    """H u as the pullback of u, because H is symmetric."""
+    return jax.vjp(gradient, params)[1](u)[0]
 
 
 def squared_gradient(*, scale: float = 1.0) -> Estimator:

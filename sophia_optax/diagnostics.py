@@ -52,8 +52,8 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
 def _values(opt_state: Any, kind: type, field: str) -> list[tuple[str, jax.Array]]:
     def is_ours(path, value):
-        last = path[-1]
-        return getattr(last, "tuple_name", None) == kind.__name__ and isinstance(value, jax.Array)
+        # A state fetched to the host holds NumPy arrays; statistics that are off hold ().
+        return getattr(path[-1], "tuple_name", None) == kind.__name__ and hasattr(value, "dtype")
 
     hits = optax.tree.get_all_with_path(opt_state, field, filtering=is_ours)
     if len(hits) == 1:

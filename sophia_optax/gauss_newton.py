@@ -47,7 +47,8 @@ def gauss_newton_bartlett(
         (element-wise sigmoid, B counts elements), or "gaussian" (½ Σ (y-f)² over the last axis,
         unit variance, B counts the leading elements).
       groups: number of equal sets of consecutive rows that are squared apart; needs `inputs`.
-      batch_fraction: share of the rows of `inputs` that are used, every (1/fraction)-th.
+      batch_fraction: share of the rows of `inputs` that are used: every n-th row,
+        n = round(1 / fraction).
       num_samples: independent draws of all labels, averaged in one sample.
       shards: how many groups run side by side; set it to the number of devices over which the
         batch is sharded. It changes where the work is done, never h.
@@ -65,7 +66,8 @@ def gauss_newton_bartlett(
       An estimator. Labels are functions of (key, row), groups of rows: neither the mesh nor the
       number of groups changes which labels are drawn. Under `axis_name` each shard groups its own
       rows, and squares and B are summed over the shards. If nothing is counted (B = 0) the sample
-      is not finite and `hessian_estimate` rejects it.
+      is not finite and `hessian_estimate` rejects it. On a mesh with explicit axes, wrap the
+      call in `jax.sharding.auto_axes`.
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
@@ -180,13 +182,26 @@ def _sampled_loss(likelihood: str, logits_fn, sampled_loss_fn, has_inputs: bool)
 
     def from_logits(params, rows, key):
         inputs, weights, numbers = rows
-        outputs = widen(logits_fn(params, inputs) if has_inputs else logits_fn(params))
+        outputs = logits_fn(params, inputs) if has_inputs else logits_fn(params)
+        _check_outputs(outputs, likelihood, numbers)
+        outputs = widen(outputs)
         numbers = jnp.arange(outputs.shape[0]) if numbers is None else numbers
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
         losses = jax.vmap(_SAMPLED_LOSSES[likelihood])(keys, outputs)
         return _weighted_sum(losses, weights)
 
     return from_logits
+
+
+def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> None:
+    rank = 1 if likelihood == "bernoulli" else 2
+    rows = "B" if numbers is None else len(numbers)
+    shapes = jax.tree.map(jnp.shape, outputs)
+    if not isinstance(outputs, jax.Array) or outputs.ndim < rank or rows not in ("B", shapes[0]):
+        raise ValueError(
+            f"`logits_fn` must return one array, float[{rows}, ..., V] with the rows of `inputs` "
+            f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart."
+        )
 
 
 def _weighted_sum(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:

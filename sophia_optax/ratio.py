@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
+from sophia_optax.curvature import widen
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
@@ -148,18 +149,16 @@ def clip_by_ratio(
     def update(updates, state, params=None, **extra):
         m, momentum_state = momentum.update(updates, state.momentum, params, **extra)
         h, curvature_state = curvature.update(updates, state.curvature, params, **extra)
+        h = jax.tree.map(widen, h)  # of any curvature: zero over float16's floor would be NaN
         ratio = jax.tree.map(lambda m, h: m.astype(h.dtype) / denominator(h), m, h)
+
+        def measure():
+            return _fractions(ratio, h, denominator, clip_threshold, two_sided)
+
         measured = (state.clipped, state.floored)
         if statistics:
-
-            def measure(_):
-                return _fractions(ratio, h, denominator, clip_threshold, two_sided)
-
-            refreshed = _refreshed(curvature_state, extra)
-            if not isinstance(refreshed, bool):
-                measured = jax.lax.cond(refreshed, measure, lambda old: old, measured)
-            elif refreshed:
-                measured = measure(measured)
+            due = refresh_due(extra.get("refresh"), extra.get("hessian"))
+            measured = _at_refresh(due, curvature_state, measure, measured)
         ratio = jax.tree.map(lambda u: _clip(u, clip_threshold, two_sided), ratio)
         state = ClipByRatioState(momentum_state, curvature_state, *measured)
         return optax.tree.cast_like(ratio, updates), state
@@ -174,13 +173,16 @@ def _clip(u: jax.Array, threshold: ArrayLike | None, two_sided: bool) -> jax.Arr
     return jnp.clip(u, -bound, bound) if two_sided else jnp.minimum(u, bound)
 
 
-def _refreshed(curvature_state: Any, extra: dict[str, Any]) -> bool | jax.Array:
-    """Whether h took a sample in this update; always, where the curvature does not say."""
-    due = refresh_due(extra.get("refresh"), extra.get("hessian"))
-    if isinstance(due, bool):
-        return due
+def _at_refresh(due: bool | jax.Array | None, curvature_state: Any, measure: Callable, old: Any):
+    """`measure()` if h took a sample in this update, or does not say; else `old`."""
     age = getattr(curvature_state, "age", None)
-    return True if age is None else age == 0
+    if due is False:
+        return old
+    if age is None:
+        return measure()
+    if due is True:  # the sample may still have been rejected
+        return jax.tree.map(lambda new, old: jnp.where(age == 0, new, old), measure(), old)
+    return jax.lax.cond(age == 0, measure, lambda: old)
 
 
 def _fractions(ratio, h, denominator, threshold, two_sided) -> tuple[jax.Array, jax.Array]:

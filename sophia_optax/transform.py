@@ -82,12 +82,11 @@ def hessian_estimate(
     """
     _checks.in_range("decay", decay, 0, 1, open_high=True)
     _checks.positive_integer("update_interval", update_interval, "1 samples at every update.")
-    if dtype is not None and jnp.finfo(dtype).dtype == jnp.float16:
-        raise ValueError("dtype=float16 cannot hold curvature (it overflows); use 'bfloat16'.")
-    every_update = isinstance(update_interval, int) and update_interval == 1
+    _check_dtype(dtype)
+    every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
 
     def init(params):
-        dtypes = [x.dtype for x in jax.tree.leaves(params)]
+        dtypes = [jnp.dtype(jnp.float32), *map(accumulation_dtype, jax.tree.leaves(params))]
 
         def zeros(x):  # like x: the sharding of x is carried over on meshes with explicit axes
             return jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x))
@@ -97,14 +96,12 @@ def hessian_estimate(
             accepted=jnp.zeros([], jnp.int32),
             rejected=jnp.zeros([], jnp.int32),
             age=jnp.zeros([], jnp.int32),
-            mass=jnp.zeros([], jnp.result_type(jnp.float32, *dtypes)),
-            h=jax.tree.map(
-                lambda x: jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x)), params
-            ),
+            mass=jnp.zeros([], max(dtypes, key=lambda d: d.itemsize)),
+            h=jax.tree.map(zeros, params),
         )
 
     def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
-        key = jax.random.fold_in(_key(seed), state.count)
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
         if hessian is not None:
             _checks.same_shapes("hessian", hessian, updates)
 
@@ -113,7 +110,7 @@ def hessian_estimate(
             if sample is None:
                 sample = estimator(key, params, updates, axis_name=axis_name, **extra)
             by_coordinate = every_update and refresh is None and hessian is None
-            return _absorb(state, sample, decay, jax.random.fold_in(key, 1), by_coordinate)
+            return _absorb(state, sample, decay, _rounding_key(key), by_coordinate)
 
         def keep(state):
             return state._replace(age=optax.safe_increment(state.age))
@@ -135,20 +132,39 @@ def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
     """A bool where the choice is static, an array where it is not, None where the counter rules."""
     if refresh is None:
         return True if hessian is not None else None
-    return bool(refresh) if isinstance(refresh, bool | np.bool_) else jnp.asarray(refresh, bool)
+    if isinstance(refresh, bool | np.bool_):
+        return bool(refresh)
+    if getattr(refresh, "dtype", None) != np.bool_ or refresh.shape != ():
+        masked = isinstance(refresh, optax.MaskedNode)
+        raise TypeError(
+            f"`refresh` must be None, a bool, or a boolean array of shape (), not {refresh!r}."
+            + " It was masked because params is a single array: wrap params in a dict." * masked
+        )
+    return jnp.asarray(refresh)
 
 
-def _key(seed: ArrayLike) -> jax.Array:
-    return jax.random.key(jnp.asarray(seed).astype(jnp.uint32))
+def _check_dtype(dtype: DTypeLike | None) -> None:
+    if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ValueError(
+            f"dtype={jnp.dtype(dtype).name} cannot hold curvature: float16 overflows, shorter "
+            "formats stall. Choose 'bfloat16', 'float32' or 'float64'."
+        )
+
+
+def _rounding_key(key: jax.Array) -> jax.Array:
+    # No row, shard, leaf or draw has this number, so no estimator derives the same key.
+    return jax.random.fold_in(key, jnp.uint32(0xFFFFFFFF))
 
 
 def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateState:
     """One more sample into the average, or a rejection."""
 
     def average(h, x):
-        d = jnp.asarray(decay, accumulation_dtype(h))
-        return d * h.astype(d.dtype) + (1 - d) * x.astype(d.dtype)
+        d = jnp.asarray(decay, x.dtype)
+        return d * h.astype(x.dtype) + (1 - d) * x
 
+    # Cast before the test: a float64 sample can be finite where its float32 is not.
+    sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
     finite = jax.tree.map(jnp.isfinite, sample)
     averaged = _round_to(state.h, jax.tree.map(average, state.h, sample), key)
     if by_coordinate:

@@ -76,6 +76,10 @@ def test_batch_is_a_function_of_seed_and_step_alone():
     rows_of(0), rows_of(500), rows_of(11, seed=4)
     np.testing.assert_array_equal(rows_of(11), first)
     assert not np.array_equal(rows_of(11, seed=4), first)
+    windows = 1003 // 16 - 1  # the second epoch of a seed is not the first of the next
+    assert not np.array_equal(
+        rows_of(1, batch_size=windows), rows_of(0, batch_size=windows, seed=4)
+    )
 
 
 def test_order_is_the_same_under_every_numpy():
@@ -100,8 +104,9 @@ def test_heldout_batches_cover_every_target_once_in_order():
     np.testing.assert_array_equal(real[:, 1:].ravel(), np.arange(1, 101))
     np.testing.assert_array_equal(real[:, :-1].ravel(), np.arange(100))
     assert sum(weight.sum() for _, weight in batches) == 10
-    # A text of exactly a number of windows has no target left for one more.
-    assert len(list(data.heldout_batches(np.arange(100), batch_size=9, sequence_length=10))) == 1
+    for length, windows in ((100, 9), (101, 10)):  # one more token is one more target
+        batches = data.heldout_batches(np.arange(length), batch_size=1, sequence_length=10)
+        assert len(list(batches)) == windows
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])

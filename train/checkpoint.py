@@ -53,7 +53,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         folder holds `step` or a later one that this object neither saved nor went back from.
         """
         # Orbax knows intervals too, but takes milliseconds to say no.
-        if step == self._current or (step % self._interval and not force):
+        if step % self._interval and not force:
+            return False
+        if step == self._current and step in self.steps:  # not there if its save failed
             return False
         abandoned = [s for s in self.steps if s >= step]
         if abandoned and self._current is None:

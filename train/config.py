@@ -69,6 +69,8 @@ class Config:
         for name in ("steps", "batch_size", "sequence_length", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.gradient_clip < 0:
+            raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
         if self.sequence_length > self.model.context:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is longer than the model's context of "

@@ -39,7 +39,8 @@ def train(run: Config) -> History:
     folder.mkdir(parents=True, exist_ok=True)
     program.use_compile_cache(run.run.compile_cache)
     programs = program.assemble(run)
-    return _run(run, folder, programs, programs.init())
+    with _checkpoints(run, folder) as checkpoints:
+        return _run(run, folder, programs, programs.init(), checkpoints)
 
 
 def resume(folder: Path, *, steps: int | None = None, step: int | None = None) -> History:
@@ -64,7 +65,7 @@ def resume(folder: Path, *, steps: int | None = None, step: int | None = None) -
     programs = program.assemble(run)
     with _checkpoints(run, folder) as checkpoints:
         _, state = checkpoints.restore(programs.abstract, step)
-    return _run(run, folder, programs, state)
+        return _run(run, folder, programs, state, checkpoints)
 
 
 def _checkpoints(run: Config, folder: Path) -> checkpoint.Checkpoints:
@@ -75,14 +76,17 @@ def _checkpoints(run: Config, folder: Path) -> checkpoint.Checkpoints:
     )
 
 
-def _run(run: Config, folder: Path, programs: program.Program, state: TrainState) -> History:
+def _run(
+    run: Config,
+    folder: Path,
+    programs: program.Program,
+    state: TrainState,
+    checkpoints: checkpoint.Checkpoints,
+) -> History:
     """Trains from `state` to the last step, then reports; Ctrl-C saves and stops."""
     config.save(run, folder)
     first = int(state.step)
-    with (
-        metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet) as log,
-        _checkpoints(run, folder) as checkpoints,
-    ):
+    with metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet) as log:
         meter = _Meter(run, log, first)
         heldout: dict[str, float] = {}
         try:

@@ -1,0 +1,298 @@
+"""sophia_h and sophia_g are algorithm 3, step by step, against a NumPy float64 oracle."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles as o
+import pytest
+
+from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
+
+STEPS = 32
+SHAPES = {"scalar": (), "matrix": (3, 4), "tensor": (2, 3, 2)}
+FACTORIES = {"sophia_h": sophia_h, "sophia_g": sophia_g}
+TOLERANCE = {
+    "float32": {"rtol": 1e-5, "atol": 1e-6},
+    "float64": {"rtol": 1e-12, "atol": 1e-13},
+}
+LETTER = {"debias_momentum": False, "debias_hessian": False, "weight_decay": 0.0}
+LETTER |= {"b1": 0.9, "b2": 0.8, "gamma": 0.5, "eps": 0.05, "update_interval": 3}
+
+
+def schedule(count):
+    return 0.1 * 0.9**count
+
+
+# Arguments of our aliases; `oracle_arguments` translates them where the oracle's names differ.
+CASES = {
+    "the letter of the paper": {},
+    "k = 1": {"update_interval": 1},
+    "k = 10": {"update_interval": 10},
+    "momentum corrected": {"debias_momentum": True},
+    "h corrected": {"debias_hessian": True, "update_interval": 10},
+    "both corrected": {"debias_momentum": True, "debias_hessian": True},
+    "no clip": {"clip_threshold": None},
+    "clip at .3": {"clip_threshold": 0.3},
+    "sign steps below eps": {"eps": 1e-12, "b1": 0.0},
+    "weight decay": {"weight_decay": 0.3},
+    "masked weight decay": {
+        "weight_decay": 0.3,
+        "weight_decay_mask": {n: n == "matrix" for n in SHAPES},
+    },
+    "mask by function": {
+        "weight_decay": 0.3,
+        "weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
+    },
+    "learning rate schedule": {"learning_rate": schedule, "weight_decay": 0.3},
+}
+
+
+def oracle_arguments(arguments):
+    arguments = dict(arguments)
+    masked = arguments.pop("weight_decay_mask", None) is not None
+    return arguments | {"decay_names": {"matrix"} if masked else None}
+
+
+def trees(seed, scale=1.0, shift=0.0, steps=STEPS):
+    """`{name: [steps, *shape]}`, normal numbers."""
+    rng = np.random.default_rng(seed)
+    return {n: shift + scale * rng.normal(size=(steps, *s)) for n, s in SHAPES.items()}
+
+
+def row(values, t):
+    return {name: leaf[t] for name, leaf in values.items()}
+
+
+PARAMS = row(trees(0, steps=1), 0)
+GRADS = trees(1)
+SAMPLES = trees(2, scale=2.0, shift=1.0)  # a third of them negative
+REJECTED = {n: s.copy() for n, s in SAMPLES.items()}
+for t, bad in ((0, np.nan), (9, np.inf), (15, np.nan)):  # the first, and two later ones, due
+    REJECTED["matrix"][t, 1, 2] = bad
+
+
+def given_sample(key, params, updates, *, sample, **unused):
+    """An estimator whose sample is an extra argument: what the counter asks for is known."""
+    return sample
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def ours(factory, arguments, samples, dtype, refresh=None):
+    """The path of the parameters, [STEPS, ...], and the last state, in one scan."""
+    tx = factory(**arguments, estimator=given_sample)
+    params = cast(PARAMS, dtype)
+
+    def step(carry, xs):
+        params, state = carry
+        grads, sample, refresh = xs
+        updates, state = tx.update(grads, state, params, sample=sample, refresh=refresh)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    xs = (cast(GRADS, dtype), cast(samples, dtype), None if refresh is None else jnp.array(refresh))
+    (_, state), path = jax.lax.scan(step, (params, tx.init(params)), xs)
+    return path, state
+
+
+def theirs(arguments, samples, refresh=None):
+    oracle, params, path = o.Sophia(**oracle_arguments(arguments)), PARAMS, []
+    for t in range(STEPS):
+        due = None if refresh is None else refresh[t]
+        params = oracle.step(params, row(GRADS, t), row(samples, t), due)
+        path.append(params)
+    return {name: np.stack([p[name] for p in path]) for name in SHAPES}, oracle
+
+
+def assert_equal_paths(path, expected, dtype):
+    for name, leaf in expected.items():
+        assert path[name].dtype == dtype
+        np.testing.assert_allclose(path[name], leaf, **TOLERANCE[dtype], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("factory", "dtype"),
+    [("sophia_h", "float32"), ("sophia_h", "float64"), ("sophia_g", "float64")],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_algorithm_3(case, factory, dtype):
+    arguments = {"learning_rate": 0.1} | LETTER | CASES[case]
+    expected, oracle = theirs(arguments, SAMPLES)
+    assert any((h < 0).any() for h in oracle.h.values())
+    with jax.enable_x64(dtype == "float64"):
+        path, state = ours(FACTORIES[factory], arguments, SAMPLES, dtype)
+        assert_equal_paths(path, expected, dtype)
+        np.testing.assert_allclose(state[0].curvature.mass, oracle.mass, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_rejected_samples_leave_the_path_of_algorithm_3_without_them(debias, dtype):
+    arguments = {"learning_rate": 0.1} | LETTER | {"debias_hessian": debias}
+    expected, oracle = theirs(arguments, REJECTED)
+    with jax.enable_x64(dtype == "float64"):
+        path, state = ours(sophia_h, arguments, REJECTED, dtype)
+        assert_equal_paths(path, expected, dtype)
+    assert (state[0].curvature.rejected, state[0].curvature.accepted) == (3, 8)
+    assert oracle.rejected == 3
+
+
+IRREGULAR = [t in (2, 3, 7, 15, 30) for t in range(STEPS)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_traced_refreshes_follow_the_host(dtype):
+    arguments = {"learning_rate": 0.1} | LETTER | {"debias_momentum": True, "debias_hessian": True}
+    expected, _ = theirs(arguments, REJECTED, IRREGULAR)
+    with jax.enable_x64(dtype == "float64"):
+        path, _ = ours(sophia_h, arguments, REJECTED, dtype, IRREGULAR)
+        assert_equal_paths(path, expected, dtype)
+
+
+@pytest.mark.parametrize("boolean", [bool, np.bool_])
+def test_static_refreshes_with_a_given_sample_follow_the_host(boolean):
+    arguments = {"learning_rate": 0.1} | LETTER | {"debias_hessian": True}
+    expected, _ = theirs(arguments, REJECTED, IRREGULAR)
+    tx, params = sophia_h(**arguments), cast(PARAMS, "float32")
+
+    def make(refresh):
+        @jax.jit
+        def step(params, state, grads, sample):
+            extra = {"hessian": sample} if refresh else {}
+            updates, state = tx.update(grads, state, params, refresh=boolean(refresh), **extra)
+            return optax.apply_updates(params, updates), state
+
+        return step
+
+    programs, state, path = {due: make(due) for due in (False, True)}, tx.init(params), []
+    for t, due in enumerate(IRREGULAR):
+        xs = cast((row(GRADS, t), row(REJECTED, t)), "float32")
+        params, state = programs[due](params, state, *xs)
+        path.append(params)
+    path = jax.tree.map(lambda *leaves: jnp.stack(leaves), *path)
+    assert_equal_paths(path, expected, "float32")
+
+
+# ---------------------------------------------------------------- the estimators' own samples
+
+ROWS, V = 6, 3
+X = np.random.default_rng(3).normal(size=(ROWS, 4))
+LABELS = np.random.default_rng(4).integers(V, size=ROWS)
+W = {"W": np.random.default_rng(5).normal(size=(4, V))}
+MODEL = o.ExactLinear("categorical", X)
+
+
+def logits_fn(params, inputs=X):
+    return inputs @ params["W"]
+
+
+def obj_fn(params):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_fn(params), LABELS)
+    return losses.mean()
+
+
+def probe_sample(seed):
+    def sample(params, count):
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        u = np.asarray(optax.tree.random_like(key, cast(params, float), jax.random.rademacher)["W"])
+        return o.hutchinson({"W": u}, {"W": (MODEL.hessian(params) @ u.ravel()).reshape(u.shape)})
+
+    return sample
+
+
+def label_sample(seed, groups):
+    def sample(params, count):
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        keys = [jax.random.fold_in(key, i) for i in range(ROWS)]
+        f = jnp.asarray(MODEL.outputs(params))
+        labels = np.array([jax.random.categorical(k, f[i]) for i, k in enumerate(keys)])
+        cuts = np.split(np.arange(ROWS), groups)
+        models = [o.ExactLinear("categorical", X[cut]) for cut in cuts]
+        sums = [m.summed_sample(params, labels[c]) for m, c in zip(models, cuts, strict=True)]
+        return o.grouped_gnb(sums, ROWS)
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("factory", "estimator", "extra", "sample"),
+    [
+        (sophia_h, None, {"obj_fn": obj_fn}, probe_sample),
+        (sophia_h, hutchinson(mode="reverse"), {"obj_fn": obj_fn}, probe_sample),
+        (sophia_g, None, {"logits_fn": logits_fn}, lambda seed: label_sample(seed, 1)),
+        (
+            sophia_g,
+            gauss_newton_bartlett(groups=3),
+            {"logits_fn": logits_fn, "inputs": X},
+            lambda seed: label_sample(seed, 3),
+        ),
+    ],
+    ids=["probes", "probes, reverse", "labels", "labels of three groups"],
+)
+def test_counter_driven_samples_are_those_of_seed_and_count(factory, estimator, extra, sample):
+    arguments = {
+        "learning_rate": 0.05,
+        "b1": 0.9,
+        "b2": 0.8,
+        "gamma": 0.5,
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+    }
+    arguments |= {"update_interval": 4, "debias_momentum": True, "debias_hessian": True}
+    with jax.enable_x64(True):
+        tx = factory(**arguments, seed=7, estimator=estimator)
+        sample, oracle, expected, path = sample(7), o.Sophia(**arguments), W, []
+        for t in range(30):
+            hessian = sample(expected, t) if t % 4 == 0 else None
+            expected = oracle.step(expected, MODEL.gradient(expected, LABELS), hessian)
+            path.append(expected["W"])
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(obj_fn)(params), state, params, **extra)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params["W"]
+
+        params = cast(W, float)
+        (_, state), ours = jax.lax.scan(step, (params, tx.init(params)), length=30)
+        np.testing.assert_allclose(ours, path, rtol=1e-10)
+        np.testing.assert_allclose(state[0].curvature.h["W"], oracle.h["W"], rtol=1e-10)
+        assert state[0].curvature.accepted == 8
+
+
+def test_the_aliases_differ_in_estimator_and_gamma_alone():
+    h, g = (inspect.signature(f).parameters for f in (sophia_h, sophia_g))
+    assert list(h) == list(g)
+    assert {n for n in h if h[n].default != g[n].default} == {"gamma"}
+
+
+def test_arguments_and_defaults_are_those_of_optax_but_for_eps():
+    """The paper's eps is 1e-12; optax's 1e-8 cuts off more of the curvature."""
+    mine = inspect.signature(sophia_h).parameters
+    optax_ = dict(inspect.signature(optax.contrib.sophia).parameters)
+    for name in ("hessian_diagonal_fn", "verbose", "print_win_rate_every_n_steps"):
+        del optax_[name]
+    assert list(mine)[: len(optax_)] == list(optax_)
+    assert {n for n in optax_ if mine[n].default != optax_[n].default} == {"eps"}
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"b1": 1.0}, r"b1=1.0 is outside \[0, 1\)"),
+        ({"b2": -0.1}, r"b2=-0.1 is outside \[0, 1\)"),
+        ({"gamma": -1.0}, "gamma=-1.0 is outside"),
+        ({"eps": -1e-8}, "eps=-1e-08 is outside"),
+        ({"clip_threshold": 0.0}, "None turns clipping off"),
+        ({"update_interval": 0}, "update_interval=0 must be an integer of at least 1"),
+    ],
+)
+def test_arguments_out_of_range_are_named(factory, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FACTORIES[factory](0.1, **arguments)

@@ -1,0 +1,179 @@
+"""End to end, on a model small enough for seconds."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from models import DecoderConfig
+from train import data, loop, metrics, program, reference, sample
+from train.config import RunConfig, preset
+from train.step import token_losses
+
+MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
+
+
+def small(folder, optimizer="sophia-g", **changes):
+    defaults = {"steps": 12, "batch_size": 8, "sequence_length": 16, "warmup_steps": 2}
+    shown = RunConfig(
+        folder=str(folder),
+        log_every=1,
+        checkpoint_every=6,
+        sample_length=20,
+        compile_cache="",
+        quiet=True,
+    )
+    return dataclasses.replace(
+        preset("tiny", optimizer),
+        model=MODEL,
+        run=shown,
+        **defaults | {"evaluate_every": 12} | changes,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_held_out_text():
+    """Evaluations take as long as training here: 4 kB are enough."""
+    whole = data.shakespeare()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:4000]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, train.train(small(folder))
+
+
+def losses(history):
+    return {row["step"]: row["loss"] for row in history if "loss" in row}
+
+
+def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
+    folder, history = finished
+    seen = losses(history)
+    assert list(seen) == list(range(1, 13))
+    assert seen[12] < seen[1]
+    assert history == metrics.read_history(folder)
+    last = [row for row in history if "bits_per_byte" in row][-1]
+    assert last["bits_per_byte"] == pytest.approx(last["heldout_loss"] / math.log(2))
+    assert {"win_rate", "hessian_age", "grad_norm", "learning_rate"} <= history[0].keys()
+    assert (folder / "loss.png").stat().st_size > 10_000
+    assert loop.config.load(folder).model == MODEL
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    def interrupted(run, step):
+        if step == 8:
+            raise KeyboardInterrupt
+        return step % 10 == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_refresh_due", interrupted)
+        train.train(small(tmp_path / "cut"))
+    assert max(losses(metrics.read_history(tmp_path / "cut"))) == 8
+    assert losses(train.resume(tmp_path / "cut")) == losses(finished[1])
+
+
+def test_a_finished_run_can_be_made_longer(finished, tmp_path):
+    train.train(small(tmp_path / "run", steps=6))
+    history = train.resume(tmp_path / "run", steps=8)
+    assert max(losses(history)) == 8
+    assert loop.config.load(tmp_path / "run").steps == 8
+
+
+def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
+    run = small(tmp_path / "run", steps=3)
+    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1] == f"python -m train resume {tmp_path / 'run'} --steps 6"
+    assert "bits a byte on held-out text" in "\n".join(lines)
+    assert (tmp_path / "run" / "sample.txt").read_text().startswith("HAMLET.")
+
+
+def test_a_taken_folder_is_refused(finished):
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.train(small(finished[0]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run = small(tmp_path / "run", "adamw", warmup_steps=0, gradient_clip=0.0)
+    hot = dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=1e30))
+    with pytest.raises(FloatingPointError, match=r"Lower --optim\.learning-rate"):
+        train.train(hot)
+
+
+def test_only_optimizers_with_an_interval_sample_curvature():
+    run = preset("tiny", "sophia-h")
+    due = [step for step in range(25) if loop._refresh_due(run, step)]
+    assert due == [0, 10, 20]
+    assert not any(loop._refresh_due(preset("tiny", "adamw"), step) for step in range(25))
+
+
+def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    run = small(tmp_path / "run", steps=4)
+    assert reference.find(run) is None
+    train.train(
+        dataclasses.replace(run, run=dataclasses.replace(run.run, recompute_reference=True))
+    )
+    found = reference.find(run)
+    assert not found.stale
+    assert found.command.startswith("python -m train tiny adamw --model.context 16")
+    assert found.heldout[-1][0] == 4
+    other_optimizer = dataclasses.replace(run, optim=preset("tiny", "lion").optim)
+    assert not reference.find(other_optimizer).stale
+    assert reference.find(dataclasses.replace(run, steps=5)).stale
+
+
+def test_the_shipped_reference_belongs_to_the_shipped_config():
+    found = reference.find(preset())
+    assert found is not None
+    assert not found.stale, f"renew it: python -m train --run.recompute-reference ({found.command})"
+    assert json.loads(reference.PATH.read_text())["tiny"]["config_hash"] == found.config_hash
+
+
+def test_evaluation_is_the_mean_over_all_held_out_windows():
+    run = small("unused")
+    programs = program.assemble(run)
+    params = programs.init().params
+    text = data.shakespeare().heldout
+    windows = np.concatenate(
+        [
+            rows[weights > 0]
+            for rows, weights in data.heldout_batches(text, batch_size=8, sequence_length=16)
+        ]
+    )
+    want = np.mean(
+        np.asarray(jax.jit(token_losses, static_argnums=0)(programs.apply, params, windows))
+    )
+    assert programs.evaluate(params)["heldout_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_sample_is_a_function_of_its_seed_and_keeps_the_prompt():
+    programs = program.assemble(small("unused"))
+    params = programs.init().params
+
+    def draw(**kwargs):
+        return sample.sample(programs.apply, params, "Enter", length=30, context=16, **kwargs)
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    assert draw().startswith("Enter")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        sample.sample(programs.apply, params, "", length=3, context=16)
+
+
+def test_a_cold_sample_takes_the_most_likely_byte_each_time():
+    programs = program.assemble(small("unused"))
+    params = programs.init().params
+    text = sample.sample(programs.apply, params, "Ay", length=25, context=16, temperature=1e-6)
+    tokens = data.encode("Ay").tolist()
+    for _ in range(25):
+        window = np.array(tokens[-16:])
+        tokens.append(int(programs.apply(params, window[None])[0, -1].argmax()))
+    assert text == data.decode(np.array(tokens))

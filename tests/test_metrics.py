@@ -1,0 +1,212 @@
+"""Laws of the reports: valid JSON lines that survive a kill, text shown as it is, a figure."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from train import metrics
+
+
+def terminal(**kwargs):
+    return Console(file=io.StringIO(), width=100, **kwargs)
+
+
+def shown(console):
+    return console.file.getvalue()
+
+
+def run(folder, steps, start=0, total=10, console=None, loss=2.0):
+    with metrics.RunLog(folder, total, start, console=console or terminal()) as log:
+        for step in steps:
+            log.train(step, {"loss": loss, "tokens_per_second": 48_213.0, "grad_norm": 0.5})
+
+
+def lines(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_each_step_is_one_json_line_at_once(tmp_path):
+    with metrics.RunLog(tmp_path / "run", 2, quiet=True) as log:
+        log.train(1, {"loss": np.float32(2.5), "tokens_per_second": 10})
+        assert len(lines(tmp_path / "run")) == 1  # before the file is closed
+        log.evaluate(2, {"heldout_loss": 2.25})
+    assert metrics.read_history(tmp_path / "run") == [
+        {"step": 1, "loss": 2.5, "tokens_per_second": 10.0},
+        {"step": 2, "heldout_loss": 2.25},
+    ]
+
+
+def test_non_finite_values_are_null_in_the_file_and_nan_in_the_history(tmp_path):
+    with metrics.RunLog(tmp_path, 1, quiet=True) as log:
+        log.train(1, {"loss": math.nan, "grad_norm": math.inf, "age": -math.inf})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    row = json.loads(lines(tmp_path)[0], parse_constant=refuse)
+    assert row == {"step": 1, "loss": None, "grad_norm": None, "age": None}
+    assert math.isnan(metrics.read_history(tmp_path)[0]["loss"])
+
+
+@pytest.mark.parametrize("torn", ['{"step": 7, "lo', "{", "\0\0\0"])
+def test_resuming_drops_later_steps_and_a_torn_line(tmp_path, torn):
+    run(tmp_path, range(1, 7), loss=2.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert [row["step"] for row in metrics.read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    run(tmp_path, range(5, 9), start=4, loss=1.0)
+    history = metrics.read_history(tmp_path)
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["loss"] for row in history] == [2.0] * 4 + [1.0] * 4
+
+
+def test_resuming_keeps_null_values(tmp_path):
+    run(tmp_path, [1], loss=math.nan)
+    run(tmp_path, [2], start=1)
+    assert json.loads(lines(tmp_path)[0])["loss"] is None
+
+
+def test_starting_anew_drops_the_old_run(tmp_path):
+    with metrics.RunLog(tmp_path, 10, quiet=True) as log:
+        log.evaluate(0, {"heldout_loss": 5.5})
+    run(tmp_path, [1])
+    assert [row["step"] for row in metrics.read_history(tmp_path)] == [1]
+
+
+def test_a_broken_line_before_the_last_is_named(tmp_path):
+    run(tmp_path, [1])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not JSON: delete the line"):
+        metrics.read_history(tmp_path)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"give the folder of a run"):
+        metrics.read_history(tmp_path)
+
+
+def test_without_a_terminal_lines_come_now_and_then(tmp_path, monkeypatch):
+    clock = iter(np.arange(0.0, 1e6))  # a second a reading
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(clock)))
+    console = terminal()
+    run(tmp_path, range(1, 101), total=100, console=console)
+    text = shown(console)
+    assert "\x1b" not in text
+    assert "\r" not in text
+    steps = [int(line.split()[1].split("/")[0]) for line in text.splitlines()]
+    assert steps[0] == 1
+    assert steps[-1] == 100
+    assert 4 < len(steps) < 30
+    assert "step 100/100  loss 2.000  48.2k tokens/s" in text
+
+
+def test_plain_lines_tell_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_PLAIN_SECONDS", 0.0)
+    console = terminal()
+    now = 0.0
+    with metrics.RunLog(tmp_path, 100, console=console) as log:
+        log._progress.get_time = lambda: now
+        for step in range(1, 11):
+            now += 2.0
+            log.train(step, {"loss": 1.0})
+    assert "0:03:00 left" in shown(console).splitlines()[-1]  # 90 steps of two seconds
+
+
+def test_a_terminal_shows_a_bar_with_the_metrics(tmp_path):
+    console = terminal(force_terminal=True)
+    run(tmp_path / "tiny-adamw", range(1, 6), console=console)
+    text = shown(console)
+    for part in ("tiny-adamw", "━", "5/10", "loss 2.000", "48.2k tokens/s"):
+        assert part in text
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_printed_text_is_not_markup(tmp_path, is_terminal):
+    console = terminal(force_terminal=is_terminal)
+    sample = "[Exeunt.] [bold]no[/bold] :smile: " + "long line " * 20
+    with metrics.RunLog(tmp_path, 1, console=console) as log:
+        log.print(sample)
+    assert sample in shown(console)
+
+
+def test_evaluations_are_printed(tmp_path):
+    console = terminal()
+    with metrics.RunLog(tmp_path, 500, console=console) as log:
+        log.evaluate(100, {"heldout_loss": 1.5, "bits_per_byte": 2.164})
+    assert shown(console) == "step 100/500  heldout loss 1.5000  bits per byte 2.1640\n"
+
+
+def test_quiet_shows_nothing(tmp_path, capsys):
+    console = terminal(force_terminal=True)
+    with metrics.RunLog(tmp_path, 1, quiet=True, console=console) as log:
+        log.train(1, {"loss": 1.0})
+        log.evaluate(1, {"heldout_loss": 1.0})
+        log.print("text")
+    assert shown(console) == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_the_terminal_and_the_file_survive_an_error(tmp_path):
+    console = terminal(force_terminal=True)
+    log = metrics.RunLog(tmp_path, 10, console=console)
+
+    def stopped():
+        with log:
+            log.train(1, {"loss": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert shown(console).rstrip("\r\n").endswith("\x1b[?25h")  # the cursor is back
+    assert [row["step"] for row in metrics.read_history(tmp_path)] == [1]
+
+
+def history_of(steps=200):
+    rows = [{"step": s, "loss": 1 + 4 / s} for s in range(1, steps)]
+    rows[0]["loss"] = math.nan
+    return rows + [{"step": s, "heldout_loss": 1.1 + 4 / s} for s in range(50, steps, 50)]
+
+
+@pytest.mark.parametrize("history", [history_of(), history_of(3), history_of()[:1], []])
+@pytest.mark.parametrize("reference", [None, ([(50, 1.5), (100, 1.2)], "AdamW"), ([], "none")])
+def test_any_history_can_be_drawn(tmp_path, history, reference):
+    metrics.plot(history, tmp_path / "loss.png", title="run", reference=reference)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    loaded = "matplotlib.pyplot" in sys.modules
+    metrics.plot(history_of(), tmp_path / "loss.png", title="run")
+    assert ("matplotlib.pyplot" in sys.modules) == loaded
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_right_axis_is_in_bits(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: kept.append(figure))
+    metrics.plot(history_of(), tmp_path / "loss.png", title="run", unit="token")
+    axes = kept[0].axes[0]
+    (bits,) = axes.child_axes
+    kept[0].draw_without_rendering()
+    np.testing.assert_allclose(bits.get_ylim(), np.array(axes.get_ylim()) / np.log(2), rtol=1e-6)
+    assert "nats per token" in axes.get_ylabel()
+    assert "bits per token" in bits.get_ylabel()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 39, 40, 41, 500])
+def test_smoothing_keeps_length_and_constants_and_lowers_noise(size):
+    noise = np.random.default_rng(0).normal(size=size)
+    np.testing.assert_allclose(metrics._smooth(np.full(size, 2.5)), 2.5)
+    assert len(metrics._smooth(noise)) == size
+    if size >= 40:
+        assert metrics._smooth(noise).std() < 0.8 * noise.std()

@@ -1,0 +1,259 @@
+"""clip_by_ratio: the ratio, its bound, its denominators and its statistics."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sophia_optax import clip_by_ratio, floor, hessian_estimate, shift, squared_gradient
+
+TINY = np.finfo(np.float32).tiny
+RNG = np.random.default_rng(0)
+M = {"a": RNG.normal(size=()), "b": RNG.normal(size=(4, 5)), "c": RNG.normal(size=(7,))}
+H = {n: RNG.normal(0.5, 2.0, size=x.shape) for n, x in M.items()}
+H["b"][1], H["c"][:3] = 0.0, -1.0  # rows without curvature, and concave ones
+
+
+def single(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def identity():
+    return optax.GradientTransformation(lambda params: (), lambda u, s, p=None: (u, s))
+
+
+def given_curvature(**arguments):
+    """The sample itself: m is the gradient, h is `hessian=`."""
+    return hessian_estimate(squared_gradient(), decay=0.0, bias_correction=False, **arguments)
+
+
+def ratio(denominator, momentum=None, curvature=None, **arguments):
+    momentum, curvature = momentum or identity(), curvature or given_curvature()
+    return clip_by_ratio(momentum, curvature, denominator=denominator, **arguments)
+
+
+def updated(tx, m=M, h=H, state=None, **extra):
+    m = single(m)
+    return tx.update(m, tx.init(m) if state is None else state, hessian=single(h), **extra)
+
+
+DENOMINATORS = {
+    "floor": (floor(0.5, 0.1), lambda h: np.maximum(0.5 * h, 0.1), 0.1),
+    "shift": (shift(0.1, 0.5), lambda h: 0.5 * h + 0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("threshold", [1.0, 0.2, 30.0, None])
+@pytest.mark.parametrize("name", DENOMINATORS)
+def test_the_update_is_the_clipped_ratio(name, threshold, two_sided):
+    denominator, formula, _ = DENOMINATORS[name]
+    tx = ratio(denominator, clip_threshold=threshold, two_sided=two_sided)
+    u, _ = updated(tx)
+    for n in M:
+        bound = np.inf if threshold is None else threshold
+        expected = np.clip(M[n] / formula(H[n]), -bound if two_sided else -np.inf, bound)
+        np.testing.assert_allclose(u[n], expected, rtol=1e-5)
+
+
+def test_momentum_and_curvature_are_fed_the_same_gradient():
+    """The curvature in a chain would be handed the momentum."""
+    tx = clip_by_ratio(
+        optax.ema(0.9, debias=False, accumulator_dtype=None),
+        hessian_estimate(squared_gradient(), decay=0.5, update_interval=1, bias_correction=False),
+        denominator=shift(1.0),
+        clip_threshold=None,
+    )
+    g, state, m, h = RNG.normal(size=(5, 3)), tx.init(jnp.zeros(3)), 0.0, 0.0
+    for t in range(5):
+        u, state = tx.update(jnp.asarray(g[t], jnp.float32), state)
+        m, h = 0.9 * m + 0.1 * g[t], 0.5 * h + 0.5 * g[t] ** 2
+        np.testing.assert_allclose(u, m / (h + 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("denominator", [floor(1.0, 0.0), shift(0.0), floor(0.0, 0.0)])
+def test_the_floor_is_the_smallest_normal_float32(denominator):
+    np.testing.assert_array_equal(denominator(jnp.array([0.0, -0.0])), TINY)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("denominator", [floor(0.1), shift(1e-15), floor(1.0, 0.0)])
+@pytest.mark.parametrize("curvature", [given_curvature, identity])
+def test_zero_over_zero_is_zero(curvature, denominator, dtype):
+    """In float16 each floor is zero, even where the curvature is not our own transformation."""
+    with jax.enable_x64(True):
+        g = jnp.zeros(3, dtype)
+        tx = ratio(denominator, curvature=curvature())
+        u, _ = tx.update(g, tx.init(g))
+        assert u.dtype == g.dtype and not u.any()
+
+
+def test_the_ratio_is_computed_in_float32_and_cast_last():
+    g = jnp.array([3e-4, 1.0], jnp.float16)  # squares below what float16 resolves
+    tx = ratio(floor(1.0, 1e-12), clip_threshold=None)
+    u, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(u, 1 / np.asarray(g, np.float32), rtol=1e-3)
+
+
+def test_float64_keeps_its_precision():
+    with jax.enable_x64(True):
+        m, h = jnp.array([1 / 3]), jnp.array([1 / 7])
+        tx = ratio(floor(1.0), clip_threshold=None)
+        u, _ = tx.update(m, tx.init(m), hessian=h)
+        np.testing.assert_allclose(u, 7 / 3, rtol=1e-15)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def expected_fractions(name, threshold, two_sided, m=M, h=H):
+    """(clipped / above the floor, at the floor / all), coordinate by coordinate."""
+    _, formula, least = DENOMINATORS[name]
+    live = clipped = size = 0
+    for n in m:
+        d = formula(h[n])
+        u = m[n] / d
+        is_live = d > least
+        live, size = live + is_live.sum(), size + d.size
+        clipped += (is_live & ((np.abs(u) if two_sided else u) >= threshold)).sum()
+    return clipped / live, 1 - live / size
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("threshold", [1.0, 0.4])
+@pytest.mark.parametrize("name", DENOMINATORS)
+def test_fractions_count_the_clipped_above_the_floor_and_the_floored_of_all(
+    name, threshold, two_sided
+):
+    h = H if name == "floor" else {n: np.abs(x) for n, x in H.items()}
+    tx = ratio(DENOMINATORS[name][0], clip_threshold=threshold, two_sided=two_sided)
+    _, state = updated(tx, h=h)
+    expected = expected_fractions(name, threshold, two_sided, h=h)
+    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
+    np.testing.assert_allclose((state.clipped, state.floored), expected, rtol=1e-6)
+
+
+def test_without_live_coordinates_all_is_floored_and_nothing_clipped():
+    _, state = updated(ratio(floor(1.0)), h={n: np.zeros_like(x) for n, x in H.items()})
+    assert (state.clipped, state.floored) == (0, 1)
+
+
+TWICE = {n: 2 * x for n, x in M.items()}
+
+
+@pytest.mark.parametrize("refresh", [False, np.False_, jnp.asarray(False), None])
+def test_statistics_stay_between_refreshes(refresh):
+    tx = ratio(floor(0.5, 0.1), curvature=given_curvature(update_interval=5))
+    _, before = updated(tx)
+    _, after = tx.update(single(TWICE), before, refresh=refresh)
+    assert (after.clipped, after.floored) == (before.clipped, before.floored)
+    _, refreshed = updated(tx, TWICE, state=after)
+    expected = expected_fractions("floor", 1.0, True, m=TWICE)
+    np.testing.assert_allclose((refreshed.clipped, refreshed.floored), expected, rtol=1e-6)
+    assert refreshed.clipped != before.clipped
+
+
+@pytest.mark.parametrize("refresh", [True, jnp.asarray(True), None])
+def test_a_rejected_sample_leaves_the_statistics(refresh):
+    tx = ratio(floor(0.5, 0.1))
+    _, before = updated(tx)
+    bad = {n: np.full_like(x, np.nan) for n, x in H.items()}
+    u, after = updated(tx, TWICE, bad, before, refresh=refresh)
+    assert (after.clipped, after.floored) == (before.clipped, before.floored)
+    np.testing.assert_allclose(
+        u["b"], np.clip(TWICE["b"] / DENOMINATORS["floor"][1](H["b"]), -1, 1), rtol=1e-5
+    )
+
+
+def test_a_curvature_that_does_not_say_when_it_changed_is_measured_at_every_update():
+    tx = ratio(shift(0.1), curvature=optax.stateless(lambda u, p: jax.tree.map(jnp.square, u)))
+    state = tx.init(single(M))
+    for m in (M, TWICE):
+        _, state = tx.update(single(m), state)
+        h = {n: x**2 for n, x in m.items()}
+        clipped = np.concatenate([np.ravel(np.abs(m[n]) / (h[n] + 0.1) >= 1) for n in m])
+        np.testing.assert_allclose(state.clipped, clipped.mean(), rtol=1e-6)
+
+
+def program(tx, **static):
+    g = single(M)
+
+    def update(g, state, extra):
+        return tx.update(g, state, **static, **extra)
+
+    def text(**extra):
+        return str(jax.make_jaxpr(update)(g, tx.init(g), extra))
+
+    return text
+
+
+@pytest.mark.parametrize("refresh", [False, np.False_])
+def test_a_static_no_leaves_no_reduction_and_no_cond(refresh):
+    assert not re.search(r"reduce_\w+\[|cond\[", program(ratio(floor(1.0)), refresh=refresh)())
+
+
+def test_a_static_yes_reduces_without_a_cond():
+    text = program(ratio(floor(1.0)), refresh=True)()
+    assert "reduce_sum[" in text and "cond[" not in text
+
+
+@pytest.mark.parametrize("off", [{"statistics": False}, {"clip_threshold": None}])
+def test_statistics_that_are_off_take_no_memory_and_no_work(off):
+    tx = ratio(floor(1.0), **off)
+    state = tx.init(single(M))
+    assert (state.clipped, state.floored) == ((), ())
+    assert "reduce_sum[" not in program(tx, refresh=True)()
+    on = ratio(floor(1.0), clip_threshold=off.get("clip_threshold", 1.0))
+    np.testing.assert_array_equal(updated(tx)[0]["b"], updated(on)[0]["b"])
+
+
+def test_counts_above_two_to_the_24_are_exact_enough():
+    """One by one, float32 stops counting at 16777216."""
+    n = 3 << 23
+    tx = ratio(floor(1.0, 1e-3))
+    m, h = jnp.ones(n, jnp.bfloat16), jnp.full(n, 0.5, jnp.bfloat16)
+    _, state = jax.jit(lambda m, h: tx.update(m, tx.init(m), hessian=h))(m, h)
+    np.testing.assert_allclose((state.clipped, state.floored), (1, 0), atol=1e-6)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: floor(-0.1), "gamma=-0.1 is outside"),
+        (lambda: floor(0.1, -1.0), "eps=-1.0 is outside"),
+        (lambda: shift(-1.0), "eps=-1.0 is outside"),
+        (lambda: shift(0.1, -2.0), "rho=-2.0 is outside"),
+        (lambda: floor(float("nan")), "gamma=nan is outside"),
+        (lambda: ratio(floor(1.0), clip_threshold=-1.0), "clip_threshold=-1.0 is outside"),
+        (lambda: ratio(floor(1.0), clip_threshold=0), "None turns clipping off"),
+    ],
+)
+def test_arguments_out_of_range_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_traced_arguments_pass():
+    @jax.jit
+    def run(gamma, eps, threshold):
+        return updated(ratio(floor(gamma, eps), clip_threshold=threshold))
+
+    u, state = run(0.5, 0.1, 0.4)
+    expected, _ = updated(ratio(floor(0.5, 0.1), clip_threshold=0.4))
+    np.testing.assert_allclose(u["b"], expected["b"], rtol=1e-6)
+    assert state.clipped > 0
+    np.testing.assert_allclose(jax.jit(lambda e, r: shift(e, r)(jnp.ones(2)))(0.5, 2.0), 2.5)
+
+
+def test_our_own_arithmetic_needs_no_implicit_promotion():
+    g = {"a": jnp.ones((), jnp.bfloat16), "b": jnp.ones(3)}
+    with jax.numpy_dtype_promotion("strict"):
+        for denominator in (floor(1.0), shift(1.0)):
+            tx = ratio(denominator)
+            jax.eval_shape(lambda s, tx=tx: tx.update(g, s), tx.init(g))

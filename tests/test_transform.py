@@ -1,0 +1,406 @@
+"""hessian_estimate: when it samples, what it keeps, what it refuses."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sophia_optax import hessian_estimate, sophia_h, squared_gradient
+
+PARAMS = {"a": jnp.zeros(()), "b": jnp.zeros((2, 3))}
+FROM_ESTIMATOR, FROM_CALLER = 2.0, 5.0
+
+
+def full(value):
+    return jax.tree.map(lambda x: jnp.full_like(x, value), PARAMS)
+
+
+def constant(calls=None, value=FROM_ESTIMATOR):
+    """An estimator that counts how often it runs (not how often it is traced)."""
+
+    def estimator(key, params, updates, **unused):
+        if calls is not None:
+            jax.debug.callback(lambda: calls.append(1))
+        return jax.tree.map(lambda g: jnp.full(g.shape, value, jnp.float32), updates)
+
+    return estimator
+
+
+def unwanted(key, params, updates, **unused):
+    raise AssertionError("this refresh was not asked for")
+
+
+def given_sample(key, params, updates, *, sample, **unused):
+    return sample
+
+
+def estimate(estimator=unwanted, *, decay=0.0, bias_correction=False, **arguments):
+    """By default the last sample itself, so that h says where it came from."""
+    return hessian_estimate(estimator, decay=decay, bias_correction=bias_correction, **arguments)
+
+
+def leaf(tree):
+    return float(tree["b"][0, 0])
+
+
+def primitives(function, *args):
+    return set(re.findall(r" = (\w+)[\[ ]", str(jax.make_jaxpr(function)(*args))))
+
+
+# ---------------------------------------------------------------- when a sample is taken
+
+ARRAY = "array"  # a boolean array that is an argument of the compiled program
+REFRESHES = [None, True, np.True_, ARRAY, False, np.False_]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("refresh", REFRESHES)
+def test_refresh_and_hessian_say_which_sample_is_taken(refresh, given, jitted, count):
+    for array in (True, False) if refresh is ARRAY else (None,):
+        calls = []
+        tx = estimate(constant(calls), update_interval=3)
+        state = tx.init(PARAMS)._replace(count=jnp.asarray(count, jnp.int32))
+        hessian = full(FROM_CALLER) if given else None
+
+        def update(state, array, tx=tx, hessian=hessian):
+            now = array if refresh is ARRAY else refresh
+            return tx.update(full(1.0), state, hessian=hessian, refresh=now)
+
+        h, state = (jax.jit(update) if jitted else update)(state, array and jnp.asarray(array))
+        jax.effects_barrier()
+        by_rule = given or count == 0 if refresh is None else bool(refresh)
+        due = by_rule if array is None else array
+        assert leaf(h) == (0.0 if not due else FROM_CALLER if given else FROM_ESTIMATOR)
+        assert len(calls) == (due and not given)
+        assert (state.accepted, state.age, state.count) == (due, not due, count + 1)
+
+
+@pytest.mark.parametrize("refresh", [False, np.False_])
+@pytest.mark.parametrize("extra", [{}, {"hessian": full(FROM_CALLER)}])
+def test_a_false_refresh_never_calls_the_estimator(refresh, extra):
+    tx = estimate(unwanted)
+    h, _ = tx.update(full(1.0), tx.init(PARAMS), refresh=refresh, **extra)
+    assert leaf(h) == 0.0
+    tx = sophia_h(0.1)  # no obj_fn, and none is missed
+    tx.update(full(1.0), tx.init(PARAMS), PARAMS, refresh=refresh, **extra)
+
+
+@pytest.mark.parametrize(
+    ("refresh", "given", "has_cond"),
+    [
+        (None, False, True),
+        (None, True, False),
+        (True, False, False),
+        (np.True_, True, False),
+        (False, False, False),
+        (np.False_, True, False),
+        (ARRAY, False, True),
+        (ARRAY, True, True),
+    ],
+)
+def test_a_static_choice_leaves_no_cond_in_the_program(refresh, given, has_cond):
+    tx = estimate(constant())
+
+    def update(state, array):
+        now = array if refresh is ARRAY else refresh
+        return tx.update(full(1.0), state, hessian=full(5.0) if given else None, refresh=now)
+
+    assert ("cond" in primitives(update, tx.init(PARAMS), jnp.asarray(True))) == has_cond
+
+
+@pytest.mark.parametrize("k", [1, np.int64(1), 1.0])
+def test_sampling_at_every_update_leaves_no_cond_in_the_program(k):
+    tx = estimate(constant(), update_interval=k)
+    assert "cond" not in primitives(lambda s: tx.update(full(1.0), s), tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_counter_samples_at_0_k_2k(k):
+    tx = estimate(constant(), update_interval=k)
+
+    def step(state, _):
+        state = tx.update(full(1.0), state)[1]
+        return state, (state.accepted, state.age)
+
+    _, (accepted, age) = jax.lax.scan(step, tx.init(PARAMS), length=11)
+    counts = np.arange(11)
+    np.testing.assert_array_equal(accepted, counts // k + 1)
+    np.testing.assert_array_equal(age, counts % k)
+
+
+def test_the_key_is_that_of_seed_and_count():
+    def estimator(key, params, updates, **unused):
+        return jax.tree.map(lambda g: jax.random.normal(key, g.shape), updates)
+
+    tx = estimate(estimator, update_interval=2, seed=2**32 - 5)
+    state = tx.init(PARAMS)
+    for count in range(3):
+        h, state = tx.update(full(1.0), state)
+        key = jax.random.fold_in(jax.random.key(2**32 - 5), count // 2 * 2)
+        np.testing.assert_array_equal(h["b"], jax.random.normal(key, (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("refresh", "message"),
+    [
+        ("False", "not 'False'"),
+        (1, "not 1"),
+        (jnp.ones(1, bool), "boolean array of shape ()"),
+        (jnp.ones((), int), "boolean array of shape ()"),
+        (optax.MaskedNode(), "wrap params in a dict"),
+    ],
+)
+def test_a_refresh_that_is_no_bool_is_refused(refresh, message):
+    tx = estimate(constant())
+    with pytest.raises(TypeError, match=re.escape(message)):
+        tx.update(full(1.0), tx.init(PARAMS), refresh=refresh)
+
+
+@pytest.mark.parametrize(
+    ("hessian", "message"),
+    [
+        ({"a": jnp.zeros(())}, "`hessian` must have the structure of the gradients"),
+        ({"a": jnp.zeros(()), "b": jnp.zeros(3)}, r"`hessian` has shape \(3,\) at \['b'\]"),
+        ([jnp.zeros(()), jnp.zeros((2, 3))], "`hessian` must have the structure"),
+    ],
+)
+@pytest.mark.parametrize("refresh", [None, True, False])
+def test_a_given_sample_of_the_wrong_shape_is_refused(hessian, message, refresh):
+    tx = estimate()
+    with pytest.raises(ValueError, match=message):
+        tx.update(full(1.0), tx.init(PARAMS), hessian=hessian, refresh=refresh)
+
+
+# ---------------------------------------------------------------- the average and its mass
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_mass_is_the_weight_of_the_accepted_samples(debias):
+    """Under a schedule of the decay, rejections and host-driven refreshes; h is 0 while it is 0."""
+    rng = np.random.default_rng(0)
+    samples, refreshes = rng.normal(2.0, 1.0, size=(30, 3)), rng.random(30) < 0.6
+    samples[rng.random(30) < 0.3, 1] = np.nan
+    refreshes[:2] = False
+    decays = np.linspace(0.3, 0.95, 30)
+    factory = optax.inject_hyperparams(
+        hessian_estimate, static_args="estimator", hyperparam_dtype=jnp.float32
+    )
+    tx = factory(given_sample, decay=lambda t: 0.3 + 0.65 * t / 29, bias_correction=debias)
+
+    def step(state, xs):
+        sample, refresh = xs
+        h, state = tx.update(sample, state, sample=sample, refresh=refresh)
+        return state, (h, state.inner_state.mass)
+
+    xs = (jnp.asarray(samples, jnp.float32), jnp.asarray(refreshes))
+    _, (outputs, masses) = jax.lax.scan(step, tx.init(jnp.zeros(3)), xs)
+    h, mass = np.zeros(3), 0.0
+    for t in range(30):
+        if refreshes[t] and np.isfinite(samples[t]).all():
+            h = decays[t] * h + (1 - decays[t]) * samples[t]
+            mass = decays[t] * mass + (1 - decays[t])
+        expected = h / mass if debias and mass else h
+        np.testing.assert_allclose(outputs[t], expected, rtol=1e-5)
+        np.testing.assert_allclose(masses[t], mass, rtol=1e-5)
+    assert not outputs[0].any() and outputs[-1].all()
+
+
+def test_a_corrected_average_of_equal_samples_is_the_sample():
+    tx = hessian_estimate(constant(), decay=0.99, update_interval=3)
+    _, h = jax.lax.scan(lambda s, _: tx.update(full(1.0), s)[::-1], tx.init(PARAMS), length=20)
+    np.testing.assert_allclose(h["b"], FROM_ESTIMATOR, rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["counted", "rejected"])
+def test_h_counts_as_zero_while_no_sample_was_accepted(start):
+    tx = hessian_estimate(given_sample)
+    sample, refresh = (full(1.0), False) if start == "counted" else (full(np.inf), True)
+    h, state = tx.update(full(1.0), tx.init(PARAMS), sample=sample, refresh=refresh)
+    assert state.mass == 0 and leaf(h) == 0
+
+
+def test_counters_saturate():
+    top = np.iinfo(np.int32).max
+    full_counters = dict.fromkeys(("count", "accepted", "rejected", "age"), jnp.int32(top))
+    tx = estimate(given_sample)
+    state = tx.init(PARAMS)._replace(**full_counters)
+    for sample, refresh in ((1.0, False), (np.nan, True), (1.0, True)):
+        _, new = tx.update(full(1.0), state, sample=full(sample), refresh=refresh)
+        assert (new.count, new.accepted, new.rejected) == (top, top, top)
+        assert new.age == (0 if sample == 1.0 and refresh else top)
+
+
+@pytest.mark.parametrize("init", [lambda tx: tx.init, lambda tx: jax.jit(tx.init)])
+def test_every_scalar_has_its_own_buffer(init):
+    tx = sophia_h(0.1, estimator=squared_gradient())
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    for _ in range(2):
+        state = init(tx)(PARAMS)
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+        assert len(set(pointers)) == len(pointers)
+        for _ in range(2):
+            _, state = step(full(1.0), state, PARAMS)
+
+
+# ---------------------------------------------------------------- rejection
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("refresh", [None, True, jnp.asarray(True)])
+def test_a_sample_that_is_not_finite_is_refused_whole_and_counted(bad, refresh):
+    tx = hessian_estimate(given_sample, decay=0.5, update_interval=2)
+    _, before = tx.update(full(1.0), tx.init(PARAMS), sample=full(3.0))
+    before = before._replace(count=jnp.asarray(2))
+    poisoned = full(7.0) | {"b": full(7.0)["b"].at[1, 2].set(bad)}
+    h, after = tx.update(full(1.0), before, sample=poisoned, refresh=refresh)
+    assert leaf(h) == 3.0 and after.mass == before.mass
+    jax.tree.map(np.testing.assert_array_equal, after.h, before.h)
+    assert (after.accepted, after.rejected, after.age, after.count) == (1, 1, 1, 3)
+    h, after = tx.update(full(1.0), after, sample=full(6.0), refresh=True)
+    np.testing.assert_allclose(leaf(h), (0.25 * 3 + 0.5 * 6) / 0.75)
+    assert (after.accepted, after.rejected, after.age) == (2, 1, 0)
+
+
+def test_at_every_update_coordinates_are_refused_one_by_one_and_not_counted():
+    tx = estimate(given_sample, decay=0.5, update_interval=1)
+    _, state = tx.update(full(1.0), tx.init(PARAMS), sample=full(4.0))
+    sample = full(8.0) | {"b": full(8.0)["b"].at[1, 2].set(jnp.nan)}
+    h, state = tx.update(full(1.0), state, sample=sample)
+    np.testing.assert_allclose(h["b"], [[5, 5, 5], [5, 5, 2]])
+    assert (state.accepted, state.rejected, state.age) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("extra", ["refresh", "hessian"])
+def test_samples_of_the_host_are_refused_whole_at_every_interval(extra):
+    tx = estimate(given_sample, update_interval=1)
+    sample = full(8.0) | {"a": jnp.asarray(jnp.nan)}
+    extra = {"refresh": True, "sample": sample} if extra == "refresh" else {"hessian": sample}
+    h, state = tx.update(full(1.0), tx.init(PARAMS), **extra)
+    assert leaf(h) == 0 and state.rejected == 1
+
+
+def test_a_sample_beyond_the_range_of_h_is_refused():
+    with jax.enable_x64(True):
+        tx, params = estimate(), jnp.zeros(2, jnp.float32)
+        h, state = tx.update(params, tx.init(params), hessian=jnp.array([1.0, 1e300]))
+        assert state.rejected == 1 and not h.any()
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize(
+    ("params", "dtype", "held", "given_out"),
+    [
+        ("float32", None, "float32", "float32"),
+        ("bfloat16", None, "float32", "float32"),
+        ("float16", None, "float32", "float32"),
+        ("float64", None, "float64", "float64"),
+        ("float64", "float32", "float32", "float32"),
+        ("float32", "bfloat16", "bfloat16", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16", "float32"),
+    ],
+)
+def test_h_is_float32_at_least_unless_stated_and_given_out_so(params, dtype, held, given_out):
+    with jax.enable_x64(True):
+        tx, x = hessian_estimate(squared_gradient(), dtype=dtype), jnp.ones(2, params)
+        h, state = tx.update(x, tx.init(x))
+        assert (tx.init(x).h.dtype, state.h.dtype, h.dtype) == (held, held, given_out)
+        assert state.mass.dtype == jnp.promote_types(params, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", jnp.float16, "float8_e4m3fn", "int32"])
+def test_dtypes_that_cannot_hold_curvature_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"cannot hold curvature.*'bfloat16'"):
+        hessian_estimate(squared_gradient(), dtype=dtype)
+
+
+def test_bfloat16_h_reaches_the_mean_where_rounding_to_nearest_stalls():
+    truth, decay = 2.0, 0.99
+    tx = estimate(given_sample, decay=decay, dtype="bfloat16")
+    params = jnp.zeros(4096)
+
+    def step(carry, _):
+        state, nearest = carry
+        _, state = tx.update(params, state, sample=jnp.full_like(params, truth), refresh=True)
+        nearest = (decay * nearest.astype(float) + (1 - decay) * truth).astype(jnp.bfloat16)
+        return (state, nearest), None
+
+    start = (tx.init(params), jnp.zeros([], jnp.bfloat16))
+    (state, nearest), _ = jax.lax.scan(step, start, length=1000)
+    assert state.h.dtype == jnp.bfloat16
+    assert 1.6 < nearest < 1.75
+    assert abs(state.h.astype(float).mean() - truth * (1 - decay**1000)) < 5e-3
+
+
+def test_stochastic_rounding_is_unbiased_and_between_the_neighbours():
+    tx = estimate(given_sample, dtype="bfloat16")
+    n = 1 << 14
+    for x in (1.001, -1.0066, 3e-30, 1.0):
+        h, _ = tx.update(jnp.zeros(n), tx.init(jnp.zeros(n)), sample=jnp.full(n, x), refresh=True)
+        low, high = float(h.min()), float(h.max())
+        share = (np.float32(x) - low) / (high - low) if high > low else 0.0
+        assert low <= np.float32(x) <= high and high - low <= abs(x) * 2**-7
+        assert abs(float((h == high).mean()) - share) < 5 * 0.5 / np.sqrt(n) or low == high
+    assert low == high == 1.0  # what bfloat16 holds is kept
+
+
+def test_rounding_is_independent_of_keys_that_an_estimator_derives():
+    n = 1 << 12
+
+    def estimator(key, params, updates, **unused):
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), 0)
+        bits = jax.random.bits(key, (n,), jnp.uint16).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(jnp.uint32(0x3F800000) | bits, jnp.float32)
+
+    tx = estimate(estimator, dtype="bfloat16")
+    h, _ = tx.update(jnp.zeros(n), tx.init(jnp.zeros(n)), refresh=True)
+    sample = estimator(jax.random.fold_in(jax.random.key(0), 0), None, None)
+    remainder = (sample - 1) * 2**7  # in [0, 1): the chance to be rounded up
+    up = h > 1
+    low = remainder < 0.5
+    assert abs(float(up[low].mean()) - 0.25) < 0.05 and abs(float(up[~low].mean()) - 0.75) < 0.05
+
+
+def test_our_own_arithmetic_needs_no_implicit_promotion():
+    params = {"a": jnp.ones((), jnp.bfloat16), "b": jnp.ones(3)}
+    with jax.numpy_dtype_promotion("strict"):
+        for dtype in (None, "bfloat16"):
+            tx = hessian_estimate(constant(), dtype=dtype, update_interval=2)
+            jax.eval_shape(lambda s, tx=tx: tx.update(params, s), tx.init(params))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": 1.0}, r"decay=1.0 is outside \[0, 1\)"),
+        ({"decay": -0.5}, "decay=-0.5 is outside"),
+        ({"decay": float("nan")}, "decay=nan is outside"),
+        ({"update_interval": 0}, "update_interval=0 must be an integer of at least 1"),
+        ({"update_interval": 2.5}, "update_interval=2.5 must be an integer"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hessian_estimate(squared_gradient(), **arguments)
+
+
+def test_traced_arguments_pass():
+    @jax.jit
+    def run(decay, k, seed):
+        tx = hessian_estimate(constant(), decay=decay, update_interval=k, seed=seed)
+        _, state = tx.update(full(1.0), tx.init(PARAMS))
+        return tx.update(full(1.0), state)[1]
+
+    for k, accepted in ((1, 2), (2, 1)):
+        state = run(0.75, k, 3)
+        assert state.accepted == accepted
+        np.testing.assert_allclose(state.mass, 1 - 0.75**accepted)
