@@ -85,7 +85,7 @@ def compile_update(tx, extra: dict[str, Any], sampled: bool, params) -> tuple[Co
     return jax.jit(update, donate_argnums=(0, 1)).lower(*args).compile(), args
 
 
-def measure(program: Compiled, args: Any, size: int) -> dict[str, float]:
+def measure(program: Compiled, size: int) -> dict[str, float]:
     memory = program.memory_analysis()
     return {
         "bytes_per_parameter": program.cost_analysis()["bytes accessed"] / size,
@@ -117,8 +117,9 @@ def run(size: int, rounds: int) -> dict[str, dict[str, float]]:
     programs, rows = {}, {}
     for name, (tx, extra, sampled) in cases().items():
         params = parameters(size)
-        programs[name] = compile_update(tx, extra, sampled, params)
-        rows[name] = measure(*programs[name], optax.tree.size(params))
+        program, arguments = compile_update(tx, extra, sampled, params)
+        programs[name] = program, arguments
+        rows[name] = measure(program, optax.tree.size(params))
     if rounds:
         times = wall_times(programs, rounds)
         for name, row in rows.items():

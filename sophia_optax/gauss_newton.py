@@ -105,7 +105,7 @@ def gauss_newton_bartlett(
     ):
         del updates, unused
         check_params("gauss_newton_bartlett", params)
-        loss = _sampled_loss(likelihood, logits_fn, sampled_loss_fn, inputs is not None)
+        loss = _sampled_loss(likelihood, logits_fn, sampled_loss_fn, inputs, weights)
         rows = _rows(inputs, weights, groups, batch_fraction)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -161,9 +161,14 @@ def _sum_over_groups(
     return jax.tree.map(lambda s: jnp.sum(s, 0), per_shard)
 
 
-def _sampled_loss(likelihood: str, logits_fn, sampled_loss_fn, has_inputs: bool) -> Callable:
+def _sampled_loss(likelihood: str, logits_fn, sampled_loss_fn, inputs, weights) -> Callable:
     """`(params, (inputs, weights, rows), key) -> (summed loss on sampled labels, B)`."""
     if sampled_loss_fn is not None:
+        if weights is not None:
+            raise ValueError(
+                "`weights` go with `logits_fn`; a `sampled_loss_fn` weighs its own outputs, each "
+                "cotangent times sqrt(w). Pass them inside `inputs`."
+            )
 
         def from_user(params, rows, key):
             inputs, _, numbers = rows
@@ -182,7 +187,7 @@ def _sampled_loss(likelihood: str, logits_fn, sampled_loss_fn, has_inputs: bool)
 
     def from_logits(params, rows, key):
         inputs, weights, numbers = rows
-        outputs = logits_fn(params, inputs) if has_inputs else logits_fn(params)
+        outputs = logits_fn(params) if inputs is None else logits_fn(params, inputs)
         _check_outputs(outputs, likelihood, numbers)
         outputs = widen(outputs)
         numbers = jnp.arange(outputs.shape[0]) if numbers is None else numbers

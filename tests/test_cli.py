@@ -9,7 +9,9 @@ from train.config import preset
 
 
 def test_positional_names_choose_the_defaults_and_flags_change_them():
-    run = cli.parse(["tiny", "sophia-g", "--optim.gamma", ".07", "--mesh.fsdp", "4", "--steps", "500"])
+    run = cli.parse(
+        ["tiny", "sophia-g", "--optim.gamma", ".07", "--mesh.fsdp", "4", "--steps", "500"]
+    )
     want = preset("tiny", "sophia-g")
     assert run == dataclasses.replace(
         want,

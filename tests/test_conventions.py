@@ -1,6 +1,7 @@
 """docs/conventions.md runs, and its calls reproduce the implementations that it names."""
 
 import doctest
+import functools
 import pathlib
 import re
 
@@ -167,12 +168,13 @@ def test_the_page_follows_the_paper(page, name, estimator):
     tx, oracle, theirs = page[name](0.05, **arguments), o.Sophia(0.05, **arguments), W
     ours, state = single(W), tx.init(single(W))
     extra = {"obj_fn": obj_fn, "logits_fn": logits_fn}
+    update = jax.jit(functools.partial(tx.update, **extra))
     for n in range(K + 2):
         sample = None
         if n % K == 0:
             key = jax.random.fold_in(jax.random.key(0), n)
             sample = jax.tree.map(np.asarray, estimator(key, ours, None, **extra))
-        updates, state = tx.update(gradient(n, ours), state, ours, **extra)
+        updates, state = update(gradient(n, ours), state, ours)
         ours = optax.apply_updates(ours, updates)
         theirs = oracle.step(theirs, MODEL.gradient(theirs, LABELS), sample)
     assert_same(ours, theirs)

@@ -32,7 +32,7 @@ def sample(estimate, params=PARAMS, **extra):
 
 def refuses(match, estimate, params=PARAMS, error=ValueError, **extra):
     with pytest.raises(error, match=match):
-        estimate(KEY, params, None, **extra)
+        jax.eval_shape(lambda params: estimate(KEY, params, None, **extra), params)
 
 
 # ---------------------------------------------------------------- arguments of the factories
@@ -289,3 +289,10 @@ def test_no_parameters_give_no_curvature(params):
     extra = {"obj_fn": lambda params, x: jnp.mean(x), "logits_fn": lambda params, x: x, "inputs": X}
     for estimate in (hutchinson(), hutchinson(mode="reverse"), gauss_newton_bartlett(groups=2)):
         assert estimate(KEY, params, None, **extra) == params
+
+
+def test_weights_with_a_sampled_loss_fn_are_refused():
+    loss = lambda params, inputs, key: (jnp.sum(params), 1)  # noqa: E731
+    extra = {"sampled_loss_fn": loss, "inputs": jnp.ones(4), "weights": jnp.ones(4)}
+    with pytest.raises(ValueError, match="weighs its own outputs"):
+        gauss_newton_bartlett()(jax.random.key(0), jnp.ones(3), None, **extra)
