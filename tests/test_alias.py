@@ -265,10 +265,32 @@ def test_counter_driven_samples_are_those_of_seed_and_count(factory, estimator, 
         assert state[0].curvature.accepted == 8
 
 
-def test_the_aliases_differ_in_estimator_and_gamma_alone():
+def of_axis(key, params, updates, *, axis_name, **unused):
+    """A sample that tells which axis name arrived."""
+    return jax.tree.map(lambda g: g * len(axis_name or ""), updates)
+
+
+def test_the_aliases_are_one_program_but_for_estimator_and_gamma():
     h, g = (inspect.signature(f).parameters for f in (sophia_h, sophia_g))
     assert list(h) == list(g)
     assert {n for n in h if h[n].default != g[n].default} == {"gamma"}
+    arguments = LETTER | {"clip_threshold": 0.3, "weight_decay": 0.2, "seed": 5}
+    arguments |= {"mu_dtype": "bfloat16", "hessian_dtype": "bfloat16", "statistics": False}
+    arguments |= {"weight_decay_mask": {n: n == "matrix" for n in SHAPES}}
+    arguments |= {"learning_rate": 0.1, "estimator": of_axis, "axis_name": "data"}
+    assert set(arguments) == set(h) and all(arguments[n] != h[n].default for n in h)
+    params, programs = cast(PARAMS, "float32"), []
+    for factory in (sophia_h, sophia_g):
+        tx = factory(**arguments)
+        programs.append(str(jax.make_jaxpr(lambda p, tx=tx: tx.update(p, tx.init(p), p))(params)))
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_the_axis_name_reaches_the_estimator(factory):
+    tx, params = FACTORIES[factory](0.1, estimator=of_axis, axis_name="data"), {"x": jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params), params, refresh=True)
+    np.testing.assert_allclose(state[0].curvature.h["x"] / state[0].curvature.mass, 4.0)
 
 
 def test_arguments_and_defaults_are_those_of_optax_but_for_eps():

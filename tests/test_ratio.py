@@ -136,6 +136,13 @@ def test_fractions_count_the_clipped_above_the_floor_and_the_floored_of_all(
     np.testing.assert_allclose((state.clipped, state.floored), expected, rtol=1e-6)
 
 
+def test_a_ratio_at_the_threshold_is_clipped():
+    """A coordinate wins if its ratio is below, as the authors count."""
+    m, h = {"x": jnp.array([-0.5, 0.5, 0.25, 1.0])}, {"x": jnp.ones(4)}
+    _, state = updated(ratio(floor(1.0), clip_threshold=0.5), m, h)
+    assert state.clipped == 0.75
+
+
 def test_without_live_coordinates_all_is_floored_and_nothing_clipped():
     _, state = updated(ratio(floor(1.0)), h={n: np.zeros_like(x) for n, x in H.items()})
     assert (state.clipped, state.floored) == (0, 1)

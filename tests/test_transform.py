@@ -308,10 +308,12 @@ def test_a_sample_beyond_the_range_of_h_is_refused():
 )
 def test_h_is_float32_at_least_unless_stated_and_given_out_so(params, dtype, held, given_out):
     with jax.enable_x64(True):
-        tx, x = hessian_estimate(squared_gradient(), dtype=dtype), jnp.ones(2, params)
-        h, state = tx.update(x, tx.init(x))
-        assert (tx.init(x).h.dtype, state.h.dtype, h.dtype) == (held, held, given_out)
-        assert state.mass.dtype == jnp.promote_types(params, "float32")
+        x = jnp.ones(2, params)
+        for debias in (True, False):
+            tx = hessian_estimate(squared_gradient(), dtype=dtype, bias_correction=debias)
+            h, state = tx.update(x, tx.init(x), refresh=True)
+            assert (tx.init(x).h.dtype, state.h.dtype, h.dtype) == (held, held, given_out)
+            assert state.mass.dtype == jnp.promote_types(params, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", jnp.float16, "float8_e4m3fn", "int32"])
