@@ -81,7 +81,8 @@ def sophia_h(
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3. The paper corrects no bias: pass
     `debias_momentum=False, debias_hessian=False` for its letter, with `hutchinson(probe="normal")`.
     To inject hyperparameters: `optax.inject_hyperparams(sophia_h, static_args=("estimator",
-    "weight_decay_mask"), hyperparam_dtype=jnp.float32)(...)`.
+    "weight_decay_mask"), hyperparam_dtype=jnp.float32)(...)`; over bfloat16 parameters state
+    `mu_dtype`, else `optax.ema` turns m to the injected float32.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> loss = lambda x: jnp.sum((x - 1) ** 2)

@@ -27,7 +27,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
     Returns:
       A flat dict of float32 scalars, as of the last refresh:
-        clipped_fraction: share of clipped coordinates among those above the floor.
+        clipped_fraction: share of clipped coordinates among those above the floor, 0 if none is.
         win_rate: its complement (the authors advise .1 to .5).
         floored_fraction: share of all coordinates whose curvature is below the floor; they take
           a sign step, and are counted in neither of the two above.

@@ -46,6 +46,7 @@ CASES = {
         "weight_decay": 0.3,
         "weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
     },
+    "weight decay schedule": {"weight_decay": schedule},
     "learning rate schedule": {"learning_rate": schedule, "weight_decay": 0.3},
 }
 
@@ -104,6 +105,7 @@ def theirs(arguments, samples, refresh=None):
     oracle, params, path = o.Sophia(**oracle_arguments(arguments)), PARAMS, []
     for t in range(STEPS):
         due = None if refresh is None else refresh[t]
+        oracle.weight_decay = o.rate(arguments["weight_decay"], t)
         params = oracle.step(params, row(GRADS, t), row(samples, t), due)
         path.append(params)
     return {name: np.stack([p[name] for p in path]) for name in SHAPES}, oracle

@@ -49,7 +49,7 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else():
     )
     assert elsewhere.hash == run.hash
     assert dataclasses.replace(run, seed=1).hash != run.hash
-    gamma = dataclasses.replace(run, optim=dataclasses.replace(run.optim, gamma=0.1))
+    gamma = dataclasses.replace(run, optim=dataclasses.replace(run.optim, gamma=0.7))
     assert gamma.hash != run.hash
 
 
