@@ -68,7 +68,9 @@ def hessian_estimate(
       Its output is float32 at least.
 
     Raises:
-      ValueError: an argument is out of range; `hessian` has the wrong structure or shapes.
+      ValueError: an argument is out of range; `dtype` cannot hold curvature; `hessian` has the
+        wrong structure or shapes.
+      TypeError: `refresh` is no bool.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, lines 6-10; bias correction is ours.
 

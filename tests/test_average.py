@@ -138,7 +138,7 @@ def test_samples_of_the_host_are_refused_whole_at_every_interval(extra):
 
 def test_a_sample_beyond_the_range_of_h_is_refused():
     with jax.enable_x64(True):
-        tx, params = estimate(), jnp.zeros(2, jnp.float32)
+        tx, params = estimate(None), jnp.zeros(2, jnp.float32)
         h, state = tx.update(params, tx.init(params), hessian=jnp.array([1.0, 1e300]))
         assert state.rejected == 1 and not h.any()
 

@@ -122,6 +122,7 @@ def test_only_optimizers_with_an_interval_sample_curvature():
 
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.chdir(tmp_path)
     run = small(tmp_path / "run", steps=4)
     assert reference.find(run) is None
     train.train(

@@ -127,7 +127,7 @@ _PUBLISHED: dict[str, dict[str, Optimizer]] = {
 _TINY: dict[str, Optimizer] = {
     "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, gamma=0.1),
     "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, gamma=0.02),
-    "adamw": AdamW(learning_rate=1e-2),
+    "adamw": AdamW(learning_rate=1e-2, b1=0.8),
     "lion": Lion(learning_rate=3e-4, b1=0.8, b2=0.9),
     "muon": Muon(learning_rate=2e-2),
 }

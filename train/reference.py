@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +37,10 @@ def find(run: Config) -> Reference | None:
 
 
 def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> None:
-    """Trains the twin, and stores what it reached."""
+    """Trains the twin, in a folder of its own, and stores what it reached."""
     adamw = twin(run)
-    with tempfile.TemporaryDirectory() as folder:
-        quiet = dataclasses.replace(run.run, folder=folder + "/run", recompute_reference=False)
-        history = train(dataclasses.replace(adamw, run=quiet))
+    apart = dataclasses.replace(run.run, folder="", recompute_reference=False)
+    history = train(dataclasses.replace(adamw, run=apart))
     heldout = [(row["step"], row["heldout_loss"]) for row in history if "heldout_loss" in row]
     bits = [row["bits_per_byte"] for row in history if "bits_per_byte" in row][-1]
     stored = json.loads(PATH.read_text()) if PATH.exists() else {}
