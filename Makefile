@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train test test-all lint bench clean
+.PHONY: install train test lint bench clean
 
 install: $(VENV)/.installed
 
@@ -15,16 +15,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install  ## a tiny GPT on Shakespeare with Sophia-G, in under two minutes
 	$(BIN)/python -m train
 
-test: install  ## everything but the tests marked slow
-	$(BIN)/python -m pytest -m 'not slow'
-
-test-all: install
+test: install
 	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 bench: install  ## the tables that the README quotes
 	$(BIN)/python -m benchmarks.update_cost

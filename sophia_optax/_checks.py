@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_high: bool = False) -> None:
     """Refuses a Python number outside the range; traced values pass (`inject_hyperparams`)."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float | np.number):
         return
     if not (low <= value < high if open_high else low <= value <= high):
         bracket = ")" if open_high else "]"
@@ -22,7 +23,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def positive_integer(name: str, value: Any, cure: str = "") -> None:
     """Refuses a Python number that is not an integer of at least 1."""
-    if isinstance(value, int | float) and (int(value) != value or value < 1):
+    if isinstance(value, int | float | np.number) and (int(value) != value or value < 1):
         raise ValueError(f"{name}={value} must be an integer of at least 1. {cure}".rstrip())
 
 

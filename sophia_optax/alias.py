@@ -49,8 +49,9 @@ def sophia_h(
       eps: floor of the denominator.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
-      gamma: factor on h; larger means fewer clipped coordinates. The authors advise a share of
-        .1 to .5 of coordinates that are not clipped (`diagnostics`: "win_rate").
+      gamma: factor on h; larger means fewer clipped coordinates. A clipped step is the learning
+        rate long, another one is (learning_rate / gamma) Newton steps. The authors advise a share
+        of .1 to .5 of coordinates that are not clipped (`diagnostics`: "win_rate").
       clip_threshold: bound on each coordinate's ratio; None is no bound.
       update_interval: k, updates between curvature samples.
       mu_dtype: dtype of m; None is the parameter's. bfloat16 rounds to nearest, as in optax, and
@@ -69,7 +70,7 @@ def sophia_h(
     Extra arguments of `update`:
       obj_fn: `params -> scalar`, the mean loss of this step's batch; `(params, inputs)` when
         `inputs` is passed (see `hutchinson`).
-      hessian: a curvature sample made outside, used instead.
+      hessian: a curvature sample made outside, used instead, at once unless `refresh` says no.
       refresh: None (by the counter), or a bool (see `hessian_estimate`).
 
     Returns:
@@ -168,7 +169,7 @@ def sophia_g(
     Extra arguments of `update`:
       logits_fn: `params -> float[B, ..., V]`; `(params, inputs)` when `inputs` is passed (see
         `gauss_newton_bartlett` for `inputs`, `weights`, `sampled_loss_fn`).
-      hessian: a curvature sample made outside, used instead.
+      hessian: a curvature sample made outside, used instead, at once unless `refresh` says no.
       refresh: None (by the counter), or a bool (see `hessian_estimate`).
 
     Returns:

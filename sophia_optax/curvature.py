@@ -33,10 +33,10 @@ class Estimator(Protocol):
     ) -> optax.Updates: ...
 
 
-def accumulation_dtype(x: jax.Array) -> jnp.dtype:
+def accumulation_dtype(x: jax.typing.ArrayLike) -> jnp.dtype:
     """float32 at least, float64 where `x` is."""
     with jax.numpy_dtype_promotion("standard"):  # else bfloat16 has no answer in strict mode
-        return jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.promote_types(jnp.result_type(x), jnp.float32)
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -142,7 +142,10 @@ def hutchinson(
     ):
         del updates, unused
         _checks.given(
-            "hutchinson", "obj_fn", obj_fn, "Pass `obj_fn=lambda params: loss(params, batch)`."
+            "hutchinson",
+            "obj_fn",
+            obj_fn,
+            "Pass `obj_fn=lambda params: loss(params, batch)`, or a sample as `hessian=`.",
         )
         check_params("hutchinson", params)
         objective = _bind_inputs(obj_fn, inputs, batch_fraction)
@@ -201,6 +204,10 @@ def squared_gradient(*, scale: float = 1.0) -> Estimator:
 def check_fraction(fraction: float) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"batch_fraction={fraction} is outside (0, 1].")
+    if abs(fraction * round(1 / fraction) - 1) > 1e-2:
+        raise ValueError(
+            f"batch_fraction={fraction} is not one n-th (1, 1/2, 1/3, ...): each n-th row is taken."
+        )
 
 
 def check_params(owner: str, params: optax.Params) -> None:

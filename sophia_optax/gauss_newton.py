@@ -64,7 +64,8 @@ def gauss_newton_bartlett(
 
     Returns:
       An estimator. Labels are functions of (key, row), groups of rows: neither the mesh nor the
-      number of groups changes which labels are drawn. Under `axis_name` each shard groups its own
+      number of groups changes which labels are drawn (a `sampled_loss_fn` gets a key for each
+      group instead). Under `axis_name` each shard groups its own
       rows, and squares and B are summed over the shards. If nothing is counted (B = 0) the sample
       is not finite and `hessian_estimate` rejects it. On a mesh with explicit axes, wrap the
       call in `jax.sharding.auto_axes`.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sophia_optax import _checks
@@ -19,7 +20,7 @@ def floor(gamma: ArrayLike, eps: ArrayLike = 1e-12) -> Denominator:
     """The denominator of Sophia: max(gamma h, eps).
 
     Args:
-      gamma: factor on h, > 0; larger means fewer clipped coordinates.
+      gamma: factor on h; larger means fewer clipped coordinates, and 0 a sign step everywhere.
       eps: floor, where curvature is small or negative: a sign step after clipping. At least the
         smallest normal float32 is used.
 
@@ -132,7 +133,7 @@ def clip_by_ratio(
     """
     if clip_threshold is not None:
         _checks.in_range("clip_threshold", clip_threshold, 0, float("inf"))
-        if isinstance(clip_threshold, int | float) and clip_threshold == 0:
+        if isinstance(clip_threshold, int | float | np.number) and clip_threshold == 0:
             raise ValueError("clip_threshold=0 stops all movement; None turns clipping off.")
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
@@ -199,4 +200,4 @@ def _fractions(ratio, h, denominator, threshold, two_sided) -> tuple[jax.Array, 
     counts = jax.tree.map(count, ratio, h)
     live, clipped = jax.tree.reduce(jnp.add, counts, jnp.zeros([2], jnp.float32))
     size = jnp.asarray(max(optax.tree.size(h), 1), jnp.float32)
-    return clipped / jnp.maximum(live, 1), 1 - live / size
+    return clipped / jnp.maximum(live, 1), (size - live) / size

@@ -40,9 +40,17 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("tiny sofia", "Did you mean sophia"), ("resume nowhere", "nowhere does not exist")],
+    [
+        ("tiny sofia", "Did you mean sophia"),
+        ("resum runs", "Did you mean resume"),
+        ("resume nowhere", "nowhere does not exist"),
+        ("tiny --run.folder /dev/null/run", "Choose a folder that can be written"),
+        ("tiny --mesh.fsdp 3", "does not use 8 devices exactly"),
+        ("tiny --batch-size 12", "does not divide over 8 devices"),
+    ],
 )
-def test_a_mistake_ends_with_one_line_that_names_the_cure(words, message):
+def test_a_mistake_ends_with_one_line_that_names_the_cure(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         cli.main(words.split())
 

@@ -26,6 +26,18 @@ def test_a_config_survives_json(model, optimizer, tmp_path):
     assert config.load(tmp_path) == run
 
 
+def test_a_changed_model_keeps_its_name():
+    run = preset("gpt2-125m", "adamw")
+    changed = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="bfloat16"))
+    assert changed.name == "gpt2-125m-adamw"
+
+
+@pytest.mark.parametrize("field", ["log_every", "checkpoint_every", "keep_checkpoints"])
+def test_an_interval_of_zero_is_refused_by_name(field):
+    with pytest.raises(ValueError, match=rf"run\.{field}=0 must be at least 1"):
+        config.RunConfig(**{field: 0})
+
+
 def test_published_sizes_have_the_published_hyperparameters():
     sizes = [preset(f"gpt2-{size}", "sophia-g").optim for size in ("125m", "355m", "770m")]
     assert [(o.learning_rate, o.gamma) for o in sizes] == [(6e-4, 0.05), (7e-4, 0.08), (3e-4, 0.05)]

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import jax
 import numpy as np
@@ -72,17 +74,25 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     assert loop.config.load(folder).model == MODEL
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, monkeypatch):
-    def interrupted(run, step):
-        if step == 8:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
+    number, finished, tmp_path, monkeypatch, capsys
+):
+    def interrupt(run, step):
+        if step == 7:
+            os.kill(os.getpid(), number)
         return step % 10 == 0
 
+    run = small(tmp_path / "cut")
+    run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_refresh_due", interrupted)
-        train.train(small(tmp_path / "cut"))
+        patch.setattr(loop, "_refresh_due", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="step 8"):
+            train.train(run)
+    assert "stopped at step 8 of 12, which is saved" in capsys.readouterr().out
     assert max(losses(metrics.read_history(tmp_path / "cut"))) == 8
     assert losses(train.resume(tmp_path / "cut")) == losses(finished[1])
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
 
 
 def test_a_finished_run_can_be_made_longer(finished, tmp_path):
@@ -90,13 +100,17 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     history = train.resume(tmp_path / "run", steps=8)
     assert max(losses(history)) == 8
     assert loop.config.load(tmp_path / "run").steps == 8
+    with pytest.raises(ValueError, match="steps=7 is less than the 8"):
+        train.resume(tmp_path / "run", steps=7)
+    assert loop.config.load(tmp_path / "run").steps == 8
 
 
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
     run = small(tmp_path / "run", steps=3)
     train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[-1] == f"python -m train resume {tmp_path / 'run'} --steps 6"
+    command = f"{loop.config.python()} -m train resume {tmp_path / 'run'} --steps 6"
+    assert lines[-1] == command
     assert "bits a byte on held-out text" in "\n".join(lines)
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("HAMLET.")
 
@@ -106,11 +120,17 @@ def test_a_taken_folder_is_refused(finished):
         train.train(small(finished[0]))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    run = small(tmp_path / "run", "adamw", warmup_steps=0, gradient_clip=0.0)
-    hot = dataclasses.replace(run, optim=dataclasses.replace(run.optim, learning_rate=1e30))
-    with pytest.raises(FloatingPointError, match=r"Lower --optim\.learning-rate"):
-        train.train(hot)
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_good_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    train.train(small(folder, "adamw", steps=6))
+    run = loop.config.load(folder)
+    hot = dataclasses.replace(run.optim, learning_rate=float("inf"))
+    every = dataclasses.replace(run.run, checkpoint_every=1, log_every=100)
+    loop.config.save(dataclasses.replace(run, optim=hot, run=every), folder)
+    with pytest.raises(FloatingPointError, match=r"at step 8\. Lower.*step 7 is kept"):
+        train.resume(folder, steps=12)
+    with loop._checkpoints(run, folder) as checkpoints:
+        assert 6 in checkpoints.steps
 
 
 def test_only_optimizers_with_an_interval_sample_curvature():
@@ -141,7 +161,7 @@ def test_the_shipped_reference_belongs_to_the_shipped_config():
     found = reference.find(preset())
     assert found is not None
     assert not found.stale, f"renew it: python -m train --run.recompute-reference ({found.command})"
-    assert json.loads(reference.PATH.read_text())["tiny"]["config_hash"] == found.config_hash
+    assert json.loads(reference.PATH.read_text())[reference.twin(preset()).hash]
 
 
 def test_evaluation_is_the_mean_over_all_held_out_windows():

@@ -78,6 +78,12 @@ def test_a_mesh_that_leaves_devices_over_is_refused(shape):
         make_mesh(shape)
 
 
+def test_parameters_that_do_not_divide_over_fsdp_are_refused():
+    run = dataclasses.replace(preset(), mesh=MeshConfig(fsdp=3), batch_size=12)
+    with pytest.raises(ValueError, match=r"--mesh\.fsdp 3 does not divide the model's width of 64"):
+        program.assemble(run, jax.devices()[:3])
+
+
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
     with pytest.raises(ValueError, match="batch_size=12 does not divide over 8 devices"):
         program.assemble(dataclasses.replace(preset(), batch_size=12))

@@ -12,7 +12,7 @@ from train import config, loop
 from train.checkpoint import CheckpointError
 from train.optimizers import OPTIMIZERS
 
-USAGE = f"""Train a language model on the embedded text (Shakespeare, byte by byte).
+USAGE = f"""Train a language model on the embedded text (ten plays of Shakespeare, byte by byte).
 
 usage: python -m train [MODEL] [OPTIMIZER] [flags]
        python -m train resume RUN [--steps N] [--step CHECKPOINT]
@@ -24,7 +24,8 @@ python -m train                          the tiny model with Sophia-G, in under 
 python -m train tiny adamw --steps 500   another optimizer, a shorter run
 python -m train tiny sophia-g --optim.gamma .05 --mesh.fsdp 4
 
-Flags and their defaults, for the model and optimizer named:"""
+The flags, with their defaults for the model and optimizer named, follow.
+"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -35,8 +36,12 @@ def main(args: Sequence[str] | None = None) -> None:
             tyro.cli(resume, args=args[1:], prog="python -m train resume")
         else:
             loop.train(parse(args))
+    except OSError as error:
+        sys.exit(f"error: {error}. Choose a folder that can be written with --run.folder.")
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports an interrupt; the run has said how to go on
 
 
 def parse(args: Sequence[str]) -> config.Config:
@@ -51,11 +56,13 @@ def parse(args: Sequence[str]) -> config.Config:
             break
         names.append(arg)
     default = config.preset(*names)
+    if {"-h", "--help"} & set(args):
+        print(USAGE)  # tyro would reflow it
     return tyro.cli(
         tyro.conf.AvoidSubcommands[config.Config],
         args=args[len(names) :],
         default=default,
-        description=USAGE,
+        description="",
         prog=" ".join(["python -m train", *names]),
     )
 

@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import optax
+import tyro
 
 from models import PRESETS, DecoderConfig
 from train.mesh import MeshConfig
@@ -34,6 +36,11 @@ class RunConfig:
     """Folder of compiled programs, for fast restarts; empty for none."""
     quiet: bool = False
     """Show no progress."""
+
+    def __post_init__(self):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Config:
     """Steps between evaluations on the whole held-out text."""
     seed: int = 0
     """Of initial parameters, data order, and curvature samples."""
+    base: tyro.conf.Suppress[str] = "tiny"
+    """The model's name, before any flag changed it."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "sequence_length", "evaluate_every"):
@@ -85,7 +94,7 @@ class Config:
     @property
     def name(self) -> str:
         """MODEL-OPTIMIZER, as on the command line."""
-        return f"{model_name(self)}-{name_of(self.optim)}"
+        return f"{self.base}-{name_of(self.optim)}"
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -106,7 +115,8 @@ class Config:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Published sizes: Liu et al. 2023, table 2; 30m and 540m take their neighbour's values.
+# Sophia-G, Sophia-H and AdamW as published for 125m, 355m and 770m (Liu et al. 2023); the other
+# sizes take a neighbour's values. Lion at a quarter of AdamW's rate and Muon at AdamW's are ours.
 _PUBLISHED: dict[str, dict[str, Optimizer]] = {
     size: {
         "sophia-g": SophiaG(learning_rate=lr, gamma=gamma, weight_decay=0.2),
@@ -149,13 +159,14 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     >>> preset("tiny", "adamw").optim.learning_rate
     0.01
     """
-    _known(model, PRESETS, "model")
+    _known(model, PRESETS, "model", ("resume",))
     _known(optimizer, OPTIMIZERS, "optimizer")
     if model == "tiny":
         return Config(PRESETS[model], _TINY[optimizer])
     return Config(
         PRESETS[model],
         _PUBLISHED[model][optimizer],
+        base=model,
         steps=100_000,
         batch_size=480,
         sequence_length=1024,
@@ -164,10 +175,10 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     )
 
 
-def model_name(run: Config) -> str:
-    """The model's name on the command line; "tiny" with changes is "tiny" too."""
-    known = (name for name, model in PRESETS.items() if model == run.model)
-    return next(known, "tiny")
+def python() -> str:
+    """The interpreter, as it is called from here."""
+    running, here = Path(sys.executable), Path.cwd()
+    return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
 
 
 def command(run: Config) -> str:
@@ -176,7 +187,7 @@ def command(run: Config) -> str:
     >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
     'python -m train tiny adamw --steps 500'
     """
-    names = (model_name(run), name_of(run.optim))
+    names = (run.base, name_of(run.optim))
     return " ".join(["python -m train", *names, *_flags(run, preset(*names))])
 
 
@@ -185,7 +196,7 @@ def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
     for field in dataclasses.fields(value):
         new, old = getattr(value, field.name), getattr(default, field.name)
         name = prefix + field.name.replace("_", "-")
-        if isinstance(new, RunConfig) or new == old:
+        if isinstance(new, RunConfig) or field.name == "base" or new == old:
             continue
         if dataclasses.is_dataclass(new):
             flags += _flags(new, old, name + ".")
@@ -197,9 +208,9 @@ def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
     return flags
 
 
-def _known(name: str, table: dict[str, Any], kind: str) -> None:
+def _known(name: str, table: dict[str, Any], kind: str, commands: tuple[str, ...] = ()) -> None:
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, [*table, *commands], n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown {kind} {name!r}.{hint} There are: {', '.join(table)}.")
 

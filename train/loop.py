@@ -1,8 +1,12 @@
 """A run from start to end; it knows no optimizer."""
 
+import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,8 @@ def train(run: Config) -> History:
     Raises:
       ValueError: the mesh does not fit the devices, or the batch not the mesh; the folder is taken.
       FloatingPointError: the loss is not finite.
+      KeyboardInterrupt: SIGINT or SIGTERM came; the step under way was finished and saved first.
     """
-    if run.run.recompute_reference:
-        reference.recompute(run, train)
     folder = Path(run.run.folder or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "config.json").exists():
         raise ValueError(
@@ -37,6 +40,8 @@ def train(run: Config) -> History:
             "choose another --run.folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    if run.run.recompute_reference:
+        reference.recompute(run, train)
     program.use_compile_cache(run.run.compile_cache)
     programs = program.assemble(run)
     with _checkpoints(run, folder) as checkpoints:
@@ -48,23 +53,30 @@ def resume(folder: Path, *, steps: int | None = None, step: int | None = None) -
 
     Args:
       folder: of the run.
-      steps: train to this many steps instead; the learning rate follows the longer schedule.
+      steps: train to this many steps instead; the learning rate then follows the other schedule,
+        which is higher where it is longer.
       step: start from this checkpoint; default the newest.
 
     Returns:
       The history of the whole run.
 
     Raises:
-      ValueError: the folder is missing or holds no run.
+      ValueError: the folder is missing or holds no run; `steps` are fewer than were done.
       CheckpointError: no checkpoint can be read.
       FloatingPointError: the loss is not finite.
+      KeyboardInterrupt: as in `train`.
     """
     run = config.load(folder)
-    run = dataclasses.replace(run, steps=steps or run.steps)
+    run = dataclasses.replace(run, steps=run.steps if steps is None else steps)
     program.use_compile_cache(run.run.compile_cache)
     programs = program.assemble(run)
     with _checkpoints(run, folder) as checkpoints:
-        _, state = checkpoints.restore(programs.abstract, step)
+        done, state = checkpoints.restore(programs.abstract, step)
+        if run.steps < done:
+            raise ValueError(
+                f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
+                "more, or start from an older one with --step."
+            )
         return _run(run, folder, programs, state, checkpoints)
 
 
@@ -83,27 +95,68 @@ def _run(
     state: TrainState,
     checkpoints: checkpoint.Checkpoints,
 ) -> History:
-    """Trains from `state` to the last step, then reports; Ctrl-C saves and stops."""
+    """Trains from `state` to the last step, or until a signal, then reports."""
     config.save(run, folder)
-    first = int(state.step)
-    with metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet) as log:
-        meter = _Meter(run, log, first)
-        heldout: dict[str, float] = {}
-        try:
-            for done in range(first + 1, run.steps + 1):
-                refresh = _refresh_due(run, done - 1)
-                state, measured = programs.step(state, programs.batch(done - 1), refresh=refresh)
-                meter.report(done, measured)
-                if done % run.evaluate_every == 0 or done == run.steps:
-                    heldout = programs.evaluate(state.params)
-                    log.evaluate(done, heldout)
+    first = done = int(state.step)
+    with metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet) as log, _signals() as stop:
+        meter = _Meter(run, log, checkpoints, first)
+        while done < run.steps and not stop.is_set():
+            refresh = _refresh_due(run, done)
+            state, measured = programs.step(state, programs.batch(done), refresh=refresh)
+            done += 1
+            last = done == run.steps or stop.is_set()
+            meter.report(done, measured, last)
+            heldout = None
+            if done % run.evaluate_every == 0 or done == run.steps:
+                meter.flush()
+                heldout = programs.evaluate(state.params)
+                log.evaluate(done, heldout)
+                meter.restart(done)
+            if done % run.run.checkpoint_every == 0 or last:
+                _check_finite(measured, done, checkpoints)
                 loss = {"loss": heldout["heldout_loss"]} if heldout else None
-                checkpoints.save(done, state, metrics=loss, force=done == run.steps)
-        except KeyboardInterrupt:
-            checkpoints.save(int(state.step), state, force=True)
+                checkpoints.save(done, state, metrics=loss, force=last)
         meter.flush()
     report.finish(run, folder, programs.apply, state)
+    if done < run.steps:
+        raise KeyboardInterrupt(f"stopped at step {done}, which is saved")
     return metrics.read_history(folder)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets: the state is whole only between steps.
+
+    The second SIGINT interrupts at once. Outside the main thread signals are not ours to handle.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _check_finite(measured: Mapping[str, Any], step: int, checkpoints: checkpoint.Checkpoints):
+    """A state with a loss that is not finite must never push a good one out."""
+    loss = float(measured["loss"])
+    if not math.isfinite(loss):
+        kept = checkpoints.latest
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}. Lower --optim.learning-rate, or lengthen "
+            "--warmup-steps"
+            + (f"; the checkpoint of step {kept} is kept." if kept else "; nothing was saved yet.")
+        )
 
 
 def _refresh_due(run: Config, step: int) -> bool:
@@ -115,35 +168,35 @@ def _refresh_due(run: Config, step: int) -> bool:
 class _Meter:
     """Fetches metrics one step late, so that the device always has a step to work on."""
 
-    def __init__(self, run: Config, log: metrics.RunLog, first: int):
-        self.run, self.log = run, log
-        self.last, self.clock = first, time.perf_counter()
+    def __init__(
+        self,
+        run: Config,
+        log: metrics.RunLog,
+        checkpoints: checkpoint.Checkpoints,
+        first: int,
+    ):
+        self.run, self.log, self.checkpoints = run, log, checkpoints
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.restart(first)
 
-    def report(self, step: int, measured: dict[str, jax.Array]) -> None:
+    def restart(self, step: int) -> None:
+        """Starts the clock at a step: what came before is not counted as training."""
+        self.since, self.clock = step, time.perf_counter()
+
+    def report(self, step: int, measured: dict[str, jax.Array], last: bool) -> None:
         self.flush()
-        if step % self.run.run.log_every == 0 or step in (1, self.run.steps):
+        if step % self.run.run.log_every == 0 or step == 1 or last:
             self.pending = (step, measured)
 
     def flush(self) -> None:
         if self.pending is None:
             return
         (step, measured), self.pending = self.pending, None
-        values: dict[str, float] = {
-            name: float(value) for name, value in jax.device_get(measured).items()
-        }
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}. Lower --optim.learning-rate, or "
-                "lengthen --warmup-steps; checkpoints from before it are kept."
-            )
+        values = {name: float(value) for name, value in jax.device_get(measured).items()}
+        _check_finite(values, step, self.checkpoints)
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        tokens = (step - self.since) * self.run.batch_size * self.run.sequence_length
         values["learning_rate"] = float(jax.device_get(self.run.schedule(step - 1)))
-        values["tokens_per_second"] = self._tokens_per_second(step)
+        values["tokens_per_second"] = tokens / seconds
         self.log.train(step, values)
-
-    def _tokens_per_second(self, step: int) -> float:
-        now = time.perf_counter()
-        tokens = (step - self.last) * self.run.batch_size * self.run.sequence_length
-        rate = tokens / max(now - self.clock, 1e-9)
-        self.last, self.clock = step, now
-        return rate
+        self.restart(step)

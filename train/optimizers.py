@@ -19,13 +19,13 @@ def matrices(params: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class SophiaG:
-    """Sophia with the Gauss-Newton-Bartlett estimate of curvature."""
+class _Sophia:
+    """What Sophia-G and Sophia-H share: all but the estimator."""
 
     learning_rate: float = 6e-4
     """Peak learning rate: the step of a clipped coordinate."""
     b1: float = 0.965
-    """Decay of the momentum. Short runs with small batches want .8 to .9."""
+    """Decay of the momentum. Short runs with small batches want .8."""
     b2: float = 0.99
     """Decay of the curvature average, per refresh."""
     gamma: float = 0.05
@@ -38,8 +38,6 @@ class SophiaG:
     """Decoupled decay of matrices."""
     update_interval: int = 10
     """Steps between curvature samples."""
-    groups: int = 1
-    """Sets of rows that are squared apart: less variance at equal cost; must divide the rows."""
     batch_fraction: float = 1.0
     """Share of the batch that curvature is sampled from."""
     debias_momentum: bool = True
@@ -47,61 +45,52 @@ class SophiaG:
     debias_hessian: bool = True
     """Correct the bias of the curvature average (the paper does not)."""
 
-    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int):
-        """The transformation; `shards` groups are sampled side by side where they divide."""
-        return sophia_optax.sophia_g(
+    def _make(self, learning_rate: optax.Schedule, seed: int, estimator: sophia_optax.Estimator):
+        return sophia_optax.sophia_h(
             learning_rate,
-            estimator=sophia_optax.gauss_newton_bartlett(
-                groups=self.groups,
-                batch_fraction=self.batch_fraction,
-                shards=shards if self.groups % shards == 0 else 1,
-            ),
-            **_shared(self, seed),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            gamma=self.gamma,
+            clip_threshold=self.clip_threshold,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=matrices,
+            update_interval=self.update_interval,
+            debias_momentum=self.debias_momentum,
+            debias_hessian=self.debias_hessian,
+            seed=seed,
+            estimator=estimator,
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class SophiaH:
+class SophiaG(_Sophia):
+    """Sophia with the Gauss-Newton-Bartlett estimate of curvature."""
+
+    groups: int = 1
+    """Sets of rows that are squared apart: less variance at equal cost; must divide the rows."""
+
+    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int):
+        """The transformation; `shards` groups are sampled side by side where they divide."""
+        estimator = sophia_optax.gauss_newton_bartlett(
+            groups=self.groups,
+            batch_fraction=self.batch_fraction,
+            shards=shards if self.groups % shards == 0 else 1,
+        )
+        return self._make(learning_rate, seed, estimator)
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaH(_Sophia):
     """Sophia with Hutchinson's estimate of curvature."""
 
-    learning_rate: float = 6e-4
-    """Peak learning rate: the step of a clipped coordinate."""
-    b1: float = 0.965
-    """Decay of the momentum. Short runs with small batches want .8 to .9."""
-    b2: float = 0.99
-    """Decay of the curvature average, per refresh."""
     gamma: float = 0.01
     """Factor on the curvature; raise it if the win rate stays under .1."""
-    eps: float = 1e-12
-    """Floor of the denominator."""
-    clip_threshold: float = 1.0
-    """Bound on each coordinate of the step, in learning rates."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices."""
-    update_interval: int = 10
-    """Steps between curvature samples."""
-    batch_fraction: float = 1.0
-    """Share of the batch that the Hessian is taken of."""
-    debias_momentum: bool = True
-    """Correct the bias of the momentum (the paper does not)."""
-    debias_hessian: bool = True
-    """Correct the bias of the curvature average (the paper does not)."""
 
     def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int):
         """The transformation."""
-        del shards
-        return sophia_optax.sophia_h(
-            learning_rate,
-            estimator=sophia_optax.hutchinson(batch_fraction=self.batch_fraction),
-            **_shared(self, seed),
-        )
-
-
-def _shared(config: "SophiaG | SophiaH", seed: int) -> dict[str, Any]:
-    names = ["b1", "b2", "gamma", "eps", "clip_threshold", "weight_decay", "update_interval"]
-    names += ["debias_momentum", "debias_hessian"]
-    values = {name: getattr(config, name) for name in names}
-    return {**values, "weight_decay_mask": matrices, "seed": seed}
+        estimator = sophia_optax.hutchinson(batch_fraction=self.batch_fraction)
+        return self._make(learning_rate, seed, estimator)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,13 +32,18 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
     """The programs of a run, on all devices there are or on those given.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the batch does not divide over them.
+      ValueError: the mesh does not fit the devices, or the batch or the width not the mesh.
     """
     placed = mesh.make_mesh(run.mesh, devices)
     if run.batch_size % placed.size:
         raise ValueError(
             f"batch_size={run.batch_size} does not divide over {placed.size} devices; choose a "
             f"multiple of {placed.size}."
+        )
+    if run.model.width % run.mesh.fsdp:
+        raise ValueError(
+            f"--mesh.fsdp {run.mesh.fsdp} does not divide the model's width of {run.model.width}, "
+            "along which parameters are sharded; choose a factor of it."
         )
     model = models.split(run.model)
     tx = _optimizer(run, placed.size)

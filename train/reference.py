@@ -15,8 +15,8 @@ PATH = Path(__file__).parent / "references.json"
 class Reference(NamedTuple):
     """A stored result of AdamW."""
 
+    model: str
     command: str  # prints it again
-    config_hash: str  # of the run that made it
     bits_per_byte: float
     heldout: list[tuple[int, float]]  # (step, held-out loss in nats)
     stale: bool  # it belongs to another config than the one asked for
@@ -24,16 +24,16 @@ class Reference(NamedTuple):
 
 def twin(run: Config) -> Config:
     """The same model, data and budget with AdamW at its defaults for that model."""
-    return dataclasses.replace(run, optim=config.preset(config.model_name(run), "adamw").optim)
+    return dataclasses.replace(run, optim=config.preset(run.base, "adamw").optim)
 
 
 def find(run: Config) -> Reference | None:
-    """The stored result for a run's model, or None."""
-    stored = json.loads(PATH.read_text()) if PATH.exists() else {}
-    fields = stored.get(config.model_name(run))
-    if fields is None:
-        return None
-    return Reference(**fields, stale=fields["config_hash"] != twin(run).hash)
+    """The stored result for a run's budget; else a stale one for its model; else None."""
+    stored, wanted = _stored(), twin(run).hash
+    if wanted in stored:
+        return Reference(**stored[wanted], stale=False)
+    others = [fields for fields in stored.values() if fields["model"] == run.base]
+    return Reference(**others[-1], stale=True) if others else None
 
 
 def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> None:
@@ -41,13 +41,18 @@ def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> N
     adamw = twin(run)
     apart = dataclasses.replace(run.run, folder="", recompute_reference=False)
     history = train(dataclasses.replace(adamw, run=apart))
-    heldout = [(row["step"], row["heldout_loss"]) for row in history if "heldout_loss" in row]
-    bits = [row["bits_per_byte"] for row in history if "bits_per_byte" in row][-1]
-    stored = json.loads(PATH.read_text()) if PATH.exists() else {}
-    stored[config.model_name(run)] = {
-        "command": config.command(adamw),
-        "config_hash": adamw.hash,
-        "bits_per_byte": bits,
-        "heldout": heldout,
+    evaluated = [row for row in history if "heldout_loss" in row]
+    stored = _stored() | {
+        adamw.hash: {
+            "model": run.base,
+            "command": config.command(adamw),
+            "bits_per_byte": evaluated[-1]["bits_per_byte"],
+            "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
+        }
     }
     PATH.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _stored() -> dict[str, dict[str, Any]]:
+    """Config hash -> fields of a `Reference`."""
+    return json.loads(PATH.read_text()) if PATH.exists() else {}

@@ -1,12 +1,13 @@
 """The end of a run: a figure, a sample, the comparison, and what to do next."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from train import metrics, reference, sample
+from train import config, metrics, reference, sample
 from train.config import Config
 from train.step import Apply, TrainState
 
@@ -28,11 +29,18 @@ def finish(run: Config, folder: Path, apply: Apply, state: TrainState) -> None:
         (folder / "sample.txt").write_text(text)
         console.print(Panel(Text(text), title="sample", title_align="left"))
     console.print(f"[bold]{_result(run, history)}[/bold]", highlight=False)
-    console.print(_comparison(baseline), highlight=False)
-    console.print(f"curves: {folder / 'loss.png'}   metrics: {folder / 'metrics.jsonl'}")
-    longer = "" if step < run.steps else f" --steps {2 * run.steps}"
-    console.print("go on:", soft_wrap=True)
-    console.print(f"python -m train resume {folder}{longer}", soft_wrap=True, highlight=False)
+    console.print(_comparison(run, baseline), highlight=False, soft_wrap=True)
+    console.print(f"curves: {folder / 'loss.png'}", highlight=False, soft_wrap=True)
+    console.print(_next(run, folder, step), soft_wrap=True, highlight=False, markup=False)
+
+
+def _next(run: Config, folder: Path, step: int) -> str:
+    """What to do next; the last line is a command and nothing else."""
+    command = f"{config.python()} -m train resume {shlex.quote(str(folder))}"
+    if step < run.steps:
+        return f"stopped at step {step} of {run.steps}, which is saved; go on:\n{command}"
+    why = "to train longer (on a longer schedule, so the learning rate rises again):"
+    return f"{why}\n{command} --steps {2 * run.steps}"
 
 
 def _sample(run: Config, apply: Apply, state: TrainState) -> str:
@@ -57,13 +65,13 @@ def _result(run: Config, history: list[dict]) -> str:
     )
 
 
-def _comparison(baseline: reference.Reference | None) -> str:
-    again = "python -m train ... --run.recompute-reference"
+def _comparison(run: Config, baseline: reference.Reference | None) -> str:
     if baseline is None:
-        return f"AdamW: no reference for this model; make one with `{again}`"
+        again = f"{config.command(run)} --run.recompute-reference"
+        return f"AdamW with the same budget: not known; to find out: {again}"
     if baseline.stale:
-        return f"AdamW: the stored reference is stale (another config); renew it with `{again}`"
+        again = f"{config.command(run)} --run.recompute-reference"
+        return f"AdamW: the stored reference is stale (another config); to renew it: {again}"
     return (
-        f"AdamW with the same budget: {baseline.bits_per_byte:.3f} bits a byte "
-        f"(`{baseline.command}`)"
+        f"AdamW with the same budget: {baseline.bits_per_byte:.3f} bits a byte ({baseline.command})"
     )
