@@ -75,18 +75,27 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["before the step", "after the step"])
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
-    number, finished, tmp_path, monkeypatch, capsys
+    number, moment, finished, tmp_path, monkeypatch, capsys
 ):
-    def interrupt(run, step):
-        if step == 7:
+    due, report = loop._refresh_due, loop._Meter.report
+
+    def before(run, step):
+        if step == 7 and moment == "before the step":
             os.kill(os.getpid(), number)
-        return step % 10 == 0
+        return due(run, step)
+
+    def after(meter, step, measured):
+        if step == 8 and moment == "after the step":
+            os.kill(os.getpid(), number)
+        report(meter, step, measured)
 
     run = small(tmp_path / "cut")
     run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_refresh_due", interrupt)
+        patch.setattr(loop, "_refresh_due", before)
+        patch.setattr(loop._Meter, "report", after)
         with pytest.raises(KeyboardInterrupt, match="step 8"):
             train.train(run)
     assert "stopped at step 8 of 12, which is saved" in capsys.readouterr().out

@@ -24,10 +24,10 @@ class RunConfig:
     """Where the run is kept; empty makes a new one, runs/MODEL-OPTIMIZER-DATE-TIME."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 400
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
-    """Checkpoints kept: the last few, and the best one besides."""
+    """Checkpoints kept: the last few, and the best of those saved at an evaluation."""
     sample_length: int = 400
     """Characters of text sampled at the end; 0 for none."""
     recompute_reference: bool = False
@@ -167,6 +167,7 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
         PRESETS[model],
         _PUBLISHED[model][optimizer],
         base=model,
+        run=RunConfig(checkpoint_every=1000),
         steps=100_000,
         batch_size=480,
         sequence_length=1024,

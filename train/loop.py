@@ -98,25 +98,29 @@ def _run(
     """Trains from `state` to the last step, or until a signal, then reports."""
     config.save(run, folder)
     first = done = int(state.step)
+    measured, heldout = {}, {}
     with metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet) as log, _signals() as stop:
         meter = _Meter(run, log, checkpoints, first)
+
+        def save(force: bool) -> None:
+            if force or done % run.run.checkpoint_every == 0:
+                _check_finite(measured, done, checkpoints)
+                checkpoints.save(done, state, metrics=heldout or None, force=force)
+
         while done < run.steps and not stop.is_set():
             refresh = _refresh_due(run, done)
             state, measured = programs.step(state, programs.batch(done), refresh=refresh)
-            done += 1
-            last = done == run.steps or stop.is_set()
-            meter.report(done, measured, last)
-            heldout = None
+            done, heldout = done + 1, {}
+            meter.report(done, measured)
             if done % run.evaluate_every == 0 or done == run.steps:
                 meter.flush()
-                heldout = programs.evaluate(state.params)
-                log.evaluate(done, heldout)
+                evaluated = programs.evaluate(state.params)
+                log.evaluate(done, evaluated)
+                heldout = {"loss": evaluated["heldout_loss"]}
                 meter.restart(done)
-            if done % run.run.checkpoint_every == 0 or last:
-                _check_finite(measured, done, checkpoints)
-                loss = {"loss": heldout["heldout_loss"]} if heldout else None
-                checkpoints.save(done, state, metrics=loss, force=last)
+            save(force=False)
         meter.flush()
+        save(force=True)
     report.finish(run, folder, programs.apply, state)
     if done < run.steps:
         raise KeyboardInterrupt(f"stopped at step {done}, which is saved")
@@ -149,7 +153,7 @@ def _signals() -> Iterator[threading.Event]:
 
 def _check_finite(measured: Mapping[str, Any], step: int, checkpoints: checkpoint.Checkpoints):
     """A state with a loss that is not finite must never push a good one out."""
-    loss = float(measured["loss"])
+    loss = float(measured.get("loss", 0.0))
     if not math.isfinite(loss):
         kept = checkpoints.latest
         raise FloatingPointError(
@@ -183,9 +187,9 @@ class _Meter:
         """Starts the clock at a step: what came before is not counted as training."""
         self.since, self.clock = step, time.perf_counter()
 
-    def report(self, step: int, measured: dict[str, jax.Array], last: bool) -> None:
+    def report(self, step: int, measured: dict[str, jax.Array]) -> None:
         self.flush()
-        if step % self.run.run.log_every == 0 or step == 1 or last:
+        if step % self.run.run.log_every == 0 or step in (1, self.run.steps):
             self.pending = (step, measured)
 
     def flush(self) -> None:
