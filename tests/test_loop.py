@@ -100,6 +100,8 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
             train.train(run)
     assert "stopped at step 8 of 12, which is saved" in capsys.readouterr().out
     assert max(losses(metrics.read_history(tmp_path / "cut"))) == 8
+    with loop._checkpoints(run, tmp_path / "cut") as checkpoints:
+        assert checkpoints.latest == 8
     assert losses(train.resume(tmp_path / "cut")) == losses(finished[1])
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
 
@@ -188,6 +190,12 @@ def test_evaluation_is_the_mean_over_all_held_out_windows():
         np.asarray(jax.jit(token_losses, static_argnums=0)(programs.apply, params, windows))
     )
     assert programs.evaluate(params)["heldout_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_the_batch_of_a_step_is_that_of_seed_and_step():
+    run = small("unused", seed=3)
+    want = data.batch(data.shakespeare().train, batch_size=8, sequence_length=16, seed=3, step=5)
+    np.testing.assert_array_equal(program.assemble(run).batch(5), want)
 
 
 def test_a_sample_is_a_function_of_its_seed_and_keeps_the_prompt():
