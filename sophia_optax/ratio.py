@@ -40,9 +40,7 @@ def floor(gamma: ArrayLike, eps: ArrayLike = 1e-12) -> Denominator:
     _checks.in_range("eps", eps, 0, float("inf"))
 
     def denominator(h):
-        smallest = jnp.asarray(jnp.finfo(jnp.float32).tiny, h.dtype)
-        least = jnp.maximum(jnp.asarray(eps, h.dtype), smallest)
-        return jnp.maximum(jnp.asarray(gamma, h.dtype) * h, least)
+        return jnp.maximum(jnp.asarray(gamma, h.dtype) * h, _normal(eps, h.dtype))
 
     return denominator
 
@@ -70,10 +68,14 @@ def shift(eps: ArrayLike, rho: ArrayLike = 1.0) -> Denominator:
     _checks.in_range("eps", eps, 0, float("inf"))
 
     def denominator(h):
-        smallest = jnp.asarray(jnp.finfo(jnp.float32).tiny, h.dtype)
-        return jnp.asarray(rho, h.dtype) * h + jnp.maximum(jnp.asarray(eps, h.dtype), smallest)
+        return jnp.asarray(rho, h.dtype) * h + _normal(eps, h.dtype)
 
     return denominator
+
+
+def _normal(eps: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """At least the smallest normal float32: what is smaller may be flushed to zero."""
+    return jnp.maximum(jnp.asarray(eps, dtype), jnp.asarray(jnp.finfo(jnp.float32).tiny, dtype))
 
 
 class ClipByRatioState(NamedTuple):

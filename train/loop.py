@@ -121,10 +121,11 @@ def _run(
             save(force=False)
         meter.flush()
         save(force=True)
-    report.finish(run, folder, programs.apply, state)
+    history = metrics.read_history(folder)
+    report.finish(run, folder, history, programs.apply, state)
     if done < run.steps:
         raise KeyboardInterrupt(f"stopped at step {done}, which is saved")
-    return metrics.read_history(folder)
+    return history
 
 
 @contextlib.contextmanager

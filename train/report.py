@@ -14,10 +14,9 @@ from train.step import Apply, TrainState
 PROMPT = "HAMLET.\n"
 
 
-def finish(run: Config, folder: Path, apply: Apply, state: TrainState) -> None:
+def finish(run: Config, folder: Path, history: list[dict], apply: Apply, state: TrainState) -> None:
     """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command."""
     step, baseline = int(state.step), reference.find(run)
-    history = metrics.read_history(folder)
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
     metrics.plot(history, folder / "loss.png", title=run.name, reference=curve)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 import sophia_optax
+from models.decoder import Constrain, identity
 
 Apply = Callable[..., jax.Array]  # (params, tokens[B, T], constrain) -> logits[B, T, V]
-Constrain = Callable[[jax.Array], jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -43,7 +43,7 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     hessian_apply: Apply | None = None,
-    constrain: Constrain = lambda x: x,
+    constrain: Constrain = identity,
     grouped: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step of any optimizer; those that sample curvature find what they need.
