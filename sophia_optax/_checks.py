@@ -16,6 +16,12 @@ def in_range(name: str, value: Any, low: float, high: float, *, open_high: bool 
         raise ValueError(f"{name}={value} is outside [{low}, {high}{bracket}.")
 
 
+def decays(**values: Any) -> None:
+    """Refuses decays of averages outside [0, 1)."""
+    for name, value in values.items():
+        in_range(name, value, 0, 1, open_high=True)
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
@@ -25,6 +31,12 @@ def positive_integer(name: str, value: Any, cure: str = "") -> None:
     """Refuses a Python number that is not an integer of at least 1."""
     if isinstance(value, int | float | np.number) and (int(value) != value or value < 1):
         raise ValueError(f"{name}={value} must be an integer of at least 1. {cure}".rstrip())
+
+
+def nonzero(name: str, value: Any, reason: str) -> None:
+    """Refuses a Python number that is zero."""
+    if isinstance(value, int | float | np.number) and value == 0:
+        raise ValueError(f"{name}=0: {reason}")
 
 
 def given(owner: str, name: str, value: Any, cure: str) -> None:

@@ -9,7 +9,15 @@ import optax
 from sophia_optax import _checks
 from sophia_optax.curvature import AxisName, Estimator, hutchinson
 from sophia_optax.gauss_newton import gauss_newton_bartlett
-from sophia_optax.ratio import clip_by_ratio, floor
+from sophia_optax.gradient import gradient_magnitude, weighted_squared_gradient
+from sophia_optax.moments import (
+    centered_second_moment,
+    ratio_of_sums,
+    second_moment,
+    sum_of_ratios,
+)
+from sophia_optax.ratio import clip_by_ratio, floor, rms_floor, shift
+from sophia_optax.region import trust_region
 from sophia_optax.transform import hessian_estimate
 
 ArrayLike = jax.typing.ArrayLike
@@ -98,8 +106,7 @@ def sophia_h(
     >>> print(bool(loss(x) < loss(jnp.zeros(2)) / 10))
     True
     """
-    for name, decay in (("b1", b1), ("b2", b2)):
-        _checks.in_range(name, decay, 0, 1, open_high=True)
+    _checks.decays(b1=b1, b2=b2)
     return optax.chain(
         clip_by_ratio(
             optax.ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype),
@@ -213,4 +220,247 @@ def sophia_g(
         statistics=statistics,
         estimator=gauss_newton_bartlett() if estimator is None else estimator,
         axis_name=axis_name,
+    )
+
+
+def sophia_lite(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    clip_threshold: ArrayLike | None = 1.0,
+    update_interval: ArrayLike = 1,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    hessian_dtype: DTypeLike | None = None,
+    debias_momentum: bool = True,
+    debias_hessian: bool = True,
+    seed: ArrayLike = 0,
+    statistics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sophia-Lite: momentum over the mean magnitude of the gradient, an L1 Adam.
+
+        m <- b1 m + (1 - b1) g
+        h <- b2 h + (1 - b2) |g|                                  every k updates
+        θ <- θ - lr (clip(m / (h + eps), clip_threshold) + weight_decay θ)
+
+    Args:
+      learning_rate: step of a clipped coordinate; scalar or schedule.
+      b1: decay of the momentum; the paper does not give it.
+      b2: decay of h, per refresh.
+      eps: added to h.
+      clip_threshold: bound on each coordinate's ratio, the paper's γ; None is no bound.
+      update_interval: k, updates between samples of |g|; they are free, so 1.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
+      mu_dtype: dtype of m; None is the parameter's.
+      hessian_dtype: dtype of h; "bfloat16" is rounded stochastically.
+      debias_momentum: divide m by 1 - b1^t.
+      debias_hessian: divide h by the weight of its samples.
+      seed: of the rounding of a bfloat16 h.
+      statistics: take the clipped and floored fractions on refreshes: on every update if k = 1,
+        where they cost more than all the rest.
+
+    Extra arguments of `update`:
+      hessian: a sample made outside, used instead.
+      refresh: None (by the counter), or a bool (see `hessian_estimate`).
+
+    Returns:
+      A transformation. Its state holds m and h, as many bytes a parameter as AdamW's.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Sophia-Lite, equations 1 to 3. Its letter is `update_interval=20,
+    debias_momentum=False, debias_hessian=False`: h then starts near 0, and much is clipped.
+
+    >>> import jax.numpy as jnp
+    >>> tx = sophia_lite(.1)
+    >>> g = jnp.array([3., -.5])
+    >>> print(jnp.array_str(tx.update(g, tx.init(g), g)[0], precision=2))
+    [-0.1  0.1]
+    """
+    _checks.decays(b1=b1, b2=b2)
+    return optax.chain(
+        clip_by_ratio(
+            optax.ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype),
+            hessian_estimate(
+                gradient_magnitude(),
+                decay=b2,
+                update_interval=update_interval,
+                bias_correction=debias_hessian,
+                seed=seed,
+                dtype=hessian_dtype,
+            ),
+            denominator=shift(eps),
+            clip_threshold=clip_threshold,
+            statistics=statistics,
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sophia_geometric(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    two_sided: bool = True,
+    rho: ArrayLike | None = None,
+    clip_threshold: ArrayLike | None = 1.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    hessian_dtype: DTypeLike | None = None,
+    debias_momentum: bool = False,
+    debias_hessian: bool = False,
+    seed: ArrayLike = 0,
+    statistics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Geometric SophiaG: momentum over squared gradients weighted by the inverse of their norm.
+
+        m <- b1 m + (1 - b1) g
+        h <- b2 h + (1 - b2) g² / (1 + ‖g‖)                       every update
+        θ <- θ - lr (clip(m / (rho h + eps), clip_threshold) + weight_decay θ)
+
+    Args:
+      learning_rate: step of a clipped coordinate; scalar or schedule.
+      b1: decay of the momentum.
+      b2: decay of h.
+      eps: added to rho h; the paper does not give it.
+      two_sided: False bounds the ratio only from above, as printed: large negative ratios then
+        run away.
+      rho: factor on h; None is 1. The paper lists .04 and does not use it.
+      clip_threshold: bound on each coordinate's ratio; None is no bound.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
+      mu_dtype: dtype of m; None is the parameter's.
+      hessian_dtype: dtype of h; "bfloat16" is rounded stochastically.
+      debias_momentum: divide m by 1 - b1^t.
+      debias_hessian: divide h by 1 - b2^t.
+      seed: of the rounding of a bfloat16 h.
+      statistics: take the clipped and floored fractions on every update, where they cost more
+        than all the rest.
+
+    Extra arguments of `update`:
+      hessian: a sample made outside, used instead.
+      refresh: False leaves h as it is; else h changes on every update.
+
+    Returns:
+      A transformation. Its state holds m, h and scalars (`ClipByRatioState`).
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: SophiaG by a weighted empirical Fisher ("geometric"), equations 1 to 3. It is not
+    `sophia_g`, whose name it shares in print.
+
+    >>> import jax.numpy as jnp
+    >>> tx = sophia_geometric(.1)
+    >>> g = jnp.array([3., -4.])
+    >>> print(jnp.array_str(tx.update(g, tx.init(g), g)[0], precision=2))
+    [-0.1  0.1]
+    """
+    _checks.decays(b1=b1, b2=b2)
+    return optax.chain(
+        clip_by_ratio(
+            optax.ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype),
+            hessian_estimate(
+                weighted_squared_gradient(),
+                decay=b2,
+                update_interval=1,
+                bias_correction=debias_hessian,
+                seed=seed,
+                dtype=hessian_dtype,
+            ),
+            denominator=shift(eps, 1.0 if rho is None else rho),
+            clip_threshold=clip_threshold,
+            two_sided=two_sided,
+            statistics=statistics,
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def soaa(
+    learning_rate: optax.ScalarOrSchedule,
+    total_steps: ArrayLike,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    gamma: ArrayLike = 0.25,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
+    hessian_dtype: DTypeLike | None = None,
+    rule: str = "soaa",
+) -> optax.GradientTransformationExtraArgs:
+    r"""SOAA: Adam, or a Newton step on a Fisher diagonal, inside an adaptive trust region.
+
+        m̂, ŝ = Adam's moments, bias-corrected
+        F = (1 + Σ m̂² / Σ (ŝ + eps)) ŝ                            rule "soaa"
+        F = (1 + Σ (m̂² / (v̂ + eps))) v̂, v̂ the centered moment     rule "tadam"
+        a = r m̂ / (max(r F, sqrt(ŝ)) + eps)
+        θ <- θ - lr (a + weight_decay θ)
+
+    with the radius r of `trust_region`. At the gradient scale of language models sqrt(ŝ) > r F
+    everywhere, and this is Adam times r.
+
+    Args:
+      learning_rate: scalar or schedule.
+      total_steps: T, the length of the run, over which the bounds of r close in.
+      b1: decay of the momentum and of the average loss.
+      b2: decay of the second moment.
+      gamma: width of the bounds of r.
+      eps: added to the denominator.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
+      mu_dtype: dtype of m; None is the parameter's.
+      hessian_dtype: dtype of the second moments; "bfloat16" is rounded stochastically.
+      rule: "soaa" (algorithm 1 as printed) or "tadam" (its parent; one more moment to keep).
+
+    Extra arguments of `update`:
+      value: the loss of this step, a scalar; without it r stays.
+
+    Returns:
+      A transformation. Its state holds the moments and r (`TrustRegionState`).
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: SOAA, algorithm 1, with v̂, which is used and never updated, read as ŝ; Tadam's
+    published code. The paper has no default weight decay.
+
+    >>> import jax.numpy as jnp
+    >>> tx = soaa(.1, total_steps=100)
+    >>> g = jnp.array([.03, -.04])
+    >>> u, state = tx.update(g, tx.init(g), g, value=2.)
+    >>> print(jnp.array_str(u, precision=2), state[0].radius)
+    [-0.1  0.1] 1.0
+    """
+    _checks.decays(b1=b1, b2=b2)
+    adam = second_moment(b2, dtype=hessian_dtype)
+    centered = rule == "tadam"
+    return optax.chain(
+        trust_region(
+            clip_by_ratio(
+                optax.ema(b1, debias=True, accumulator_dtype=mu_dtype),
+                centered_second_moment(b1, b2, eps, dtype=hessian_dtype) if centered else adam,
+                second_moment=adam if centered else None,
+                gain=sum_of_ratios(eps) if centered else ratio_of_sums(eps),
+                denominator=rms_floor(1.0, eps),
+                clip_threshold=None,
+            ),
+            learning_rate,
+            total_steps=total_steps,
+            b1=b1,
+            eps=eps,
+            gamma=gamma,
+            rule=rule,
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
     )

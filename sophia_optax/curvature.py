@@ -175,32 +175,6 @@ def _reverse_product(gradient: Callable, params: Tree, u: Tree) -> Tree:
     return jax.vjp(gradient, params)[1](u)[0]
 
 
-def squared_gradient(*, scale: float = 1.0) -> Estimator:
-    """Empirical Fisher diagonal h = scale · g ⊙ g, of the incoming gradient.
-
-    Biased for every curvature (labels are the data's, not the model's); the baseline that
-    Gauss-Newton-Bartlett is compared with. Needs no extra argument.
-
-    Args:
-      scale: factor on g²; the number of outputs B makes it an estimate of the Fisher diagonal.
-
-    Returns:
-      An estimator.
-
-    Source: Liu et al. 2023 (arXiv 2305.14342), the ablation "E-F".
-
-    >>> import jax, jax.numpy as jnp
-    >>> print(squared_gradient()(jax.random.key(0), None, jnp.array([1., -2.])))
-    [1. 4.]
-    """
-
-    def estimator(key, params, updates, **unused):
-        del key, params, unused
-        return jax.tree.map(lambda g: scale * jnp.square(widen(g)), updates)
-
-    return estimator
-
-
 def check_fraction(fraction: float) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"batch_fraction={fraction} is outside (0, 1].")

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sophia_optax import _checks
 from sophia_optax.curvature import widen
-from sophia_optax.transform import refresh_due
+from sophia_optax.transform import refresh_due, widest
 
 ArrayLike = jax.typing.ArrayLike
-Denominator = Callable[[jax.Array], jax.Array]
+Denominator = Callable[[jax.Array, jax.Array], jax.Array]
+"""A pure function of the leaves (h, v): curvature, and the second moment of the gradient."""
 
 
 def floor(gamma: ArrayLike, eps: ArrayLike = 1e-12) -> Denominator:
@@ -25,7 +25,7 @@ def floor(gamma: ArrayLike, eps: ArrayLike = 1e-12) -> Denominator:
         smallest normal float32 is used.
 
     Returns:
-      A pure function of h.
+      A pure function of h; v is not read.
 
     Raises:
       ValueError: an argument is negative.
@@ -39,7 +39,8 @@ def floor(gamma: ArrayLike, eps: ArrayLike = 1e-12) -> Denominator:
     _checks.in_range("gamma", gamma, 0, float("inf"))
     _checks.in_range("eps", eps, 0, float("inf"))
 
-    def denominator(h):
+    def denominator(h, v=None):
+        del v
         return jnp.maximum(jnp.asarray(gamma, h.dtype) * h, _normal(eps, h.dtype))
 
     return denominator
@@ -53,7 +54,7 @@ def shift(eps: ArrayLike, rho: ArrayLike = 1.0) -> Denominator:
       rho: factor on h.
 
     Returns:
-      A pure function of h.
+      A pure function of h; v is not read.
 
     Raises:
       ValueError: an argument is negative.
@@ -67,8 +68,41 @@ def shift(eps: ArrayLike, rho: ArrayLike = 1.0) -> Denominator:
     _checks.in_range("rho", rho, 0, float("inf"))
     _checks.in_range("eps", eps, 0, float("inf"))
 
-    def denominator(h):
+    def denominator(h, v=None):
+        del v
         return jnp.asarray(rho, h.dtype) * h + _normal(eps, h.dtype)
+
+    return denominator
+
+
+def rms_floor(gamma: ArrayLike = 1.0, eps: ArrayLike = 1e-8) -> Denominator:
+    """The denominator max(gamma h, sqrt(v)) + eps: Adam's where curvature is small.
+
+    Where `floor` leaves a sign step, this leaves Adam's, m / sqrt(v).
+
+    Args:
+      gamma: factor on h; 0 is Adam everywhere.
+      eps: shift, at least the smallest normal float32.
+
+    Returns:
+      A pure function of h and of v, the second moment of the gradient (`clip_by_ratio`'s
+      `second_moment`; h itself where it has none, as in SOAA).
+
+    Raises:
+      ValueError: an argument is negative.
+
+    Source: SOAA, algorithm 1, lines 9 and 10, with any curvature in the place of its F.
+
+    >>> import jax.numpy as jnp
+    >>> print(rms_floor(.5, .25)(jnp.array([8., 2., -4.]), jnp.array([4., 4., 4.])))
+    [4.25 2.25 2.25]
+    """
+    _checks.in_range("gamma", gamma, 0, float("inf"))
+    _checks.in_range("eps", eps, 0, float("inf"))
+
+    def denominator(h, v):
+        largest = jnp.maximum(jnp.asarray(gamma, h.dtype) * h, jnp.sqrt(v).astype(h.dtype))
+        return largest + _normal(eps, h.dtype)
 
     return denominator
 
@@ -83,6 +117,9 @@ class ClipByRatioState(NamedTuple):
 
     momentum: Any
     curvature: Any
+    second_moment: Any  # empty where there is none
+    linear: jax.Array  # float32 (): Σ m u, the first-order gain of a step u, if a radius was given
+    quadratic: jax.Array  # float32 (): Σ h u², its curvature
     clipped: Any  # float32 (): share of clipped coordinates among those above the floor
     floored: Any  # float32 (): share of coordinates at the floor, of all
 
@@ -92,35 +129,44 @@ def clip_by_ratio(
     curvature: optax.GradientTransformation,
     *,
     denominator: Denominator,
+    second_moment: optax.GradientTransformation | None = None,
+    gain: Callable[[optax.Updates, optax.Updates], jax.Array] | None = None,
     clip_threshold: ArrayLike | None = 1.0,
     two_sided: bool = True,
     statistics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum over curvature, bounded: clip(m / denominator(h), clip_threshold).
+    r"""Momentum over curvature, bounded: u = clip(m / denominator(h, v), clip_threshold).
 
-    Both transformations are fed the same incoming gradient.
+    All transformations are fed the same incoming gradient.
 
     Args:
       momentum: gradients in, m out, such as `optax.ema(.9, debias=False, accumulator_dtype=None)`.
       curvature: gradients in, h out, such as `hessian_estimate(hutchinson())`.
-      denominator: a pure function of h, such as `floor(gamma, eps)`.
+      denominator: a pure function of h and v, such as `floor(gamma, eps)`.
+      second_moment: gradients in, v out, such as `second_moment(.95)` for `rms_floor`; None takes
+        h for v. It is passed no extra arguments.
+      gain: a function of the trees (m, h), a factor on h in the denominator; None is 1.
       clip_threshold: bound on each coordinate, > 0; None is no bound.
       two_sided: bound from both sides; False only from above.
       statistics: take the clipped and floored fractions on refreshes of h. They cost a pass over
         m and h there, and with a dynamic `refresh` also a `lax.cond`.
 
     Extra arguments of `update`:
-      **extra: passed on to both.
+      radius: r, a scalar from an enclosing `trust_region`. The step is then
+        clip(r m / denominator(r h, v), r clip_threshold): Newton steps keep their length, all
+        that is bounded otherwise is bounded r times as far.
+      **extra: passed on to momentum and curvature, to the latter with `momentum=m`.
 
     Returns:
       A transformation whose output has the dtype of the incoming gradient; the ratio is computed
-      in float32 at least. Its state holds both inner states and the statistics, read by
-      `diagnostics`.
+      in float32 at least. Its state holds the inner states, the statistics, read by `diagnostics`,
+      and what `trust_region` predicts the gain of a step with.
 
     Raises:
       ValueError: `clip_threshold` is not above 0.
 
-    Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, line 13.
+    Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, line 13; SOAA, lines 8 to 10 and 19,
+    for the gain, the radius and the sums.
 
     >>> import jax.numpy as jnp, optax
     >>> from sophia_optax import hessian_estimate, squared_gradient
@@ -135,38 +181,69 @@ def clip_by_ratio(
     """
     if clip_threshold is not None:
         _checks.in_range("clip_threshold", clip_threshold, 0, float("inf"))
-        if isinstance(clip_threshold, int | float | np.number) and clip_threshold == 0:
-            raise ValueError("clip_threshold=0 stops all movement; None turns clipping off.")
+        _checks.nonzero(
+            "clip_threshold", clip_threshold, "it stops all movement; None turns clipping off."
+        )
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
+    second = optax.with_extra_args_support(second_moment or optax.identity())
     statistics = statistics and clip_threshold is not None
 
     def init(params):
         return ClipByRatioState(
             momentum=momentum.init(params),
             curvature=curvature.init(params),
+            second_moment=second.init(params),
+            linear=jnp.zeros([], widest(params)),
+            quadratic=jnp.zeros([], widest(params)),
             clipped=jnp.zeros([], jnp.float32) if statistics else (),
             floored=jnp.zeros([], jnp.float32) if statistics else (),
         )
 
-    def update(updates, state, params=None, **extra):
+    def update(updates, state, params=None, *, radius=None, **extra):
         m, momentum_state = momentum.update(updates, state.momentum, params, **extra)
-        h, curvature_state = curvature.update(updates, state.curvature, params, **extra)
+        told = extra | {"momentum": m}
+        h, curvature_state = curvature.update(updates, state.curvature, params, **told)
+        v, second_state = second.update(updates, state.second_moment, params)
         h = jax.tree.map(widen, h)  # of any curvature: zero over float16's floor would be NaN
-        ratio = jax.tree.map(lambda m, h: m.astype(h.dtype) / denominator(h), m, h)
+        v = h if second_moment is None else jax.tree.map(widen, v)
+        m = jax.tree.map(lambda m, h: m.astype(h.dtype), m, h)
+        r = 1.0 if radius is None else radius
+        scaled = _times(r if gain is None else r * gain(m, h), h)
+        ratio = jax.tree.map(lambda m, h, v: m / denominator(h, v), _times(r, m), scaled, v)
+        bound = None if clip_threshold is None else clip_threshold * r
 
         def measure():
-            return _fractions(ratio, h, denominator, clip_threshold, two_sided)
+            return _fractions(ratio, scaled, v, denominator, bound, two_sided)
 
         measured = (state.clipped, state.floored)
         if statistics:
             due = refresh_due(extra.get("refresh"), extra.get("hessian"))
             measured = _at_refresh(due, curvature_state, measure, measured)
-        ratio = jax.tree.map(lambda u: _clip(u, clip_threshold, two_sided), ratio)
-        state = ClipByRatioState(momentum_state, curvature_state, *measured)
-        return optax.tree.cast_like(ratio, updates), state
+        step = jax.tree.map(lambda u: _clip(u, bound, two_sided), ratio)
+        sums = (state.linear, state.quadratic)
+        if radius is not None:
+            sums = _gain_of(step, m, h, sums[0].dtype)
+        state = ClipByRatioState(momentum_state, curvature_state, second_state, *sums, *measured)
+        return optax.tree.cast_like(step, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _times(scalar: ArrayLike, tree: optax.Updates) -> optax.Updates:
+    return jax.tree.map(lambda x: jnp.asarray(scalar, x.dtype) * x, tree)
+
+
+def inner_product(x: optax.Updates, y: optax.Updates, dtype: jnp.dtype) -> jax.Array:
+    """Σ x y over the tree; leaves of several dtypes are summed in `dtype`."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y, dtype=dtype), x, y)
+    return jax.tree.reduce(jnp.add, products, jnp.zeros([], dtype))
+
+
+def _gain_of(step, m, h, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(Σ m u, Σ h u²)."""
+    square = jax.tree.map(jnp.square, step)
+    return inner_product(m, step, dtype), inner_product(h, square, dtype)
 
 
 def _clip(u: jax.Array, threshold: ArrayLike | None, two_sided: bool) -> jax.Array:
@@ -188,18 +265,18 @@ def _at_refresh(due: bool | jax.Array | None, curvature_state: Any, measure: Cal
     return jax.lax.cond(age == 0, measure, lambda: old)
 
 
-def _fractions(ratio, h, denominator, threshold, two_sided) -> tuple[jax.Array, jax.Array]:
+def _fractions(ratio, h, v, denominator, bound, two_sided) -> tuple[jax.Array, jax.Array]:
     """(clipped / live, floored / all); a coordinate is live if its curvature lifts it off zero's.
 
     On dead coordinates, such as unused embedding rows, being clipped or not means nothing.
     """
 
-    def count(u, h):
-        live = denominator(h) > denominator(jnp.zeros_like(h))
-        hit = (jnp.abs(u) if two_sided else u) >= jnp.asarray(threshold, u.dtype)
+    def count(u, h, v):
+        live = denominator(h, v) > denominator(jnp.zeros_like(h), v)
+        hit = (jnp.abs(u) if two_sided else u) >= jnp.asarray(bound, u.dtype)
         return jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in (live, live & hit)])
 
-    counts = jax.tree.map(count, ratio, h)
+    counts = jax.tree.map(count, ratio, h, v)
     live, clipped = jax.tree.reduce(jnp.add, counts, jnp.zeros([2], jnp.float32))
     size = jnp.asarray(max(optax.tree.size(h), 1), jnp.float32)
     return clipped / jnp.maximum(live, 1), (size - live) / size

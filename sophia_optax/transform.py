@@ -82,14 +82,12 @@ def hessian_estimate(
     >>> print(h, state.mass.round(1))
     [1. 4.] 0.1
     """
-    _checks.in_range("decay", decay, 0, 1, open_high=True)
+    _checks.decays(decay=decay)
     _checks.positive_integer("update_interval", update_interval, "1 samples at every update.")
-    _check_dtype(dtype)
+    check_dtype(dtype)
     every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
 
     def init(params):
-        dtypes = [jnp.dtype(jnp.float32), *map(accumulation_dtype, jax.tree.leaves(params))]
-
         def zeros(x):  # like x: the sharding of x is carried over on meshes with explicit axes
             return jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x))
 
@@ -98,7 +96,7 @@ def hessian_estimate(
             accepted=jnp.zeros([], jnp.int32),
             rejected=jnp.zeros([], jnp.int32),
             age=jnp.zeros([], jnp.int32),
-            mass=jnp.zeros([], max(dtypes, key=lambda d: d.itemsize)),
+            mass=jnp.zeros([], widest(params)),
             h=jax.tree.map(zeros, params),
         )
 
@@ -130,6 +128,12 @@ def hessian_estimate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def widest(params: optax.Params) -> jnp.dtype:
+    """The dtype of scalars that sum over the tree: float32, or float64 where some leaf is."""
+    dtypes = [jnp.dtype(jnp.float32), *map(accumulation_dtype, jax.tree.leaves(params))]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
     """A bool where the choice is static, an array where it is not, None where the counter rules."""
     if refresh is None:
@@ -145,7 +149,7 @@ def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
     return jnp.asarray(refresh)
 
 
-def _check_dtype(dtype: DTypeLike | None) -> None:
+def check_dtype(dtype: DTypeLike | None) -> None:
     if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.float64):
         raise ValueError(
             f"dtype={jnp.dtype(dtype).name} cannot hold curvature: float16 overflows, shorter "
@@ -168,7 +172,7 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
     # Cast before the test: a float64 sample can be finite where its float32 is not.
     sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
     finite = jax.tree.map(jnp.isfinite, sample)
-    averaged = _round_to(state.h, jax.tree.map(average, state.h, sample), key)
+    averaged = round_to(state.h, jax.tree.map(average, state.h, sample), key)
     if by_coordinate:
         ok = jnp.asarray(True)
     else:
@@ -191,7 +195,7 @@ def _corrected(state: HessianEstimateState) -> optax.Updates:
     return jax.tree.map(lambda h: widen(h) * scale.astype(accumulation_dtype(h)), state.h)
 
 
-def _round_to(like: optax.Updates, tree: optax.Updates, key: jax.Array) -> optax.Updates:
+def round_to(like: optax.Updates, tree: optax.Updates, key: jax.Array) -> optax.Updates:
     """Casts to the dtypes of `like`, to bfloat16 stochastically: the mean is then kept."""
 
     def cast(key, x, like):
