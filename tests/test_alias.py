@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import oracles as o
 import pytest
+from exact import ExactLinear
 
 from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
 
@@ -186,7 +187,7 @@ ROWS, V = 6, 3
 X = np.random.default_rng(3).normal(size=(ROWS, 4))
 LABELS = np.random.default_rng(4).integers(V, size=ROWS)
 W = {"W": np.random.default_rng(5).normal(size=(4, V))}
-MODEL = o.ExactLinear("categorical", X)
+MODEL = ExactLinear("categorical", X)
 
 
 def logits_fn(params, inputs=X):
@@ -214,7 +215,7 @@ def label_sample(seed, groups):
         f = jnp.asarray(MODEL.outputs(params))
         labels = np.array([jax.random.categorical(k, f[i]) for i, k in enumerate(keys)])
         cuts = np.split(np.arange(ROWS), groups)
-        models = [o.ExactLinear("categorical", X[cut]) for cut in cuts]
+        models = [ExactLinear("categorical", X[cut]) for cut in cuts]
         sums = [m.summed_sample(params, labels[c]) for m, c in zip(models, cuts, strict=True)]
         return o.grouped_gnb(sums, ROWS)
 

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import oracles as o
 import pytest
+from exact import ExactLinear
 
 from sophia_optax import gauss_newton_bartlett, hessian_estimate, hutchinson
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "conventions.md"
 STEPS, K = 32, 3
-MODEL = o.ExactLinear("categorical", np.random.default_rng(0).normal(size=(6, 4)))
+MODEL = ExactLinear("categorical", np.random.default_rng(0).normal(size=(6, 4)))
 LABELS = np.random.default_rng(1).integers(3, size=6)
 W = {"W": np.random.default_rng(2).normal(size=(4, 3))}
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from exact import ExactTanh, central_difference
 from moments import assert_mean, draw, flops, jit, standard_error
 
 from sophia_optax import hessian_estimate, hutchinson, squared_gradient
@@ -42,8 +43,8 @@ def flat(tree):
 @functools.cache
 def exact_hessian(step=1):
     """[P, P] by central differences of the oracle's gradient, on every `step`-th row."""
-    model = oracles.ExactTanh("categorical", X[::step])
-    return oracles.central_difference(lambda p: flat(model.gradient(p, Y[::step])), PARAMS)
+    model = ExactTanh("categorical", X[::step])
+    return central_difference(lambda p: flat(model.gradient(p, Y[::step])), PARAMS)
 
 
 @functools.cache

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from exact import ExactLinear
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moments import assert_mean, jit
-from oracles import ExactLinear
 
 from sophia_optax import gauss_newton_bartlett, hutchinson
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from exact import ExactLinear, ExactTanh, sigmoid, softmax
 from moments import assert_mean, draw, flops, jit
 
 from sophia_optax import gauss_newton_bartlett
@@ -35,8 +36,8 @@ def tanh(params, x):
 
 
 MODELS = {
-    "linear": (linear, oracles.ExactLinear, tree_of(1, W=(D, V))),
-    "tanh": (tanh, oracles.ExactTanh, tree_of(2, w1=(D, K), b1=(K,), w2=(K, V), b2=(V,))),
+    "linear": (linear, ExactLinear, tree_of(1, W=(D, V))),
+    "tanh": (tanh, ExactTanh, tree_of(2, w1=(D, K), b1=(K,), w2=(K, V), b2=(V,))),
 }
 
 
@@ -124,9 +125,9 @@ def row_sample(likelihood, key=0, batch=ROW_BATCH, weights=None, params=ROW_PARA
 def labels_in(h_R, f, likelihood):
     """The labels that were drawn: h of an output's own parameter is (p - y)² / B at weight 1."""
     if likelihood == "bernoulli":
-        p, h = oracles.sigmoid(f), h_R * f.size
+        p, h = sigmoid(f), h_R * f.size
         return (np.abs(h - (1 - p) ** 2) < np.abs(h - p**2)).astype(int)
-    p, h = oracles.softmax(f)[..., None, :], (h_R * f[..., 0].size)[..., None, :]
+    p, h = softmax(f)[..., None, :], (h_R * f[..., 0].size)[..., None, :]
     return np.abs(h - (p - np.eye(V)) ** 2).sum(-1).argmin(-1)
 
 
@@ -147,7 +148,7 @@ def test_sample_is_the_sum_of_squared_group_gradients_over_B(likelihood, weighte
     labels, params = labels_drawn(likelihood), {"W": ROW_PARAMS["W"]}
     weights = counted(likelihood, W) if weighted else np.ones_like(labels)
     parts = zip(*(np.split(a, groups) for a in (X, labels, weights)), strict=True)
-    squares = [oracles.ExactLinear(likelihood, x, w).summed_sample(params, y) for x, y, w in parts]
+    squares = [ExactLinear(likelihood, x, w).summed_sample(params, y) for x, y, w in parts]
     want = oracles.grouped_gnb(squares, weights.sum())["W"]
     h = row_sample(likelihood, weights=weights if weighted else None, groups=groups)
     np.testing.assert_allclose(h["W"], want, rtol=2e-5, atol=1e-7)
@@ -249,7 +250,7 @@ def test_sixteen_groups_have_a_fraction_of_the_error_of_one(likelihood):
     x = np.random.default_rng(5).normal(size=(64, 4))
     params = tree_of(4, w1=(4, 5), b1=(5,), w2=(5, 4), b2=(4,))
     params = {name: leaf / 2 for name, leaf in params.items()}
-    exact = oracles.ExactTanh(likelihood, x).gauss_newton_diagonal(params)
+    exact = ExactTanh(likelihood, x).gauss_newton_diagonal(params)
     errors = {}
     for groups in (1, 16):
         gnb = gauss_newton_bartlett(likelihood=likelihood, groups=groups)

@@ -1,0 +1,209 @@
+"""The OrthoSoph oracles are right: polar factors, two steps by hand, other factorings."""
+
+import itertools
+
+import numpy as np
+import oracles as o
+import pytest
+from oracles_matrix import from_tiles, to_tiles
+from trees import flat, random_tree, unflatten
+
+close = np.testing.assert_allclose
+
+
+# ---------------------------------------------------------------- OrthoSoph
+
+
+def test_orthosoph_tile_step_is_the_polar_factor_without_memory():
+    G = np.random.default_rng(1).normal(size=(4, 6))
+    ortho = o.OrthoSophTiles(1.0, b=2, b1=0.0, b2=0.0, eps=0.0)
+    step = -ortho.step({"w": np.zeros((4, 6))}, {"w": G})["w"]
+    for i, j in itertools.product(range(2), range(3)):
+        tile = np.s_[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        U, _, Vt = np.linalg.svd(G[tile])
+        close(step[tile], U @ Vt, atol=1e-12)
+
+
+def test_orthosoph_two_steps_by_hand():
+    # β1 = β2 = .5, ε = 1. G1 = diag(2, 0): C = diag(2, 0), M = diag(1, 0), D = diag(1/√3, 0).
+    # G2 = [[0, 0], [0, 4]]: C = diag(1, 8), M = diag(.5, 2), D = diag(.5/√2, 2/3).
+    ortho = o.OrthoSophTiles(1.0, b=2, b1=0.5, b2=0.5, eps=1.0)
+    params = {"w": np.zeros((2, 2))}
+    params = ortho.step(params, {"w": np.diag([2.0, 0.0])})
+    close(params["w"], -np.diag([3**-0.5, 0]))
+    params = ortho.step(params, {"w": np.diag([0.0, 4.0])})
+    close(params["w"], -np.diag([3**-0.5 + 0.5 * 2**-0.5, 2 / 3]))
+
+
+def test_orthosoph_zero_padding_equals_a_smaller_last_tile():
+    grads = random_tree(2, {"w": (5, 7)})
+    zeros = o.tree(np.zeros_like, grads)
+    whole = o.OrthoSophTiles(1.0, b=4, b1=0.5, b2=0.5, eps=1e-3).step(zeros, grads)["w"]
+    for rows, columns in itertools.product((np.s_[:4], np.s_[4:]), repeat=2):
+        G = grads["w"][rows, columns]
+        C = 0.5 * G @ G.T + 1e-3 * np.eye(len(G))
+        values, vectors = np.linalg.eigh(C)
+        expected = vectors @ np.diag(values**-0.5) @ vectors.T @ (0.5 * G)
+        close(-whole[rows, columns], expected, atol=1e-12)
+
+
+def test_orthosoph_batches_stacked_matrices_and_treats_vectors_element_wise():
+    stacked = random_tree(3, {"w": (2, 3, 4, 5)})
+    options = {"b": 3, "b1": 0.0, "b2": 0.3, "eps": 1e-6}
+    zeros = o.tree(np.zeros_like, stacked)
+    whole = o.OrthoSophTiles(1.0, **options).step(zeros, stacked)["w"]
+    for i, j in itertools.product(range(2), range(3)):
+        single = o.OrthoSophTiles(1.0, **options)
+        close(whole[i, j], single.step({"w": zeros["w"][i, j]}, {"w": stacked["w"][i, j]})["w"])
+    vectors = random_tree(4, {"v": (5,), "scalar": (), "named": (2, 3)})
+    ortho = o.OrthoSophTiles(1.0, diagonal_names=("named",), **options)
+    step = ortho.step(o.tree(np.zeros_like, vectors), vectors)
+    close(flat(step), -flat(vectors) / np.sqrt(0.7 * flat(vectors) ** 2 + 1e-6))
+
+
+def test_tiles_invert():
+    matrix = np.random.default_rng(5).normal(size=(2, 5, 8))
+    tiles = to_tiles(matrix, 3)
+    assert tiles.shape == (2, 2, 3, 3, 3)
+    close(tiles[1, 0, 2], np.pad(matrix[1, :3, 6:], ((0, 0), (0, 1))))
+    close(from_tiles(tiles, 5, 8), matrix)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def polar(G):
+    """U Vᵀ."""
+    U, _, Vt = np.linalg.svd(G, full_matrices=False)
+    return U @ Vt
+
+
+MEMORYLESS = {"b1": 0.0, "b2": 0.0, "eps": 1e-13, "update_interval": 1}
+
+
+def rows_direction(w, **options):
+    return o.OrthoSophRows(1.0, **(MEMORYLESS | options)).direct({"w": w})["w"]
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4)])
+def test_rows_in_one_block_without_memory_are_the_polar_factor_times_root_of_the_long_side(shape):
+    G = np.random.default_rng(21).normal(size=shape)
+    expected = max(shape) ** 0.5 * polar(G)
+    close(rows_direction(G, block_size=9), expected, rtol=1e-9)
+    # The rows of a polar factor are unit vectors, so its root mean square is that root's inverse.
+    close(rows_direction(G, block_size=9, rms=0.2), 0.2 * expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (5, 5)])
+def test_each_group_of_rows_is_its_own_polar_factor_and_the_last_is_smaller(shape):
+    G = np.random.default_rng(22).normal(size=shape)
+    groups = [polar(G[first : first + 2]) for first in (0, 2, 4)]
+    expected = shape[1] ** 0.5 * np.concatenate(groups)
+    close(rows_direction(G, block_size=2), expected, rtol=1e-9)
+
+
+def test_groups_of_a_tall_matrix_are_columns():
+    G = np.random.default_rng(23).normal(size=(8, 5))
+    close(rows_direction(G, block_size=2), rows_direction(G.T, block_size=2).T)
+    expected = 8**0.5 * np.concatenate([polar(G[:, j : j + 2]) for j in (0, 2, 4)], 1)
+    close(rows_direction(G, block_size=2), expected, rtol=1e-9)
+
+
+def test_rows_three_steps_by_hand():
+    # β1 = β2 = .5, ε = .2, k = 2, m = 2. G = diag(√6, √8), then 0, then G.
+    # 1: Ĉ = diag(3, 4), of norm 5: R = diag(4, 5)^(-1/2), M̂ = G.
+    # 2: not due: R stays; M̂ = (.25 G)/.75 = G/3.
+    # 3: Ĉ = (.125 + .5)/.875 diag(3, 4) = 5/7 diag(3, 4): R is √(7/5) times the first; M̂ = 5/7 G.
+    # λ = .1, η = .5: θ <- .95 θ - .5 direction.
+    rows = o.OrthoSophRows(
+        0.5, block_size=8, b1=0.5, b2=0.5, eps=0.2, update_interval=2, weight_decay=0.1
+    )
+    G, first = np.diag([6**0.5, 8**0.5]), np.diag([6**0.5 / 2, 8**0.5 / 5**0.5])
+    params, expected = {"w": np.eye(2)}, np.eye(2)
+    for g, scale in ((G, 1), (0 * G, 1 / 3), (G, (5 / 7) ** 0.5)):
+        params = rows.step(params, {"w": g})
+        expected = 0.95 * expected - 0.5 * scale * first
+        close(params["w"], expected)
+
+
+def test_refresh_says_when_the_root_is_taken_and_the_average_goes_on():
+    rng, options = np.random.default_rng(24), {"block_size": 2, "b1": 0.0, "b2": 0.5, "eps": 1e-3}
+    gs = rng.normal(size=(3, 2, 6))
+    flags = (None, False, True)
+    rows = o.OrthoSophRows(1.0, update_interval=1, **options)
+    got = [rows.direct({"w": g}, refresh=flag)["w"] for g, flag in zip(gs, flags, strict=True)]
+    covariances = [g @ g.T / 6 for g in gs]
+    late = (0.125 * covariances[0] + 0.25 * covariances[1] + 0.5 * covariances[2]) / 0.875
+
+    def root(C):
+        values, vectors = np.linalg.eigh(C + 1e-3 * np.sqrt((C**2).sum()) * np.eye(2))
+        return vectors @ np.diag(values**-0.5) @ vectors.T
+
+    for ours, C, g in zip(got, (covariances[0], covariances[0], late), gs, strict=True):
+        close(ours, root(C) @ g, rtol=1e-10)
+
+
+def test_padding_the_last_group_with_a_zero_row_changes_nothing():
+    G = np.random.default_rng(25).normal(size=(5, 7))
+    padded = np.concatenate([G, np.zeros((1, 7))])
+    options = {"block_size": 3, "eps": 0.1}
+    close(rows_direction(padded, **options)[:5], rows_direction(G, **options), rtol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 6, 4)])
+def test_rows_treat_a_batch_of_matrices_one_by_one_root_mean_square_included(shape):
+    W = np.random.default_rng(26).normal(size=shape) * np.arange(1, 7).reshape(2, 3, 1, 1)
+    options = {"block_size": 3, "eps": 0.1, "rms": 0.2}
+    whole = rows_direction(W, **options)
+    for index in np.ndindex(2, 3):
+        close(whole[index], rows_direction(W[index], **options))
+        close((whole[index] ** 2).mean(), 0.04)
+
+
+def test_rows_do_not_depend_on_the_gradients_scale():
+    # ε is relative to the curvature, each block to its own.
+    G = np.random.default_rng(27).normal(size=(4, 6))
+    scaled = np.repeat([1e-9, 1e3], 2)[:, None] * G
+    options = {"block_size": 2, "eps": 0.3}
+    close(rows_direction(scaled, **options), rows_direction(G, **options), rtol=1e-10)
+
+
+def test_rows_without_gradient_stay_where_they_are():
+    G = np.random.default_rng(28).normal(size=(4, 6))
+    G[:2] = 0
+    direction = rows_direction(G, block_size=2, rms=0.2)
+    close(direction[:2], 0)
+    close((direction**2).mean(), 0.04)
+    close(rows_direction(np.zeros((3, 4)), block_size=2, rms=0.2), 0)
+
+
+def test_vectors_and_named_leaves_of_rows_take_adams_direction():
+    shapes, rng = {"v": (5,), "scalar": (), "named": (2, 3)}, np.random.default_rng(29)
+    history = rng.normal(size=(4, 12))
+    rows = o.OrthoSophRows(
+        1.0, block_size=2, b1=0.8, b2=0.6, eps_diagonal=0.1, rms=0.2, diagonal_names=("named",)
+    )
+    like = random_tree(0, shapes)
+    for t in range(1, 5):
+        direction = rows.direct(unflatten(history[t - 1], like))
+        m, v = (
+            b ** np.arange(t - 1, -1, -1) @ x * (1 - b) / (1 - b**t)
+            for b, x in ((0.8, history[:t]), (0.6, history[:t] ** 2))
+        )
+        close(flat(direction), m / (np.sqrt(v) + 0.1))
+
+
+def test_rows_keep_n_times_b_numbers_of_curvature():
+    rows = o.OrthoSophRows(1.0, block_size=4)
+    rows.direct(random_tree(30, {"w": (32, 8), "u": (8, 16)}))
+    assert sum(block.size for block in rows.h.values()) == 8 * 4 + 8 * 4
+
+
+def test_masked_decay_and_schedule_of_rows():
+    params = random_tree(31, {"w": (2, 3), "v": (3,)})
+    options = {"block_size": 2, "weight_decay": 0.5, "decay_names": {"w"}}
+    rows = o.OrthoSophRows(lambda count: 0.1 * (1 + count), **options)
+    zero = o.tree(np.zeros_like, params)
+    after = rows.step(rows.step(params, zero), zero)
+    close(after["w"], 0.95 * 0.9 * params["w"])
+    close(after["v"], params["v"])
