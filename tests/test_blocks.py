@@ -1,0 +1,408 @@
+"""`scale_by_blocks` against float64 references, the laws of whitening, and what wrappers ask."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles as o
+import pytest
+from contract import all_finite, assert_close, types
+from trees import Average, tree
+
+from models import split
+from models.presets import PRESETS
+from sophia_optax.blocks import orthosoph, scale_by_blocks
+
+rng = np.random.default_rng(0)
+
+# ---------------------------------------------------------------- references over 32 steps
+
+STEPS = 32
+SHAPES = {
+    "scalar": (),
+    "vector": (5,),
+    "ragged": (5, 7),
+    "tall": (9, 4),
+    "stack": (2, 3, 6),
+    "column": (4, 1),
+}
+# Scales from leaf to leaf and a slow drift: a root of the wrong age or scale shows.
+GRADS = {
+    n: 10.0 ** -(i % 3) * (rng.normal(size=(STEPS, *s)) + rng.normal(size=s))
+    for i, (n, s) in enumerate(SHAPES.items())
+}
+PARAMS = {n: rng.normal(size=s) for n, s in SHAPES.items()}
+
+
+def schedule(count):
+    return 0.1 * 0.9**count
+
+
+def ours(refresh=None, **arguments):
+    """The path of the parameters in float64, `{name: [STEPS, *shape]}`."""
+    with jax.enable_x64(True):
+        tx, params = orthosoph(**arguments), jax.tree.map(jnp.asarray, PARAMS)
+
+        def step(carry, xs):
+            params, state = carry
+            updates, state = tx.update(xs[0], state, params, refresh=xs[1])
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        xs = (jax.tree.map(jnp.asarray, GRADS), refresh)
+        return jax.tree.map(np.asarray, jax.lax.scan(step, (params, tx.init(params)), xs)[1])
+
+
+def theirs(oracle):
+    params, path = PARAMS, []
+    for t in range(STEPS):
+        params = oracle.step(params, {n: g[t] for n, g in GRADS.items()})
+        path.append(params)
+    return {name: np.stack([p[name] for p in path]) for name in SHAPES}
+
+
+LETTER = {"form": "tiles", "update_interval": 1, "rms": None, "mu_dtype": None}
+PLAIN = {"mu_dtype": None, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b1": 0.9, "b2": 0.99, "eps": 1e-4},
+        {"b1": 0.0, "b2": 0.0, "eps": 1e-2, "weight_decay": 0.3},
+        {"b1": 0.5, "b2": 0.9, "eps": 1e-3, "learning_rate": schedule, "weight_decay": 0.1},
+    ],
+)
+def test_every_step_of_tiles_is_the_faithful_reading(case, block_size):
+    case = {"learning_rate": 0.1, "weight_decay": 0.0} | case
+    expected = theirs(o.OrthoSophTiles(b=block_size, **case))
+    assert_close(ours(block_size=block_size, **LETTER, **case), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_masked_leaves_and_decays_of_tiles_are_the_faithful_reading():
+    case = {"learning_rate": 0.1, "weight_decay": 0.3, "b1": 0.9, "b2": 0.9, "eps": 1e-3}
+    path = ours(
+        **case,
+        **LETTER,
+        block_size=3,
+        block_mask={n: n in ("ragged", "stack") for n in SHAPES},
+        weight_decay_mask={n: n == "tall" for n in SHAPES},
+    )
+    names = {"decay_names": {"tall"}, "diagonal_names": ("tall", "column")}
+    expected = theirs(o.OrthoSophTiles(b=3, **case, **names))
+    assert_close(path, expected, rtol=1e-10, atol=1e-12)
+
+
+class Ahead(Average):
+    """Nesterov's momentum: what the next average would be if the sample came again."""
+
+    def add(self, sample):
+        super().add(sample)
+        self.sample = sample
+
+    def read(self, debias):
+        d, mass, ahead = self.decay, self.mass, self.decay * self.mass + 1 - self.decay
+        return tree(lambda m, g: d * m / ahead + (1 - d) * g / mass, self.value, self.sample)
+
+
+class Rows(o.OrthoSophRows):
+    """The oracle, with the scale of a root brought up to date at every step."""
+
+    def __init__(self, *args, nesterov, **options):
+        super().__init__(*args, eps_diagonal=0.0, **options)
+        if nesterov:
+            self.momentum = Ahead(self.b1)
+
+    def refresh(self, C):
+        super().refresh(C)
+        self.shape = {key: R * np.linalg.norm(C[key]) ** 0.5 for key, R in self.R.items()}
+
+    def precondition(self, name, m, C):
+        self.R = {key: Z / np.linalg.norm(C[key]) ** 0.5 for key, Z in self.shape.items()}
+        return super().precondition(name, m, C)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "k", "rms", "nesterov"),
+    [(1, 1, None, False), (3, 1, 0.2, False), (3, 4, None, False), (4, 10, 0.2, True)],
+)
+def test_every_step_of_rows_is_the_recommended_reading(block_size, k, rms, nesterov):
+    case = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "rms": rms}
+    case |= {"block_size": block_size, "update_interval": k, "nesterov": nesterov}
+    expected = theirs(Rows(**case))
+    assert_close(ours(**case, **PLAIN), expected, rtol=1e-10, atol=1e-12)
+    if k > 1:  # where no root is kept, nothing can be told
+        told = np.arange(STEPS) % k == 0
+        driven = ours(**case | {"update_interval": 7}, **PLAIN, refresh=told)
+        assert_close(driven, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_masked_leaves_of_rows_are_adam():
+    case = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "block_size": 3}
+    adam = optax.scale_by_adam(0.9, 0.8, eps=0.0)
+    path = ours(**case, **PLAIN, block_mask=dict.fromkeys(SHAPES, False))
+    with jax.enable_x64(True):
+        state, params = adam.init(PARAMS), PARAMS
+        for t in range(5):
+            updates, state = adam.update({n: jnp.asarray(g[t]) for n, g in GRADS.items()}, state)
+            params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+            assert_close({n: p[t] for n, p in path.items()}, params, rtol=1e-12)
+
+
+# ---------------------------------------------------------------- the laws of whitening
+
+
+def one_step(g, **arguments):
+    """The output for a first gradient, in float64."""
+    with jax.enable_x64(True):
+        tx = scale_by_blocks(**{"rms": None, "mu_dtype": None, "eps": 0.0} | arguments)
+        g = jnp.asarray(g)
+        return np.asarray(jax.jit(lambda g: tx.update(g, tx.init(g))[0])(g))
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
+def test_a_single_block_gives_the_polar_factor(shape):
+    g = rng.normal(size=shape)
+    u, _, vt = np.linalg.svd(g, full_matrices=False)
+    np.testing.assert_allclose(one_step(g), max(shape) ** 0.5 * u @ vt, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_of_a_block_are_whitened():
+    out = one_step(rng.normal(size=(8, 30)), block_size=4).reshape(2, 4, 30)
+    second_moment = np.einsum("rbm,rcm->rbc", out, out) / 30
+    np.testing.assert_allclose(second_moment, np.stack([np.eye(4)] * 2), atol=1e-9)
+
+
+def test_output_turns_with_columns_and_moves_with_blocks():
+    g, q = rng.normal(size=(6, 9)), np.linalg.qr(rng.normal(size=(9, 9)))[0]
+    whitened = functools.partial(one_step, block_size=3, eps=0.1)
+    out, close = whitened(g), functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    close(whitened(g @ q), out @ q)
+    close(whitened(g[[3, 4, 5, 0, 1, 2]]), out[[3, 4, 5, 0, 1, 2]])
+    close(whitened(g[[2, 1, 0, 4, 5, 3]]), out[[2, 1, 0, 4, 5, 3]])
+    close(whitened(g.T), out.T)
+    close(whitened(1e-3 * g), out)
+    assert not np.allclose(whitened(g[[5, 1, 2, 3, 4, 0]]), out[[5, 1, 2, 3, 4, 0]])
+
+
+@pytest.mark.parametrize("form", ["rows", "tiles"])
+def test_stacked_matrices_are_each_apart(form):
+    g = rng.normal(size=(2, 1, 5, 8)) * np.array([1.0, 1e-3]).reshape(2, 1, 1, 1)
+    whitened = functools.partial(one_step, block_size=4, form=form, eps=0.1, rms=0.2)
+    apart = np.stack([[whitened(x) for x in layer] for layer in g])
+    np.testing.assert_allclose(whitened(g), apart, rtol=1e-9)
+    np.testing.assert_allclose(np.sqrt(np.mean(apart**2, axis=(-2, -1))), 0.2, rtol=1e-9)
+
+
+def test_gradients_that_grow_between_roots_do_not_make_long_steps():
+    """A head that starts at zero gives its inputs a first gradient of zero."""
+    tx, g = scale_by_blocks(rms=None, b1=0.0, update_interval=10), jnp.asarray(GRADS["ragged"])
+    update = jax.jit(tx.update)
+    for first in (0.0, 1e-12):
+        state = tx.init(g[0])
+        _, state = update(first * g[0], state)
+        for x in g[1:9]:
+            out, state = update(x, state)
+            assert jnp.sqrt(jnp.mean(out**2)) < 3
+
+
+@pytest.mark.parametrize("form", ["rows", "tiles"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25])
+def test_a_block_whose_sample_is_not_finite_keeps_its_curvature(form, bad):
+    g = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    tx = scale_by_blocks(block_size=4, form=form, update_interval=1, mu_dtype=None)
+    grads = {"w": g, "v": g[:, 0]}
+    spoilt = {"w": (2 * g).at[5, 3].set(bad), "v": (2 * g[:, 0]).at[2].set(bad)}
+    update = jax.jit(tx.update)
+    _, before = update(grads, tx.init(grads))
+    _, after = update(spoilt, before)
+    assert all_finite(after.curvature)
+    kept = jax.tree.map(lambda x, y: np.asarray(x == y), before.curvature, after.curvature)
+    changed = jax.tree.map(lambda x: ~x, kept)
+    assert changed["v"].sum() == 7 and kept["v"][2]
+    if form == "tiles":
+        assert kept["w"][1, 0].all() and changed["w"][0, 0].any()
+    else:  # one block of the four columns, which are the rows
+        assert kept["w"].all()
+
+
+def test_a_first_gradient_whose_square_overflows_moves_nothing():
+    g, tx = jnp.full((4, 6), 1e25), scale_by_blocks(block_size=2)
+    updates, state = jax.jit(tx.update)(g.at[2:].set(1.0), tx.init(g))
+    assert (updates[:2] == 0).all() and (updates[2:] != 0).all() and all_finite((updates, state))
+
+
+# ---------------------------------------------------------------- refresh
+
+
+def program(refresh, update_interval=10):
+    tx, g = scale_by_blocks(update_interval=update_interval), {"w": jnp.ones((4, 6))}
+    return str(jax.make_jaxpr(lambda s: tx.update(g, s, refresh=refresh))(tx.init(g)))
+
+
+@pytest.mark.parametrize("boolean", [bool, np.bool_])
+def test_a_static_refresh_leaves_one_branch_in_the_program(boolean):
+    plain, refresh = program(boolean(False)), program(boolean(True))
+    assert "cond[" not in plain + refresh
+    assert "scan[" not in plain and "while[" not in plain, "no Newton iteration"
+    assert "scan[" in refresh or "while[" in refresh
+    for dynamic in (program(None), program(jnp.asarray(True))):
+        assert "cond[" in dynamic
+    assert "cond[" not in program(None, 1)
+
+
+def test_every_product_asks_for_full_precision():
+    """GPUs would round operands to 10 bits, which is invisible here."""
+    text = program(True)
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHE")
+
+
+def test_before_the_first_root_momentum_is_normalised_block_by_block():
+    g, tx = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), scale_by_blocks(1e-9, 0.0, rms=None)
+    updates, _ = tx.update(g, tx.init(g), refresh=False)
+    np.testing.assert_allclose(updates, g / jnp.linalg.norm(g @ g.T / 6) ** 0.5, rtol=1e-2)
+
+
+def test_a_refresh_that_is_no_bool_is_refused():
+    with pytest.raises(TypeError, match="`refresh` must be None, a bool"):
+        program(1)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("embedding", "most"), [(True, 0.35), (False, 0.5)], ids=["blocks", "numbers"]
+)
+def test_state_of_gpt2_125m_is_a_fraction_of_adamw(embedding, most):
+    params = jax.eval_shape(split(PRESETS["gpt2-125m"]).init, jax.random.key(0))
+
+    def mask(params):
+        return jax.tree.map_with_path(
+            lambda path, x: x.ndim == 2 and (embedding or "embedding" not in str(path)), params
+        )
+
+    def size(tx):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx, params)))
+
+    adamw, ours = optax.adamw(0.1), orthosoph(0.1, block_mask=mask)
+    assert most - 0.05 < size(ours.init) / size(adamw.init) < most
+
+
+# ---------------------------------------------------------------- the contract
+
+TREE = {"w": rng.normal(size=(5, 6)), "b": rng.normal(size=6), "s": np.ones(())}
+STATIC = ("block_size", "block_mask", "weight_decay_mask")
+NUMBERS = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.8, "eps": 1e-2, "weight_decay": 0.1}
+NUMBERS |= {"rms": 0.3, "update_interval": 3}
+
+
+def cast(dtype):
+    return {n: jnp.asarray(x, dtype) for n, x in TREE.items()}
+
+
+def run(tx, params, length=8):
+    """The last parameters and state: descent to TREE + 1 in one scan."""
+
+    def body(carry, _):
+        params, state = carry
+        grads = {n: params[n] - jnp.asarray(TREE[n] + 1, params[n].dtype) for n in params}
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(body, (params, tx.init(params)), length=length)[0]
+
+
+@pytest.mark.parametrize("form", ["rows", "tiles"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_dtypes_are_kept_and_all_is_finite(dtype, form):
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        tx, params = scale_by_blocks(form=form, block_size=4), cast(dtype)
+        state = tx.init(params)
+        assert types(jax.eval_shape(tx.init, params)) == types(state)
+        updates, after = jax.jit(tx.update)(params, state)
+        assert types(updates) == types(params) and types(after) == types(state)
+        assert all_finite((updates, after))
+        assert state.mu["w"].dtype == "bfloat16"
+        assert state.curvature["w"].dtype == ("float64" if dtype == "float64" else "float32")
+
+
+def test_scan_vmap_donation_and_injection_equal_the_plain_run():
+    tx = orthosoph(**NUMBERS, block_size=4)
+    plain, state = jax.jit(functools.partial(run, tx))(cast("float32"))
+    assert types(state) == types(tx.init(cast("float32")))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), cast("float32"))
+    mapped, _ = jax.jit(jax.vmap(functools.partial(run, tx)))(stacked)
+    injected = optax.inject_hyperparams(
+        orthosoph, static_args=STATIC, hyperparam_dtype=jnp.float32
+    )(**{n: lambda _, x=x: x for n, x in NUMBERS.items()}, block_size=4)
+    traced, after = jax.jit(functools.partial(run, injected))(cast("float32"))
+    assert set(NUMBERS) <= set(after.hyperparams)
+    for other in (jax.tree.map(lambda x: x[1], mapped), traced):
+        assert_close(other, plain, rtol=1e-5, atol=1e-6)
+    params = cast("float32")
+    state = jax.jit(tx.init)(params)
+    step = jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=(0, 1))
+    for _ in range(3):
+        params, state = step(params, state)
+    assert all_finite(params)
+
+
+def test_holes_scalars_and_empty_trees_are_trees():
+    tx = orthosoph(0.1)
+    for params in (cast("float32") | {"none": None}, jnp.asarray(0.5), {}, jnp.ones((3, 4))):
+        state = tx.init(params)
+        updates, after = jax.jit(lambda p, s: tx.update(p, s, p, value=1.0))(params, state)
+        assert types(updates) == types(params) and types(after) == types(state)
+        assert all_finite((updates, after))
+
+
+def test_masked_and_partitioned_matrices_are_the_plain_ones():
+    only = {"w": True, "b": False, "s": False}
+    g, tx = cast("float32"), scale_by_blocks(block_size=4, block_mask=only)
+    plain = jax.jit(tx.update)(g, tx.init(g))[0]
+    wrapped = (
+        optax.masked(scale_by_blocks(block_size=4), only),
+        optax.partition({True: tx, False: optax.identity()}, only),
+    )
+    for other in wrapped:
+        updates, _ = jax.jit(other.update)(g, other.init(g), g)
+        assert_close(updates["w"], plain["w"])
+        assert_close(updates["b"], g["b"])
+
+
+@pytest.mark.parametrize("mask", [None, {"w": True, "b": False, "s": False}])
+def test_map_params_finds_momentum_curvature_and_roots(mask):
+    tx, names = scale_by_blocks(block_mask=mask), {"w": "w", "b": "b", "s": "s"}
+    mapped = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init(cast("float32")), names, transform_non_params=lambda _: ""
+    )
+    assert sorted(jax.tree.leaves(mapped)) == ["", *sorted("bsw" * 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"form": "columns"}, ValueError, "form='columns' is unknown; choose one of rows, tiles"),
+        ({"b1": 1.0}, ValueError, r"b1=1.0 is outside \[0, 1\)"),
+        ({"b2": -0.1}, ValueError, r"b2=-0.1 is outside \[0, 1\)"),
+        ({"eps": -1e-8}, ValueError, "eps=-1e-08 is outside"),
+        ({"eps": float("nan")}, ValueError, "eps=nan is outside"),
+        ({"block_size": 0}, ValueError, "block_size=0 must be an integer of at least 1"),
+        ({"block_size": jnp.asarray(8)}, TypeError, "static_args=.'block_size'"),
+        ({"update_interval": 0}, ValueError, "update_interval=0 must be an integer"),
+        ({"mu_dtype": "int8"}, ValueError, "mu_dtype=int8 is no dtype of real numbers"),
+        ({"rms": 0.0}, ValueError, "None leaves steps at their own length"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        orthosoph(0.1, **arguments)
+
+
+def test_a_mask_that_marks_a_vector_is_refused():
+    with pytest.raises(ValueError, match=r"`block_mask` marks \['b'\] of shape \(6,\)"):
+        scale_by_blocks(block_mask=lambda p: jax.tree.map(lambda _: True, p)).init(cast("float32"))

@@ -1,0 +1,104 @@
+"""`scale_by_blocks` on a mesh: where blocks live, and what eight devices exchange."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import assert_close
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sophia_optax.blocks import orthosoph, scale_by_blocks
+from train.mesh import MeshConfig, make_mesh, state_shardings
+
+rng = np.random.default_rng(0)
+
+WIDTHS = {"up": (64, 96), "down": (96, 64), "out": (64, 64), "layers": (3, 64, 64), "norm": (64,)}
+SPECS = {
+    "up": PartitionSpec("fsdp", None),
+    "down": PartitionSpec(None, "fsdp"),
+    "out": PartitionSpec(None, "fsdp"),
+    "layers": PartitionSpec(None, "fsdp"),
+    "norm": PartitionSpec(),
+}
+
+
+def sharded(tx, names=tuple(WIDTHS), fsdp=8):
+    """(mesh, shardings of params, of state, abstract params)."""
+    mesh = make_mesh(MeshConfig(fsdp=fsdp))
+    params = {n: jax.ShapeDtypeStruct(WIDTHS[n], jnp.float32) for n in names}
+    shardings = {n: NamedSharding(mesh, SPECS[n]) for n in names}
+    return shardings, state_shardings(mesh, tx.init, params, shardings), params
+
+
+def test_state_is_sharded_over_its_blocks():
+    _, state, _ = sharded(scale_by_blocks(block_size=8))
+    rows, numbers = PartitionSpec("fsdp", None, None, None), PartitionSpec(None)
+    layers = PartitionSpec(None, "fsdp", None, None, None)
+    expected = {"up": rows, "down": rows, "out": rows, "layers": layers, "norm": numbers}
+    assert {n: s.spec for n, s in state.curvature.items()} == expected
+    assert {n: s.spec for n, s in state.root.items()} == expected | {"norm": PartitionSpec()}
+    _, state, _ = sharded(scale_by_blocks(block_size=16))  # four blocks over eight devices
+    assert all(s.is_fully_replicated for s in jax.tree.leaves((state.curvature, state.root)))
+    _, state, _ = sharded(scale_by_blocks(block_size=8, form="tiles"))
+    columns = PartitionSpec(None, "fsdp", None, None)
+    specs = {n: s.spec for n, s in state.curvature.items()}
+    assert (specs["up"], specs["out"]) == (rows, columns)
+
+
+def test_concrete_sharded_parameters_make_a_sharded_state():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    w = jax.device_put(jnp.ones((64, 96)), NamedSharding(mesh, PartitionSpec("fsdp")))
+    state = scale_by_blocks(block_size=8).init({"w": w})
+    assert state.root["w"].addressable_shards[0].data.shape == (1, 1, 8, 8)
+
+
+THREE = ("down", "out", "norm")
+
+
+def steps(tx, shardings=None):
+    def run(params, seed):
+        def body(carry, key):
+            params, state = carry
+            grads = optax.tree.random_like(key, params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(seed, 5)
+        return jax.lax.scan(body, (params, tx.init(params)), keys)[0]
+
+    params = {n: jnp.ones(WIDTHS[n]) for n in THREE}
+    if shardings is not None:
+        params = jax.device_put(params, shardings[0])
+    return jax.jit(run, out_shardings=shardings)(params, jax.random.key(0))
+
+
+@pytest.mark.parametrize(("block_size", "form"), [(8, "rows"), (24, "tiles")])
+def test_eight_devices_equal_one(block_size, form):
+    arguments = {"block_size": block_size, "form": form, "mu_dtype": None, "update_interval": 3}
+    tx = orthosoph(0.1, **arguments)
+    shardings, state, _ = sharded(tx, THREE)
+    params, _ = steps(tx, (shardings, state))
+    assert len(params["down"].sharding.device_set) == 8
+    assert_close(params, steps(tx)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize(
+    ("names", "block_size", "gathers"),
+    [(("up", "down"), 8, False), (("up",), 16, True), (("out",), 8, True)],
+    ids=["aligned", "straddling", "columns"],
+)
+def test_only_blocks_that_lie_within_a_device_need_no_gather(names, block_size, gathers, refresh):
+    tx = orthosoph(0.1, block_size=block_size)
+    shardings, state_sharding, params = sharded(tx, names)
+    update = jax.jit(
+        functools.partial(tx.update, refresh=refresh),
+        in_shardings=(shardings, state_sharding, shardings),
+        out_shardings=(shardings, state_sharding),
+    )
+    text = update.lower(params, jax.eval_shape(tx.init, params), params).compile().as_text()
+    assert ("all-gather" in text) == gathers
+    assert "all-to-all" not in text and "collective-permute" not in text
