@@ -10,7 +10,14 @@ from models.decoder import Constrain, Decoder, DecoderConfig, identity
 
 
 class Functional(NamedTuple):
-    """A model as three things; see `split`."""
+    """A model as three things; see `split`.
+
+    >>> import jax
+    >>> model = split(DecoderConfig(vocab_size=256, context=8, width=16, layers=1, heads=2))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0))             # nothing is allocated
+    >>> params["tokens"]["embedding"].shape, model.specs["tokens"]["embedding"]
+    ((256, 16), P(None, 'fsdp'))
+    """
 
     init: Callable[[jax.Array], Any]  # key -> params: nested dict of float32 arrays
     apply: Callable[..., jax.Array]  # (params, tokens[B, T], constrain=identity) -> logits

@@ -1,61 +1,161 @@
 """What the optimizer's state says about the curvature it uses."""
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
+from sophia_optax import _checks
 from sophia_optax.ratio import ClipByRatioState
+from sophia_optax.region import TrustRegionState
 from sophia_optax.transform import HessianEstimateState
 
+ArrayLike = jax.typing.ArrayLike
+
 _FIELDS = {
-    "clipped_fraction": (ClipByRatioState, "clipped"),
-    "floored_fraction": (ClipByRatioState, "floored"),
-    "hessian_age": (HessianEstimateState, "age"),
-    "hessian_accepted": (HessianEstimateState, "accepted"),
-    "hessian_rejected": (HessianEstimateState, "rejected"),
+    ClipByRatioState: {"clipped_fraction": "clipped", "floored_fraction": "floored"},
+    HessianEstimateState: {
+        "hessian_age": "age",
+        "hessian_accepted": "accepted",
+        "hessian_rejected": "rejected",
+    },
+    TrustRegionState: {"trust_radius": "radius", "predicted_reduction": "predicted"},
 }
+_MOMENT = optax.tree_utils.NamedTupleKey(ClipByRatioState.__name__, "second_moment")
+_SAMPLE_SIZE = 2**16
 
 
-def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """Scalars about clipping and curvature, from an optimizer state of any nesting.
+def diagnostics(
+    opt_state: optax.OptState, quantiles: ArrayLike | None = None
+) -> dict[str, jax.Array]:
+    """Scalars about clipping, curvature and trust region, from an optimizer state of any nesting.
 
     Args:
-      opt_state: the state of a transformation that holds `clip_by_ratio` or `hessian_estimate`,
-        inside any of optax's wrappers.
+      opt_state: the state of a transformation that holds `clip_by_ratio`, `hessian_estimate` or
+        `trust_region`, inside any of optax's wrappers. Arrays may lie on a mesh or on the host.
+      quantiles: numbers in [0, 1], such as (.1, .5, .9): adds the norm of the curvature and these
+        quantiles of its coordinates; `()` adds the norm alone, which reads h twice. None reads
+        nothing but scalars.
 
     Returns:
-      A flat dict of float32 scalars, as of the last refresh:
+      A flat dict of float32 scalars. From `clip_by_ratio`, as of the last refresh:
         clipped_fraction: share of clipped coordinates among those above the floor, 0 if none is.
         win_rate: its complement (the authors advise .1 to .5).
         floored_fraction: share of all coordinates whose curvature is below the floor; they take
           a sign step, and are counted in neither of the two above.
-        hessian_age: updates since h last took a sample.
+      From `hessian_estimate`, where it is no `second_moment` beside another curvature:
+        hessian_age: updates since h last took a sample; 0 where it takes one on every update.
         hessian_accepted, hessian_rejected: samples averaged, and refused as not finite.
-      Where the state holds several such transformations, each name leads with its path. Empty for
-      optimizers without curvature.
+        hessian_norm: Euclidean norm of h / mass, the bias-corrected average, whether or not the
+          transformation corrects; 0 while there is no sample.
+        hessian_quantile_0.5: the median of the coordinates of h / mass, and so on. Exact up to
+          65536 coordinates; of a larger tree every n-th one is taken, at most 65536 and always
+          the same. As many drawn at random would put the median at a rank of .5 ± .002.
+      From `trust_region`:
+        trust_radius: r, which the next step starts from.
+        predicted_reduction: of the loss, by the last step.
+      Where the state holds two of a kind, names lead with the keys of the dicts around them, such
+      as the labels of `optax.partition`: "matrices.win_rate"; where these do not tell them apart,
+      with the whole path. Empty for optimizers without any.
+
+    Raises:
+      ValueError: a quantile is outside [0, 1].
 
     >>> import jax.numpy as jnp
-    >>> from sophia_optax import sophia_g
-    >>> sorted(diagnostics(sophia_g(1e-3).init(jnp.zeros(3))))[:3]
-    ['clipped_fraction', 'floored_fraction', 'hessian_accepted']
+    >>> from sophia_optax import sophia_h
+    >>> params, h = {"w": jnp.zeros(4)}, {"w": jnp.array([4., 2., 2., 1.])}
+    >>> tx = sophia_h(1e-3)
+    >>> _, state = tx.update(h, tx.init(params), params, hessian=h)
+    >>> for name, value in diagnostics(state, quantiles=.5).items():
+    ...     print(name, value.round(2))
+    clipped_fraction 1.0
+    win_rate 0.0
+    floored_fraction 0.0
+    hessian_age 0.0
+    hessian_accepted 1.0
+    hessian_rejected 0.0
+    hessian_norm 5.0
+    hessian_quantile_0.5 2.0
     """
+    points = None if quantiles is None else tuple(map(float, np.ravel(quantiles)))
+    for q in points or ():
+        _checks.in_range("quantiles", q, 0, 1)
     found: dict[str, jax.Array] = {}
-    for name, (kind, field) in _FIELDS.items():
-        for prefix, value in _values(opt_state, kind, field):
+    for prefix, state in _states(opt_state):
+        for name, value in _scalars(state, points).items():
             found[prefix + name] = value.astype(jnp.float32)
-            if name == "clipped_fraction":
-                found[prefix + "win_rate"] = 1 - found[prefix + name]
     return found
 
 
-def _values(opt_state: Any, kind: type, field: str) -> list[tuple[str, jax.Array]]:
-    def is_ours(path, value):
-        # A state fetched to the host holds NumPy arrays; statistics that are off hold ().
-        return getattr(path[-1], "tuple_name", None) == kind.__name__ and hasattr(value, "dtype")
+def _scalars(state: Any, points: tuple[float, ...] | None) -> dict[str, jax.Array]:
+    fields = {name: getattr(state, field) for name, field in _FIELDS[type(state)].items()}
+    if isinstance(state, ClipByRatioState):
+        if isinstance(state.clipped, tuple):  # statistics are off
+            return {}
+        clipped = fields["clipped_fraction"]
+        return {"clipped_fraction": clipped, "win_rate": 1 - clipped} | fields
+    if isinstance(state, HessianEstimateState) and points is not None:
+        norm, values = _norm_and_quantiles(state.h, state.mass, points)
+        fields["hessian_norm"] = norm
+        fields |= {f"hessian_quantile_{q:g}": x for q, x in zip(points, values, strict=True)}
+    return fields
 
-    hits = optax.tree.get_all_with_path(opt_state, field, filtering=is_ours)
-    if len(hits) == 1:
-        return [("", hits[0][1])]
-    return [(jax.tree_util.keystr(path[:-1]) + ".", value) for path, value in hits]
+
+def _states(opt_state: optax.OptState) -> list[tuple[str, Any]]:
+    """The states of each kind, with what their names lead with."""
+    found = [
+        (path, state)
+        for kind in _FIELDS
+        for path, state in optax.tree.get_all_with_path(opt_state, kind.__name__)
+        if isinstance(state, kind) and _MOMENT not in path
+    ]
+    for lead in (lambda path: "", _labels, jax.tree_util.keystr):
+        leads = [lead(path) for path, _ in found]
+        kinds = [type(state) for _, state in found]
+        if len(set(zip(kinds, leads, strict=True))) == len(found):
+            break
+    return [
+        (f"{lead}." if lead else "", state) for lead, (_, state) in zip(leads, found, strict=True)
+    ]
+
+
+def _labels(path: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+@functools.partial(jax.jit, static_argnames="points")  # else each step of it copies the tree
+def _norm_and_quantiles(h: optax.Updates, mass: jax.Array, points: tuple[float, ...]):
+    """Of h / mass; h is 0 while its mass is."""
+    scale = 1 / jnp.where(mass == 0, 1, mass).astype(jnp.float32)
+    wide = jax.tree.map(lambda h: h.astype(jnp.float32), h)
+    largest = optax.tree.norm(wide, ord=jnp.inf)
+    # Squares of curvature under- and overflow.
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    norm = unit * optax.tree.norm(jax.tree.map(lambda h: h / unit, wide))
+    values = jnp.quantile(_sample(h), jnp.asarray(points, jnp.float32))
+    return norm * scale, values * scale
+
+
+def _sample(tree: optax.Updates) -> jax.Array:
+    """float32[at most 2^16]: every n-th coordinate of the tree, as one long vector.
+
+    Were n and the length of a row not coprime, only some columns would be seen. Coordinates are
+    gathered by index: slicing a flattened leaf would first gather a sharded one.
+    """
+    leaves = [jnp.atleast_1d(x) for x in jax.tree.leaves(tree) if x.size]
+    sizes = [x.size for x in leaves]
+    stride = max(-(-sum(sizes) // _SAMPLE_SIZE), 1)
+    while math.gcd(stride, math.prod(sizes)) > 1:
+        stride += 1
+    first, parts = 0, [jnp.zeros([0 if leaves else 1], jnp.float32)]
+    for x in leaves:
+        places = np.unravel_index(np.arange(first, x.size, stride), x.shape)
+        first = (first - x.size) % stride
+        replicated = jax.typeof(x).sharding.update(spec=PartitionSpec())  # explicit axes ask
+        parts.append(x.at[places].get(out_sharding=replicated).astype(jnp.float32))
+    return jnp.concatenate(parts)

@@ -59,7 +59,12 @@ def second_moment(
 
 
 class CenteredMomentState(NamedTuple):
-    """State of `centered_second_moment`."""
+    """State of `centered_second_moment`.
+
+    >>> import jax.numpy as jnp
+    >>> print(centered_second_moment(.9, .99, eps=.5).init(jnp.zeros(2)).nu)
+    [0.5 0.5]
+    """
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     nu: optax.Updates  # float32 or `dtype`, shaped as params: the uncorrected average

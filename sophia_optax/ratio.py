@@ -113,11 +113,18 @@ def _normal(eps: ArrayLike, dtype: jnp.dtype) -> jax.Array:
 
 
 class ClipByRatioState(NamedTuple):
-    """State of `clip_by_ratio`; the statistics are those of the last refresh."""
+    """State of `clip_by_ratio`; the statistics are those of the last refresh.
 
-    momentum: Any
-    curvature: Any
-    second_moment: Any  # empty where there is none
+    >>> import jax.numpy as jnp, optax
+    >>> from sophia_optax import sophia_h
+    >>> state = optax.tree.get(sophia_h(1e-3).init(jnp.zeros(2)), "ClipByRatioState")
+    >>> print(state.momentum.ema, state.curvature.h)
+    [0. 0.] [0. 0.]
+    """
+
+    momentum: Any  # state of `momentum`
+    curvature: Any  # state of `curvature`
+    second_moment: Any  # state of `second_moment`; empty where there is none
     linear: jax.Array  # float32 (): Σ m u, the first-order gain of a step u, if a radius was given
     quadratic: jax.Array  # float32 (): Σ h u², its curvature
     clipped: Any  # float32 (): share of clipped coordinates among those above the floor

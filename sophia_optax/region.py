@@ -15,14 +15,21 @@ ArrayLike = jax.typing.ArrayLike
 
 
 class TrustRegionState(NamedTuple):
-    """State of `trust_region`; scalars are float32, or float64 where a parameter is."""
+    """State of `trust_region`; scalars are float32, or float64 where a parameter is.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from sophia_optax import soaa
+    >>> state = optax.tree.get(soaa(1e-3, total_steps=100).init(jnp.zeros(2)), "TrustRegionState")
+    >>> print(state.radius)
+    1.0
+    """
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     radius: jax.Array  # (), 1 at first
     loss: jax.Array  # (), average of the losses seen, uncorrected
     mass: jax.Array  # (), the weight of those losses; 1 in the limit
     predicted: jax.Array  # (), reduction of the loss that the last step was to bring
-    inner: Any
+    inner: Any  # state of `inner`
 
 
 def trust_region(

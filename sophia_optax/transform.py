@@ -15,7 +15,16 @@ DTypeLike = jax.typing.DTypeLike
 
 
 class HessianEstimateState(NamedTuple):
-    """State of `hessian_estimate`."""
+    """State of `hessian_estimate`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from sophia_optax import sophia_h
+    >>> params, h, tx = jnp.zeros(2), jnp.array([1., 2.]), sophia_h(1e-3)
+    >>> _, state = tx.update(h, tx.init(params), params, hessian=h)
+    >>> state = optax.tree.get(state, "HessianEstimateState")
+    >>> print(state.h / state.mass, state.accepted)
+    [1. 2.] 1
+    """
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     accepted: jax.Array  # int32 (), samples averaged into h
