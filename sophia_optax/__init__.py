@@ -5,7 +5,15 @@ averages samples, `optax.ema` averages gradients, `clip_by_ratio` lets the two m
 is a composition of these.
 """
 
-from sophia_optax.alias import soaa, sophia_g, sophia_geometric, sophia_h, sophia_lite
+from sophia_optax.alias import (
+    orthosoph,
+    soaa,
+    sophia_g,
+    sophia_geometric,
+    sophia_h,
+    sophia_lite,
+)
+from sophia_optax.blocks import ScaleByBlocksState, scale_by_blocks
 from sophia_optax.curvature import Estimator, hutchinson
 from sophia_optax.diagnostics import diagnostics
 from sophia_optax.gauss_newton import gauss_newton_bartlett
@@ -21,6 +29,7 @@ from sophia_optax.transform import HessianEstimateState, hessian_estimate
 
 __all__ = [
     # optimizers
+    "orthosoph",
     "soaa",
     "sophia_g",
     "sophia_geometric",
@@ -37,12 +46,14 @@ __all__ = [
     "CenteredMomentState",
     "ClipByRatioState",
     "HessianEstimateState",
+    "ScaleByBlocksState",
     "TrustRegionState",
     "centered_second_moment",
     "clip_by_ratio",
     "floor",
     "hessian_estimate",
     "rms_floor",
+    "scale_by_blocks",
     "second_moment",
     "shift",
     "trust_region",

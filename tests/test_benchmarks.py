@@ -1,6 +1,17 @@
-import pytest
+import dataclasses
+import itertools
+import json
+import math
+import shlex
 
-from benchmarks import update_cost
+import pytest
+from rich.console import Console
+
+import train
+from benchmarks import leaderboard, update_cost
+from models import DecoderConfig
+from train import data
+from train.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +35,136 @@ def test_the_chain_costs_what_a_function_written_by_hand_costs(rows):
 def test_statistics_cost_on_refreshes_alone(rows):
     on, off = (rows[f"sophia_g, refresh, statistics {x}"] for x in ("on", "off"))
     assert on["bytes_per_parameter"] > off["bytes_per_parameter"]
+
+
+QUIET = Console(quiet=True)
+SMALL = {
+    "model": DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2),
+    "batch_size": 8,
+    "sequence_length": 16,
+}
+
+
+@pytest.fixture
+def board(monkeypatch):
+    """What a sweep trained, with a loss that is best at rate .02 and grows with the seed."""
+    trained = []
+
+    def measure(run, after_step=None):
+        trained.append(run)
+        loss = 1 + abs(math.log2(run.optim.learning_rate / 0.02)) + run.seed
+        return {"heldout_loss": loss, "state_bytes": 8.0, "seconds": 0.1, "command": run.name}
+
+    monkeypatch.setattr(leaderboard, "measure", measure)
+    monkeypatch.setattr(leaderboard.program, "use_compile_cache", lambda folder: None)
+    return trained
+
+
+@pytest.mark.parametrize("best", [3e-4, 0.9e-3, 2e-3, 7e-3, 0.1])
+def test_the_search_ends_with_the_best_rate_between_worse_ones(best):
+    losses = leaderboard.search(lambda rate: abs(math.log(rate / best)), (1e-3, 2e-3, 4e-3))
+    rates = list(losses)
+    assert rates == sorted(rates)
+    i = rates.index(min(losses, key=losses.get))
+    assert rates[i - 1] < best < rates[i + 1] and 0 < i < len(rates) - 1
+    assert all(b == pytest.approx(2 * a) for a, b in itertools.pairwise(rates))
+
+
+def test_the_search_gives_up_where_no_rate_trains():
+    losses = leaderboard.search(lambda rate: math.inf, (1e-3, 2e-3, 4e-3))
+    assert len(losses) == leaderboard.MOST_RATES
+
+
+def test_all_optimizers_train_on_equal_terms():
+    runs = [leaderboard.candidate(name, 0.01, steps=400, seed=1) for name in leaderboard.GRIDS]
+    assert {run.optim.weight_decay for run in runs} == {0.1}
+    assert {run.optim.learning_rate for run in runs} == {0.01}
+    assert len({dataclasses.replace(run, optim=runs[0].optim).hash for run in runs}) == 1
+    assert runs[0].warmup_steps / 400 == pytest.approx(100 / 1200, rel=0.02)
+    grids = leaderboard.GRIDS.values()
+    assert all(b == 2 * a and c == 2 * b for a, b, c in grids)
+
+
+def test_an_interrupted_sweep_goes_on_and_a_wider_one_reuses_it(board, tmp_path, monkeypatch):
+    path, budget = tmp_path / "new" / "runs.json", {"steps": 400, "seeds": 1}
+    measure = leaderboard.measure
+
+    def cut(run, **kwargs):
+        if len(board) == 2:
+            raise KeyboardInterrupt
+        return measure(run, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leaderboard, "measure", cut)
+        with pytest.raises(SystemExit, match=r"finished runs are in .*runs\.json"):
+            leaderboard.main(["--optimizers", "adamw", "--json", str(path)])
+    assert len(json.loads(path.read_text())) == len(board) == 2
+    rows = leaderboard.sweep(["adamw"], path, QUIET, **budget)
+    assert [run.optim.learning_rate for run in board] == [5e-3, 1e-2, 2e-2, 4e-2]
+    assert rows["adamw"]["rate"] == 0.02
+    assert (rows["adamw"]["half"], rows["adamw"]["twice"]) == (2, 2)
+    wide = leaderboard.sweep(["adamw", "muon"], path, QUIET, **budget | {"seeds": 3})
+    assert wide["adamw"]["losses"] == [1, 2, 3]
+    assert [(run.name, run.seed) for run in board[4:]] == [
+        ("tiny-adamw", 1),
+        ("tiny-adamw", 2),
+        *[("tiny-muon", 0)] * 3,
+        ("tiny-muon", 1),
+        ("tiny-muon", 2),
+    ]
+
+
+def test_the_board_is_ranked_and_ends_with_a_command_that_goes_on(board, tmp_path, capsys):
+    file = ["--json", str(tmp_path / "runs.json")]
+    leaderboard.main(["--optimizers", "soaa", "lion", "--seeds", "3", *file])
+    out = capsys.readouterr().out
+    assert "lion: best at 0.0192; its preset has 0.0003." in out
+    lines = [line for line in out.splitlines() if line.startswith("│ ")]
+    assert [line.split()[1] for line in lines] == ["soaa", "lion"]
+    last = shlex.split(out.splitlines()[-1])
+    assert last[1:3] == ["-m", "benchmarks.leaderboard"]
+    done = len(board)
+    leaderboard.main(last[3:])
+    assert {run.steps for run in board[done:]} == {1200}
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    assert leaderboard._difference([2.0, 3.0, 4.5], [1.0, 2.0, 3.0]) == "+1.167 ± 0.167"
+    assert leaderboard._difference([2.0], [2.5]) == "-0.500"
+    assert leaderboard._difference([math.inf, 1.0], [1.0, 1.0]) == "+inf"
+
+
+def test_compiling_is_no_step_and_samples_of_curvature_are_charged():
+    times = {True: [60.0, 4.0], False: [50.0, 1.0, 9.0, 1.0]}
+    assert leaderboard.seconds_per_step(times) == pytest.approx((2 * 4 + 4 * 1) / 6)
+
+
+def test_a_file_that_holds_no_runs_is_refused(board, tmp_path):
+    (tmp_path / "runs.json").write_text("[")
+    with pytest.raises(SystemExit, match=r"runs\.json holds no finished runs .*delete it"):
+        leaderboard.main(["--json", str(tmp_path / "runs.json")])
+
+
+def test_the_board_has_the_losses_that_the_trainer_reaches(tmp_path, monkeypatch):
+    whole = data.shakespeare()
+    monkeypatch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:2000]))
+    monkeypatch.setattr(leaderboard, "GRIDS", {"sophia-g": (3e-3,), "lion": (3e-4,)})
+    monkeypatch.setattr(leaderboard, "MOST_RATES", 1)
+    path = tmp_path / "runs.json"
+    rows = leaderboard.sweep(["sophia-g", "lion"], path, QUIET, steps=6, seeds=1, **SMALL)
+    assert rows["sophia-g"]["state_bytes"] == pytest.approx(8, rel=0.01)
+    assert rows["lion"]["state_bytes"] == pytest.approx(4, rel=0.01)
+    shown = RunConfig(folder=str(tmp_path / "run"), quiet=True, compile_cache="")
+    run = leaderboard.candidate("sophia-g", 3e-3, steps=6, seed=0, run=shown, **SMALL)
+    assert rows["sophia-g"]["losses"] == [train.train(run)[-1]["heldout_loss"]]
+    assert json.loads(path.read_text())[run.hash]["command"].startswith("python -m train tiny")
+
+
+def test_a_run_that_diverges_is_infinitely_bad_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "GRIDS", {"lion": (math.inf,)})
+    monkeypatch.setattr(leaderboard, "MOST_RATES", 1)
+    path = tmp_path / "runs.json"
+    row = leaderboard.sweep(["lion"], path, QUIET, steps=3, seeds=1, **SMALL)["lion"]
+    assert row["losses"] == [math.inf]
+    (kept,) = json.loads(path.read_text(), parse_constant=pytest.fail).values()
+    assert kept["heldout_loss"] is None

@@ -13,7 +13,7 @@ from trees import Average, tree
 
 from models import split
 from models.presets import PRESETS
-from sophia_optax.blocks import orthosoph, scale_by_blocks
+from sophia_optax import orthosoph, scale_by_blocks
 
 rng = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import pytest
 from contract import assert_close
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sophia_optax.blocks import orthosoph, scale_by_blocks
+from sophia_optax import orthosoph, scale_by_blocks
 from train.mesh import MeshConfig, make_mesh, state_shardings
 
 rng = np.random.default_rng(0)

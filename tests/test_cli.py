@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 
 from train import cli, config
 from train.config import preset
+from train.optimizers import OPTIMIZERS
 
 
 def test_positional_names_choose_the_defaults_and_flags_change_them():
@@ -55,8 +57,47 @@ def test_a_mistake_ends_with_one_line_that_names_the_cure(words, message, tmp_pa
         cli.main(words.split())
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_help_of_an_optimizer_explains_it_and_each_flag(optimizer, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["tiny", optimizer, "--help"])
+    panel = capsys.readouterr().out.partition("optim options")[2].partition("mesh options")[0]
+    _, about, flags = re.split("[─-]{40,}", panel)[:3]
+    kind, words = OPTIMIZERS[optimizer], " ".join(about.replace("│", " ").split())
+    assert " ".join(kind.__doc__.split("\n\n")[0].split()) in words
+    assert "step = -lr" in words and re.search("state.*takes", words)
+    explained = {
+        flag.split()[0].rstrip(",").replace("-", "_")
+        for flag in flags.replace("│", " ").split("--optim.")[1:]
+        if re.search(r"(\S+\s+){3,}\(default: ", flag)
+    }
+    fields = {field.name for field in dataclasses.fields(kind)}
+    assert fields == {name.removeprefix("no_") for name in explained}
+
+
+def test_the_general_help_has_a_line_for_each_optimizer():
+    for name, kind in OPTIMIZERS.items():
+        assert re.search(rf"^  {name} +{re.escape(kind.__doc__.splitlines()[0])}$", cli.USAGE, re.M)
+    assert max(map(len, cli.USAGE.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("optimizer", ["soaa", "orthosoph", "adafactor"])
+def test_a_run_of_any_optimizer_prints_the_command_that_makes_it_again(optimizer):
+    run = preset("gpt2-125m", optimizer)
+    changes = {"soaa": {"rule": "tadam"}, "orthosoph": {"rms": None, "form": "tiles"}}
+    optim = dataclasses.replace(run.optim, **changes.get(optimizer, {"momentum": 0.5}))
+    run = dataclasses.replace(run, optim=optim)
+    assert cli.parse(config.command(run).split()[3:]) == run
+
+
 def test_the_help_names_every_model_optimizer_and_flag():
     command = [sys.executable, "-m", "train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for word in ("gpt2-770m", "muon", "resume RUN", "--optim.gamma", "--mesh.fsdp", "--steps"):
         assert word in text
+
+
+def test_a_reader_that_stops_early_is_no_mistake():
+    command = f"{sys.executable} -m train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Train a language model") and done.stderr == ""

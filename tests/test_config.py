@@ -1,17 +1,31 @@
 import dataclasses
 import json
+import typing
 
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
+import sophia_optax
+from models import PRESETS
 from train import config
 from train.config import preset
-from train.optimizers import OPTIMIZERS
+from train.optimizers import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
+from train.peers import matrices
 
 
 @pytest.mark.parametrize(
     ("names", "nearest"),
-    [(("tinny",), "tiny"), (("gpt2-120m",), "gpt2-125m"), (("tiny", "sofia-g"), "sophia-g")],
+    [
+        (("tinny",), "tiny"),
+        (("gpt2-120m",), "gpt2-125m"),
+        (("tiny", "sofia-g"), "sophia-g"),
+        (("tiny", "sofia"), "sophia-g"),
+        (("tiny", "sophia-geo"), "sophia-geometric"),
+    ],
 )
 def test_an_unknown_name_suggests_the_nearest(names, nearest):
     with pytest.raises(ValueError, match=f"Did you mean {nearest}"):
@@ -96,14 +110,171 @@ def test_an_unreadable_config_says_where_and_why(tmp_path):
         config.load(tmp_path)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_weight_decay_moves_matrices_only(optimizer):
-    import jax.numpy as jnp
+@pytest.mark.parametrize("model", PRESETS)
+def test_every_model_has_a_preset_of_every_optimizer_under_its_name(model):
+    assert [name_of(preset(model, name).optim) for name in OPTIMIZERS] == list(OPTIMIZERS)
 
-    params = {"matrix": jnp.ones((4, 4)), "vector": jnp.ones(4)}
+
+DECAYING = [name for name in OPTIMIZERS if hasattr(preset("tiny", name).optim, "weight_decay")]
+ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+PARAMS = {"matrix": jnp.full((4, 6), 0.1), "vector": jnp.full(6, 0.2)}
+
+
+def logits_fn(params, rows):
+    return rows @ params["matrix"] + params["vector"]
+
+
+def obj_fn(params, rows):
+    return jnp.mean(jnp.cosh(logits_fn(params, rows)) ** 2)
+
+
+def gradient(random):
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), PARAMS)
+
+
+def updates_of(optim, *, steps=3, rate=0.5, total_steps=8, by_host=True):
+    made = optim.make(lambda _: rate, shards=1, seed=0, total_steps=total_steps)
+    return follow(made, optim, steps, by_host)
+
+
+def follow(tx, optim, steps=3, by_host=True):
+    """The leaves of each update and of the last state, along a fixed path of gradients."""
+    tx, random, updates = optax.with_extra_args_support(tx), np.random.default_rng(1), []
+    state = tx.init(PARAMS)
+    for step in range(steps):
+        grads, extra = gradient(random), {"value": 2 - step / 9}
+        if hasattr(optim, "estimator"):
+            extra["hessian"] = jax.tree.map(jnp.square, gradient(random))
+        if by_host:
+            extra["refresh"] = refresh_due(optim, step)
+        direction, state = tx.update(grads, state, PARAMS, **extra)
+        updates.append(direction)
+    return jax.tree.leaves((updates, state))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b, strict=True)
+    )
+
+
+def another(field, value):
+    """A value that the field may have, and has not."""
+    if typing.get_origin(field.type) is typing.Literal:
+        return next(choice for choice in typing.get_args(field.type) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2
+    return {"clipping_threshold": 1.5, "batch_fraction": 0.5}.get(field.name, 0.3)
+
+
+# Where presets clip or floor every coordinate, nothing else would show.
+UNCLIPPED = {
+    "sophia-g": {"gamma": 20.0},
+    "sophia-h": {"gamma": 20.0},
+    "sophia-geometric": {"rho": 200.0},
+}
+SAMPLING = {"groups", "num_samples", "batch_fraction", "probe"}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_field_changes_the_updates_or_the_state(optimizer):
+    optim = dataclasses.replace(preset("tiny", optimizer).optim, **UNCLIPPED.get(optimizer, {}))
+    before = updates_of(optim)
+    for field in dataclasses.fields(optim):
+        if field.name not in SAMPLING | {"learning_rate"}:
+            change = {field.name: another(field, getattr(optim, field.name))}
+            assert not same(before, updates_of(dataclasses.replace(optim, **change))), change
+
+
+@pytest.mark.parametrize("kind", [SophiaG, SophiaH])
+def test_every_field_of_an_estimator_changes_the_sample(kind):
+    def sample(optim):
+        extra = {"obj_fn": obj_fn, "logits_fn": logits_fn, "inputs": ROWS}
+        return jax.tree.leaves(optim.estimator(1)(jax.random.key(0), PARAMS, None, **extra))
+
+    before = sample(kind())
+    for field in dataclasses.fields(kind):
+        if field.name in SAMPLING:
+            change = {field.name: another(field, getattr(kind(), field.name))}
+            assert not same(before, sample(kind(**change))), change
+
+
+@pytest.mark.parametrize("optimizer", DECAYING)
+def test_weight_decay_is_times_the_learning_rate_and_moves_matrices_only(optimizer):
     optim = dataclasses.replace(preset("tiny", optimizer).optim, weight_decay=0.5)
-    tx = optax.with_extra_args_support(optim.make(lambda _: 1.0, shards=1, seed=0))
-    zeros = {"matrix": jnp.zeros((4, 4)), "vector": jnp.zeros(4)}
-    updates, _ = tx.update(zeros, tx.init(params), params, hessian=params, refresh=True)
-    assert jnp.allclose(updates["matrix"], -0.5)
+    made = optim.make(lambda _: 0.25, shards=1, seed=0, total_steps=10)
+    tx = optax.with_extra_args_support(made)
+    zeros = optax.tree.zeros_like(PARAMS)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS, hessian=PARAMS, refresh=True)
+    np.testing.assert_allclose(updates["matrix"], -0.5 * 0.25 * PARAMS["matrix"], rtol=1e-6)
     assert jnp.all(updates["vector"] == 0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_is_as_long_as_the_schedule_says(optimizer):
+    optim = preset("tiny", optimizer).optim
+    one, two = (updates_of(optim, steps=1, rate=rate)[:2] for rate in (0.5, 1.0))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(2 * a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("optimizer", ["sophia-lite", "orthosoph"])
+def test_refreshes_chosen_on_the_host_are_those_of_the_counter(optimizer, interval):
+    optim = dataclasses.replace(preset("tiny", optimizer).optim, update_interval=interval)
+    assert same(updates_of(optim), updates_of(optim, by_host=False))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_there_are_two_programs_where_an_interval_is_longer_than_one_step(optimizer):
+    optim = preset("tiny", optimizer).optim
+    if not hasattr(optim, "update_interval"):
+        assert {refresh_due(optim, step) for step in range(7)} == {None}
+        return
+    for interval, flags in {1: [None] * 4, 3: [True, False, False, True]}.items():
+        chosen = dataclasses.replace(optim, update_interval=interval)
+        assert [refresh_due(chosen, step) for step in range(4)] == flags
+
+
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "sophia-lite", "sophia-geometric"])
+def test_state_dtypes_reach_every_moment(optimizer):
+    flags = {"mu_dtype": "bfloat16", "hessian_dtype": "bfloat16"}
+    optim = dataclasses.replace(preset("tiny", optimizer).optim, **flags)
+    state = optim.make(lambda _: 1.0, shards=1, seed=0, total_steps=10).init(PARAMS)
+    moments = [x.dtype for x in jax.tree.leaves(state) if x.shape == PARAMS["matrix"].shape]
+    assert moments == [jnp.bfloat16] * 2
+
+
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "sophia-lite", "sophia-geometric"])
+def test_the_seed_decides_what_is_random(optimizer):
+    optim = dataclasses.replace(preset("tiny", optimizer).optim, hessian_dtype="bfloat16")
+    extra = {"obj_fn": obj_fn, "logits_fn": logits_fn, "inputs": ROWS}
+
+    def state(seed):
+        tx = optim.make(lambda _: 1.0, shards=1, seed=seed, total_steps=10)
+        return jax.tree.leaves(tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)[1])
+
+    assert not same(state(0), state(1))
+
+
+def test_the_radius_of_soaa_closes_in_over_the_steps_of_the_run():
+    optim = preset("tiny", "soaa").optim
+    fields = dataclasses.asdict(optim)
+    fields |= {"learning_rate": lambda _: 0.5, "weight_decay_mask": matrices}
+    runs = {total: updates_of(optim, total_steps=total) for total in (8, 80)}
+    assert not same(*runs.values())
+    for total, run in runs.items():
+        assert same(run, follow(sophia_optax.soaa(**fields, total_steps=total), optim))
+
+
+@pytest.mark.parametrize(("groups", "shards"), [(1, 8), (2, 2), (3, 2)])
+def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_shards(groups, shards):
+    optim = SophiaG(groups=groups, batch_fraction=1.0, num_samples=2)
+    direct = sophia_optax.gauss_newton_bartlett(groups=groups, num_samples=2)
+    samples = [
+        estimator(jax.random.key(3), PARAMS, None, logits_fn=logits_fn, inputs=ROWS)
+        for estimator in (optim.estimator(shards), direct)
+    ]
+    chex.assert_trees_all_close(*samples, rtol=1e-6)

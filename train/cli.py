@@ -1,5 +1,6 @@
 """The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or `resume RUN`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,22 @@ from train import config, loop
 from train.checkpoint import CheckpointError
 from train.optimizers import OPTIMIZERS
 
+
+def _optimizers() -> str:
+    firsts = {name: str(kind.__doc__).partition("\n")[0] for name, kind in OPTIMIZERS.items()}
+    return "\n".join(f"  {name:18}{first}" for name, first in firsts.items())
+
+
 USAGE = f"""Train a language model on the embedded text (ten plays of Shakespeare, byte by byte).
 
 usage: python -m train [MODEL] [OPTIMIZER] [flags]
        python -m train resume RUN [--steps N] [--step CHECKPOINT]
 
-MODEL      {", ".join(PRESETS)}
-OPTIMIZER  {", ".join(OPTIMIZERS)}
+MODEL
+  {", ".join(PRESETS)}
+
+OPTIMIZER
+{_optimizers()}
 
 python -m train                          the tiny model with Sophia-G, in under two minutes
 python -m train tiny adamw --steps 500   another optimizer, a shorter run
@@ -36,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> None:
             tyro.cli(resume, args=args[1:], prog="python -m train resume")
         else:
             loop.train(parse(args))
+    except BrokenPipeError:  # the reader has enough, such as `head`; there is nothing to flush to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {error}. Choose a folder that can be written with --run.folder.")
     except (ValueError, FloatingPointError, CheckpointError) as error:

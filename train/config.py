@@ -13,7 +13,8 @@ import tyro
 
 from models import PRESETS, DecoderConfig
 from train.mesh import MeshConfig
-from train.optimizers import OPTIMIZERS, AdamW, Lion, Muon, Optimizer, SophiaG, SophiaH, name_of
+from train.optimizers import OPTIMIZERS, Optimizer, name_of
+from train.presets import GPT2, TINY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,34 +116,6 @@ class Config:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Sophia-G, Sophia-H and AdamW as published for 125m, 355m and 770m (Liu et al. 2023); the other
-# sizes take a neighbour's values. Lion at a quarter of AdamW's rate and Muon at AdamW's are ours.
-_PUBLISHED: dict[str, dict[str, Optimizer]] = {
-    size: {
-        "sophia-g": SophiaG(learning_rate=lr, gamma=gamma, weight_decay=0.2),
-        "sophia-h": SophiaH(learning_rate=lr, weight_decay=0.2),
-        "adamw": AdamW(learning_rate=adamw_lr),
-        "lion": Lion(learning_rate=adamw_lr / 4),
-        "muon": Muon(learning_rate=adamw_lr),
-    }
-    for size, lr, gamma, adamw_lr in (
-        ("gpt2-30m", 6e-4, 0.05, 6e-4),
-        ("gpt2-125m", 6e-4, 0.05, 6e-4),
-        ("gpt2-355m", 7e-4, 0.08, 3e-4),
-        ("gpt2-540m", 3e-4, 0.05, 2e-4),
-        ("gpt2-770m", 3e-4, 0.05, 2e-4),
-    )
-}
-# Measured at 1,200 steps (LOG.md); long momentum is what hurts sign-like steps in short runs.
-_TINY: dict[str, Optimizer] = {
-    "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, gamma=0.1),
-    "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, gamma=0.02),
-    "adamw": AdamW(learning_rate=1e-2, b1=0.8),
-    "lion": Lion(learning_rate=3e-4, b1=0.8, b2=0.9),
-    "muon": Muon(learning_rate=2e-2),
-}
-
-
 def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     """The default run of a model and an optimizer.
 
@@ -151,7 +124,8 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
       optimizer: a name in `OPTIMIZERS`.
 
     Returns:
-      Its config: the published one for GPT-2 sizes, a two-minute one for `tiny`.
+      Its config: the published one for GPT-2 sizes, a two-minute one for `tiny`; `train.presets`
+      says which hyperparameters are published, measured or guesses.
 
     Raises:
       ValueError: an unknown name; the message suggests the nearest.
@@ -162,10 +136,10 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     _known(model, PRESETS, "model", ("resume",))
     _known(optimizer, OPTIMIZERS, "optimizer")
     if model == "tiny":
-        return Config(PRESETS[model], _TINY[optimizer])
+        return Config(PRESETS[model], TINY[optimizer])
     return Config(
         PRESETS[model],
-        _PUBLISHED[model][optimizer],
+        GPT2[model][optimizer],
         base=model,
         run=RunConfig(checkpoint_every=1000),
         steps=100_000,
@@ -211,7 +185,11 @@ def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
 
 def _known(name: str, table: dict[str, Any], kind: str, commands: tuple[str, ...] = ()) -> None:
     if name not in table:
-        near = difflib.get_close_matches(name, [*table, *commands], n=1, cutoff=0.4)
+        words = [*table, *commands]
+        # Reversed, so that the first of a family stands for it.
+        forms = {form: word for word in words[::-1] for form in (word, word.partition("-")[0])}
+        near = [word for word in words if word.startswith(name)]
+        near += [forms[form] for form in difflib.get_close_matches(name, forms, cutoff=0.4)]
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown {kind} {name!r}.{hint} There are: {', '.join(table)}.")
 

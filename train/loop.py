@@ -14,6 +14,7 @@ import jax
 
 from train import checkpoint, config, metrics, program, reference, report
 from train.config import Config
+from train.optimizers import refresh_due
 from train.step import TrainState
 
 History = list[dict[str, Any]]
@@ -164,10 +165,8 @@ def _check_finite(measured: Mapping[str, Any], step: int, checkpoints: checkpoin
         )
 
 
-def _refresh_due(run: Config, step: int) -> bool:
-    """Whether this step's program samples curvature; never, for optimizers without an interval."""
-    interval = getattr(run.optim, "update_interval", 0)
-    return interval > 0 and step % interval == 0
+def _refresh_due(run: Config, step: int) -> bool | None:
+    return refresh_due(run.optim, step)
 
 
 class _Meter:

@@ -1,21 +1,23 @@
 """The optimizers of the command line: each a config that knows how to make its transformation.
 
-Every one of them takes the same schedule and the same mask (weight decay on matrices, none on
-vectors and norms), so that a comparison compares optimizers.
+Ours are here, optax's in `train.peers`. All take the same schedule, and weight decay on matrices
+alone, so that a comparison compares optimizers.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import optax
 
 import sophia_optax
+from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3, matrices
+
+StateDtype = Literal["float32", "bfloat16"]
 
 
-def matrices(params: Any) -> Any:
-    """The default weight-decay mask: matrices yes, vectors and norms no."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+def _arguments(fields: dict[str, Any], learning_rate: optax.Schedule) -> dict[str, Any]:
+    """Fields have the names of the arguments that they become."""
+    return fields | {"learning_rate": learning_rate, "weight_decay_mask": matrices}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,151 +27,314 @@ class _Sophia:
     learning_rate: float = 6e-4
     """Peak learning rate: the step of a clipped coordinate."""
     b1: float = 0.965
-    """Decay of the momentum. Short runs with small batches want .8."""
+    """Decay of m, which averages 1 / (1 - b1) steps; short runs with small batches want .8."""
     b2: float = 0.99
-    """Decay of the curvature average, per refresh."""
+    """Decay of h at each sample, so it averages update_interval / (1 - b2) steps."""
     gamma: float = 0.05
-    """Factor on the curvature; raise it if the win rate stays under .1."""
+    """Factor on h; raise it if win_rate stays under .1, lower it if over .5."""
     eps: float = 1e-12
-    """Floor of the denominator."""
+    """Floor of the denominator; a coordinate at it takes a sign step."""
     clip_threshold: float = 1.0
     """Bound on each coordinate of the step, in learning rates."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices."""
+    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
     update_interval: int = 10
-    """Steps between curvature samples."""
-    batch_fraction: float = 1.0
-    """Share of the batch that curvature is sampled from."""
+    """Steps between samples of curvature."""
     debias_momentum: bool = True
-    """Correct the bias of the momentum (the paper does not)."""
+    """Correct m for its start at 0; the paper does not."""
     debias_hessian: bool = True
-    """Correct the bias of the curvature average (the paper does not)."""
+    """Correct h for its start at 0; the paper does not, and clips nearly all at first."""
+    mu_dtype: StateDtype = "float32"
+    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
+    hessian_dtype: StateDtype = "float32"
+    """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
+    statistics: bool = True
+    """Measure win_rate, clipped_fraction and floored_fraction at each sample."""
 
     def _make(self, learning_rate: optax.Schedule, seed: int, estimator: sophia_optax.Estimator):
-        return sophia_optax.sophia_h(
-            learning_rate,
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            gamma=self.gamma,
-            clip_threshold=self.clip_threshold,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=matrices,
-            update_interval=self.update_interval,
-            debias_momentum=self.debias_momentum,
-            debias_hessian=self.debias_hessian,
-            seed=seed,
-            estimator=estimator,
-        )
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Sophia)}
+        arguments = _arguments(shared, learning_rate)
+        return sophia_optax.sophia_h(**arguments, seed=seed, estimator=estimator)
 
 
 @dataclasses.dataclass(frozen=True)
 class SophiaG(_Sophia):
-    """Sophia with the Gauss-Newton-Bartlett estimate of curvature."""
+    """Sophia with the Gauss-Newton-Bartlett estimate of curvature.
+
+        step = -lr (clip(m / max(gamma h, eps)) + weight_decay p)
+
+    m averages gradients, h samples of the Gauss-Newton diagonal: squared gradients on labels drawn
+    from the model's own predictions. A sample costs about a gradient. Tune the learning rate
+    first, then gamma by `win_rate`, the share of coordinates that are not clipped, which the
+    metrics hold. The state takes 8 bytes a parameter, as AdamW's.
+    """
 
     groups: int = 1
-    """Sets of rows that are squared apart: less variance at equal cost; must divide the rows."""
+    """Sets of rows squared apart, for less variance at equal cost; must divide the rows."""
+    batch_fraction: float = 1.0
+    """Share of the batch that a sample is taken of: less is cheaper and noisier."""
+    num_samples: int = 1
+    """Draws of all labels averaged in one sample; each costs a gradient."""
 
-    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int):
-        """The transformation; `shards` groups are sampled side by side where they divide."""
-        estimator = sophia_optax.gauss_newton_bartlett(
+    def estimator(self, shards: int) -> sophia_optax.Estimator:
+        """What samples curvature; `shards` groups are sampled side by side where they divide."""
+        return sophia_optax.gauss_newton_bartlett(
             groups=self.groups,
             batch_fraction=self.batch_fraction,
+            num_samples=self.num_samples,
             shards=shards if self.groups % shards == 0 else 1,
         )
-        return self._make(learning_rate, seed, estimator)
+
+    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int, **unused):
+        """The transformation."""
+        return self._make(learning_rate, seed, self.estimator(shards))
 
 
 @dataclasses.dataclass(frozen=True)
 class SophiaH(_Sophia):
-    """Sophia with Hutchinson's estimate of curvature."""
+    """Sophia with Hutchinson's estimate of curvature.
+
+        step = -lr (clip(m / max(gamma h, eps)) + weight_decay p)
+
+    m averages gradients, h samples of the Hessian diagonal: Hessian-vector products with random
+    signs. A sample costs about 2.5 gradients. Tune the learning rate first, then gamma by
+    `win_rate`, the share of coordinates that are not clipped, which the metrics hold. The state
+    takes 8 bytes a parameter, as AdamW's.
+    """
 
     gamma: float = 0.01
-    """Factor on the curvature; raise it if the win rate stays under .1."""
+    """Factor on h; raise it if win_rate stays under .1, lower it if over .5."""
+    probe: Literal["rademacher", "normal"] = "rademacher"
+    """Random vector of the product; normal is the paper's, of larger variance."""
+    batch_fraction: float = 1.0
+    """Share of the batch that a sample is taken of: less is cheaper and noisier."""
+    num_samples: int = 1
+    """Products averaged in one sample."""
 
-    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int):
+    def estimator(self, shards: int) -> sophia_optax.Estimator:
+        """What samples curvature; it is the same on any number of `shards`."""
+        del shards
+        return sophia_optax.hutchinson(
+            probe=self.probe, num_samples=self.num_samples, batch_fraction=self.batch_fraction
+        )
+
+    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int, **unused):
         """The transformation."""
-        estimator = sophia_optax.hutchinson(batch_fraction=self.batch_fraction)
-        return self._make(learning_rate, seed, estimator)
+        return self._make(learning_rate, seed, self.estimator(shards))
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
-    """optax.adamw."""
+class SophiaLite:
+    """Momentum over the mean magnitude of the gradient, clipped.
+
+        step = -lr (clip(m / (h + eps)) + weight_decay p)
+
+    m averages gradients, h their magnitudes: an Adam of first powers, which needs no curvature
+    sample. The state takes 8 bytes a parameter, as AdamW's. The paper's letter:
+
+        --optim.update-interval 20 --optim.weight-decay 0
+        --optim.no-debias-momentum --optim.no-debias-hessian
+    """
 
     learning_rate: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate: the step of a clipped coordinate; AdamW's is a start."""
     b1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of m, which averages 1 / (1 - b1) steps; short runs with small batches want .8."""
     b2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of h at each sample."""
+    eps: float = 1e-8
+    """Added to h."""
+    clip_threshold: float = 1.0
+    """Bound on each coordinate of the step, in learning rates."""
+    update_interval: int = 1
+    """Steps between samples of the magnitude, which are free; the paper's is 20."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
+    debias_momentum: bool = True
+    """Correct m for its start at 0; the paper does not."""
+    debias_hessian: bool = True
+    """Correct h for its start at 0; the paper does not, and clips most at first."""
+    mu_dtype: StateDtype = "float32"
+    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
+    hessian_dtype: StateDtype = "float32"
+    """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
+    statistics: bool = False
+    """Measure win_rate and its kin at each sample, which costs more than the update."""
+
+    def make(self, learning_rate: optax.Schedule, *, seed: int, **unused):
+        """The transformation."""
+        arguments = _arguments(dataclasses.asdict(self), learning_rate)
+        return sophia_optax.sophia_lite(**arguments, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaGeometric:
+    """Momentum over squared gradients / (1 + their norm), clipped.
+
+        step = -lr (clip(m / (rho h + eps)) + weight_decay p)
+
+    m averages gradients, h the weighted squares. Squares of small gradients are far smaller than
+    gradients, so nearly every coordinate is clipped: in effect this is the sign of m, and wants
+    a rate near Lion's. The state takes 8 bytes a parameter.
+    """
+
+    learning_rate: float = 1e-4
+    """Peak learning rate: the step of a clipped coordinate; Lion's is a start."""
+    b1: float = 0.9
+    """Decay of m, which averages 1 / (1 - b1) steps; short runs with small batches want .8."""
+    b2: float = 0.99
+    """Decay of h."""
+    eps: float = 1e-8
+    """Added to rho h; the paper gives none."""
+    rho: float = 1.0
+    """Factor on h; powers of ten more clip less. The paper lists .04 and does not use it."""
+    clip_threshold: float = 1.0
+    """Bound on each coordinate of the step, in learning rates."""
+    two_sided: bool = True
+    """Bound both signs; as printed, large steps one way are not bounded."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
+    debias_momentum: bool = False
+    """Correct m for its start at 0; the paper does not."""
+    debias_hessian: bool = False
+    """Correct h for its start at 0; the paper does not."""
+    mu_dtype: StateDtype = "float32"
+    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
+    hessian_dtype: StateDtype = "float32"
+    """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
+    statistics: bool = False
+    """Measure win_rate and its kin on each step, which costs more than the update."""
+
+    def make(self, learning_rate: optax.Schedule, *, seed: int, **unused):
+        """The transformation."""
+        arguments = _arguments(dataclasses.asdict(self), learning_rate)
+        return sophia_optax.sophia_geometric(**arguments, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrthoSoph:
+    """Momentum whitened by block-diagonal curvature; vectors go by Adam.
+
+        step = -lr (scaled to rms: (C + ridge I)^(-1/2) m, + weight_decay p)
+
+    m averages gradients G, C the products G Gᵀ of each block_size rows of a matrix, the shorter
+    side being the rows. The state takes 2 bytes a parameter for m in bfloat16, and 8 block_size /
+    longer side for C and its roots. The paper's tiles:
+
+        --optim.form tiles --optim.rms None --optim.eps 1e-8
+        --optim.update-interval 1 --optim.mu-dtype float32
+    """
+
+    learning_rate: float = 6e-4
+    """Peak learning rate; AdamW's, up to a few times that."""
+    b1: float = 0.95
+    """Decay of m, which averages 1 / (1 - b1) steps."""
+    b2: float = 0.95
+    """Decay of C, which averages 1 / (1 - b2) steps."""
+    eps: float = 1e-4
+    """Ridge, a share of the norm of C with rows, absolute with tiles."""
+    block_size: int = 128
+    """Rows of a block; more see more curvature, and cost memory in proportion."""
+    update_interval: int = 10
+    """Steps between inverse square roots, some ten products of blocks each."""
+    form: Literal["rows", "tiles"] = "rows"
+    """Whether a block of C serves whole rows, or one square tile of them as in the paper."""
+    rms: float | None = 0.2
+    """Root mean square of a matrix's direction; .2 is about AdamW's, None leaves it."""
+    nesterov: bool = False
+    """Take one step of momentum ahead."""
+    mu_dtype: StateDtype = "bfloat16"
+    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
+
+    def make(self, learning_rate: optax.Schedule, **unused):
+        """The transformation."""
+        return sophia_optax.orthosoph(**_arguments(dataclasses.asdict(self), learning_rate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Soaa:
+    """Adam or a Newton step, the shorter, in a trust region that follows the loss.
+
+        step = -lr (r m / (max(r F, sqrt(v)) + eps) + weight_decay p)
+
+    m averages gradients, v their squares, F is v times a factor of the whole tree, and the radius
+    r grows while steps lower the loss as predicted. At the gradients of language models sqrt(v) is
+    the larger: this is Adam times r. The state takes 8 bytes a parameter, as AdamW's.
+    """
+
+    learning_rate: float = 6e-4
+    """Peak learning rate; AdamW's is a start, r multiplies it by .75 to 2."""
+    b1: float = 0.9
+    """Decay of m, which averages 1 / (1 - b1) steps; short runs with small batches want .8."""
+    b2: float = 0.999
+    """Decay of v."""
+    gamma: float = 0.25
+    """The bounds of r go from [1, 2] to [1 - gamma, 1 + gamma] over the run."""
     eps: float = 1e-8
     """Added to the denominator."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices."""
+    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
+    rule: Literal["soaa", "tadam"] = "soaa"
+    """Rule of the radius: as printed, or its parent's, for one more number a parameter."""
+    mu_dtype: StateDtype = "float32"
+    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
+    hessian_dtype: StateDtype = "float32"
+    """Dtype of v; bfloat16 is rounded stochastically, and keeps the mean."""
 
-    def make(self, learning_rate: optax.Schedule, **unused):
-        """The transformation."""
-        return optax.adamw(
-            learning_rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=matrices
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Lion:
-    """optax.lion."""
-
-    learning_rate: float = 1e-4
-    """Peak learning rate: the step of every coordinate."""
-    b1: float = 0.95
-    """Share of the momentum in the sign."""
-    b2: float = 0.98
-    """Decay of the momentum."""
-    weight_decay: float = 0.2
-    """Decoupled decay of matrices."""
-
-    def make(self, learning_rate: optax.Schedule, **unused):
-        """The transformation."""
-        return optax.lion(
-            learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=matrices
-        )
+    def make(self, learning_rate: optax.Schedule, *, total_steps: int, **unused):
+        """The transformation; the bounds of its radius close in over `total_steps`."""
+        arguments = _arguments(dataclasses.asdict(self), learning_rate)
+        return sophia_optax.soaa(**arguments, total_steps=total_steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class Muon:
-    """optax.contrib.muon: matrices orthogonalised, vectors by Adam."""
-
-    learning_rate: float = 6e-4
-    """Peak learning rate, comparable to AdamW's (`consistent_rms`)."""
-    beta: float = 0.95
-    """Decay of the momentum."""
-    consistent_rms: float = 0.2
-    """Root mean square that the orthogonalised step is scaled to, about AdamW's."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices."""
-
-    def make(self, learning_rate: optax.Schedule, **unused):
-        """The transformation."""
-        return optax.contrib.muon(
-            learning_rate,
-            beta=self.beta,
-            consistent_rms=self.consistent_rms,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=matrices,
-        )
-
-
-Optimizer = SophiaG | SophiaH | AdamW | Lion | Muon
+Optimizer = (
+    SophiaG
+    | SophiaH
+    | SophiaLite
+    | SophiaGeometric
+    | OrthoSoph
+    | Soaa
+    | AdamW
+    | Adam
+    | Lion
+    | Sm3
+    | Adafactor
+    | Muon
+    | GaLore
+    | Sgd
+)
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sophia-g": SophiaG,
     "sophia-h": SophiaH,
+    "sophia-lite": SophiaLite,
+    "sophia-geometric": SophiaGeometric,
+    "orthosoph": OrthoSoph,
+    "soaa": Soaa,
     "adamw": AdamW,
+    "adam": Adam,
     "lion": Lion,
+    "sm3": Sm3,
+    "adafactor": Adafactor,
     "muon": Muon,
+    "galore": GaLore,
+    "sgd": Sgd,
 }
 
 
 def name_of(optimizer: Optimizer) -> str:
     """The optimizer's name on the command line."""
     return next(name for name, kind in OPTIMIZERS.items() if isinstance(optimizer, kind))
+
+
+def refresh_due(optimizer: Optimizer, step: int) -> bool | None:
+    """Whether the program of a step renews curvature: static, so that the other has no trace of it.
+
+    None, for one program that serves all steps, without an interval or where it is 1: the
+    transformation then decides by itself, and refuses what is not finite by coordinate, which
+    moves fewer bytes than the test of the whole tree that True asks for.
+    """
+    interval = getattr(optimizer, "update_interval", 1)
+    return None if interval == 1 else step % interval == 0

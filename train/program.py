@@ -22,7 +22,7 @@ class Program(NamedTuple):
 
     apply: step_lib.Apply
     init: Any  # () -> TrainState, each shard made in place
-    step: Any  # (state, batch, refresh: static bool) -> (state, metrics); state is donated
+    step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
     evaluate: Any  # params -> dict of floats
     batch: Any  # step number -> int32[B, T + 1] on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
@@ -78,7 +78,7 @@ def use_compile_cache(folder: str) -> None:
 
 
 def _optimizer(run: Config, shards: int) -> optax.GradientTransformation:
-    optimizer = run.optim.make(run.schedule, shards=shards, seed=run.seed)
+    optimizer = run.optim.make(run.schedule, shards=shards, seed=run.seed, total_steps=run.steps)
     if not run.gradient_clip:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(run.gradient_clip), optimizer)
