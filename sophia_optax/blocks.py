@@ -175,23 +175,26 @@ class ScaleByBlocksState(NamedTuple):
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # `mu_dtype`, shaped as params: the uncorrected momentum
-    curvature: optax.Updates  # float32 or 64 [..., R, S, b, b], or shaped as the leaf: mean sample
-    root: Any  # Z, shaped as curvature, or 1 for numbers; () where the update interval is 1
+    curvature: (
+        Any  # float32 or 64 [..., R, S, b, b], of numbers shaped as they; 0 where none is kept
+    )
+    root: Any  # Z [..., R, S, b, b], or 1 for numbers; () where the update interval is 1
 
 
 def scale_by_blocks(
     b1: ArrayLike = 0.95,
-    b2: ArrayLike = 0.95,
-    eps: ArrayLike = 1e-4,
+    b2: ArrayLike = 0.0,
+    eps: ArrayLike = 1e-6,
     block_size: int = 128,
-    update_interval: ArrayLike = 10,
+    update_interval: ArrayLike = 1,
     form: str = "rows",
+    b2_numbers: ArrayLike = 0.95,
     mu_dtype: DTypeLike | None = "bfloat16",
     rms: ArrayLike | None = 0.2,
-    nesterov: bool = False,
+    nesterov: bool = True,
     block_mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum whitened by the curvature of blocks of rows.
+    r"""Momentum whitened block by block of rows, or by the curvature of tiles.
 
     A leaf holds matrices in its last two axes. Each is cut into blocks of b rows and c columns:
 
@@ -200,10 +203,11 @@ def scale_by_blocks(
         out = (C + ridge I)^(-1/2) M
 
     form="rows": the shorter side of the matrix gives the rows, c is the whole longer side;
-    S = G Gᵀ / c, M and C are corrected for their bias, ridge = eps ‖C‖_F.
+    S = M Mᵀ / c, M and C are corrected for their bias, ridge = eps ‖C‖_F. At b2 = 0 each block of
+    rows becomes sqrt(c) times its polar factor; with a single block this is Muon.
     form="tiles": c = b, S = G Gᵀ, no correction, ridge = eps.
-    Edges are filled with zeros. Other leaves are blocks of one number, S = g²: with rows that is
-    Adam, without an eps.
+    Edges are filled with zeros. Other leaves are blocks of one number, S = g², whose decay with
+    rows is b2_numbers: that is Adam, without an eps.
 
     Roots are taken every k updates. In between they keep their shape, and the scale is current:
     out = Z M / sqrt(s), s = ‖C‖_F + ridge, with Z = ((C + ridge I) / s)^(-1/2) of the last refresh
@@ -211,16 +215,17 @@ def scale_by_blocks(
 
     Args:
       b1: decay of the momentum, in [0, 1).
-      b2: decay of the curvature, in [0, 1), per update.
+      b2: decay of C, in [0, 1), per update; where it is the number 0, no C is kept.
       eps: ridge, relative with rows, absolute with tiles; `inverse_square_root` has its floor.
       block_size: b; smaller where the matrix is. A static integer.
       update_interval: k >= 1, updates between roots; where it is the number 1, none is kept.
       form: "rows" or "tiles".
+      b2_numbers: with rows, decay of the second moment of what is in no matrix.
       mu_dtype: dtype of M; None is the parameter's. bfloat16 rounds to nearest, as in optax, and
         stalls where (1 - b1) G is under a 256th of M.
       rms: root mean square of each matrix's output; .2 is about AdamW's, whose learning rates
-        then fit. None leaves it: .16 where G is noise to 1 where it is constant, for b1 = .95.
-      nesterov: whiten b1 M + (1 - b1) G in place of M.
+        then fit. None leaves it, at most 1 with rows and b2 = 0.
+      nesterov: with rows and tiles alike, b1 M + (1 - b1) G in place of M.
       block_mask: pytree of bools shaped as params or a prefix of it, True where a leaf holds
         matrices, or a function of params that makes it; None is all leaves of two axes or more.
         An attention kernel of [width, heads, head] is read as matrices of heads x head: store it
@@ -232,13 +237,14 @@ def scale_by_blocks(
 
     Returns:
       A transformation. It computes in float32 at least; its output has the gradient's dtype. For
-      an n x m matrix, n <= m, rows keep n m numbers of momentum, n b of curvature, n b of roots.
-      A block whose sample is not finite keeps its C; momentum takes what comes, as in optax.
+      an n x m matrix, n <= m, rows keep n m numbers of momentum, n b of C unless b2 = 0, and n b
+      of roots unless k = 1. A block whose sample is not finite keeps its C; where none
+      is kept it stays in place. Momentum takes what comes, as in optax.
       On meshes `init` shards blocks like the rows that make them (else like the columns), if
       their number divides over the mesh axis. Choose a b that divides the rows of a device: then
       eight devices exchange 4 bytes (rms) for a 768 x 3072 matrix, at refreshes too. Where blocks
       straddle devices, the whole matrix is gathered (b = 128, 96 rows each: 9.8 MB); where columns
-      are sharded, n b numbers are summed (.3 MB), and gathered where the blocks divide. `update`
+      are sharded, n b numbers are summed (.3 MB), and gathered where C or roots are kept. `update`
       is for axes of type Auto: on explicit ones jax asks for the sharding of each product.
 
     Raises:
@@ -256,10 +262,20 @@ def scale_by_blocks(
     [[ 1.73  0.    0.  ]
      [ 0.    0.   -1.73]]
     """
-    _check(b1, b2, eps, block_size, update_interval, form, mu_dtype, rms)
+    _checks.decays(b1=b1, b2=b2, b2_numbers=b2_numbers)
+    _check(eps, block_size, update_interval, form, mu_dtype, rms)
     rows = form == "rows"
     every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
     cuts_of = functools.partial(_cuts, block_mask, rows=rows, block_size=block_size)
+
+    forgetful = isinstance(b2, int | float) and b2 == 0
+
+    def drops(cut):
+        return forgetful and isinstance(cut, _Tiles)
+
+    def kept(cuts, C):
+        """What the state holds of C: nothing that the next update would not use."""
+        return jax.tree.map(lambda cut, C: jnp.zeros([], C.dtype) if drops(cut) else C, cuts, C)
 
     def init(params):
         cuts = cuts_of(params)
@@ -267,14 +283,18 @@ def scale_by_blocks(
         return ScaleByBlocksState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            curvature=C,
+            curvature=kept(cuts, C),
             root=() if every_update else jax.tree.map(lambda cut, C: cut.identity(C), cuts, C),
         )
 
-    def average(count, cut, g, C):
-        weight = 1 - jnp.asarray(b2, C.dtype)
-        weight = weight / _mass(b2, count, C.dtype) if rows else weight
-        S = cut.sample(g, mean=rows)
+    def average(count, cut, g, ahead, C):
+        numbers = isinstance(cut, _Numbers)
+        S = cut.sample(ahead if rows and not numbers else g, mean=rows)
+        if drops(cut):
+            return jnp.where(cut.finite(S), S, 0)
+        decay = b2_numbers if rows and numbers else b2
+        weight = 1 - jnp.asarray(decay, C.dtype)
+        weight = weight / _mass(decay, count, C.dtype) if rows else weight
         return jnp.where(cut.finite(S), (1 - weight) * C + weight * S, C)
 
     def norm_and_ridge(cut, C):
@@ -292,7 +312,8 @@ def scale_by_blocks(
         cuts, count = cuts_of(updates), jnp.asarray(optax.safe_increment(state.count))
         grads = jax.tree.map(widen, updates)
         mu = jax.tree.map(functools.partial(_decayed, b1), grads, state.mu)
-        C = jax.tree.map(functools.partial(average, count), cuts, grads, state.curvature)
+        out = jax.tree.map(functools.partial(direction, count), grads, mu)
+        C = jax.tree.map(functools.partial(average, count), cuts, grads, out, state.curvature)
 
         def roots():
             return jax.tree.map(lambda cut, C: cut.root(C, *norm_and_ridge(cut, C)), cuts, C)
@@ -310,10 +331,9 @@ def scale_by_blocks(
             Z = roots() if due else state.root
         else:
             Z = jax.lax.cond(due, roots, lambda: state.root)
-        out = jax.tree.map(functools.partial(direction, count), grads, mu)
         out = jax.tree.map(whiten, cuts, out, C, Z)
         mu = optax.tree.cast_like(mu, state.mu)
-        state = ScaleByBlocksState(count, mu, C, () if every_update else Z)
+        state = ScaleByBlocksState(count, mu, kept(cuts, C), () if every_update else Z)
         return optax.tree.cast_like(out, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -329,10 +349,8 @@ def _decayed(decay: ArrayLike, x: jax.Array, average: jax.Array) -> jax.Array:
     return d * average.astype(x.dtype) + (1 - d) * x
 
 
-def _check(b1, b2, eps, block_size, update_interval, form, mu_dtype, rms) -> None:
+def _check(eps, block_size, update_interval, form, mu_dtype, rms) -> None:
     _checks.one_of("form", form, ("rows", "tiles"))
-    for name, decay in (("b1", b1), ("b2", b2)):
-        _checks.in_range(name, decay, 0, 1, open_high=True)
     _checks.in_range("eps", eps, 0, float("inf"), open_high=True)
     if not isinstance(block_size, int | np.integer):
         raise TypeError(
@@ -345,5 +363,4 @@ def _check(b1, b2, eps, block_size, update_interval, form, mu_dtype, rms) -> Non
         raise ValueError(f"mu_dtype={jnp.dtype(mu_dtype).name} is no dtype of real numbers.")
     if rms is not None:
         _checks.in_range("rms", rms, 0, float("inf"), open_high=True)
-        if isinstance(rms, int | float | np.number) and rms == 0:
-            raise ValueError("rms=0 stops all matrices; None leaves steps at their own length.")
+        _checks.nonzero("rms", rms, "it stops all matrices; None leaves steps at their own length.")

@@ -75,6 +75,7 @@ def weighted_squared_gradient() -> Estimator:
         del key, params, unused
         updates = jax.tree.map(widen, updates)
         norm = optax.tree.norm(updates)
+        norm = jnp.where(jnp.isfinite(norm), norm, jnp.nan)  # over inf all would be 0, and taken
         return jax.tree.map(lambda g: jnp.square(g) / (1 + norm).astype(g.dtype), updates)
 
     return estimator

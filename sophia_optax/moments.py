@@ -130,9 +130,10 @@ def centered_second_moment(
         count = jnp.asarray(optax.safe_increment(state.count))
         scalar = widest(updates)
         decay1, decay2 = jnp.asarray(b1, scalar), jnp.asarray(b2, scalar)
-        mass = 1 - decay2**count
-        back = jnp.where(count > 1, (1 - decay1**count) / (decay1 - decay1**count), 0)
-        weight = (1 - decay2) * (decay2 - decay2**count) / mass * back**2
+        power1, power2 = (decay ** count.astype(scalar) for decay in (decay1, decay2))
+        mass = 1 - power2
+        back = jnp.where(count > 1, (1 - power1) / (decay1 - power1), 0)
+        weight = (1 - decay2) * (decay2 - power2) / mass * back**2
 
         def average(nu, g, m):
             wide = accumulation_dtype(nu)

@@ -60,8 +60,8 @@ def trust_region(
       learning_rate: the scalar or schedule that the direction will be multiplied by.
       total_steps: T, over which the bounds close in on [1 - gamma, 1 + gamma].
       b1: decay of the average loss.
-      eps: floor of the predicted reduction.
-      gamma: width of the bounds, in [0, 1].
+      eps: floor of the predicted reduction, above 0.
+      gamma: width of the bounds, in [0, 1).
       rule: "soaa" (lines 15 to 20 of its algorithm 1, as printed) or "tadam", its parent's.
 
     Extra arguments of `update`:
@@ -92,8 +92,11 @@ def trust_region(
     """
     _checks.one_of("rule", rule, ("soaa", "tadam"))
     _checks.decays(b1=b1)
-    _checks.in_range("gamma", gamma, 0, 1)
+    _checks.in_range("gamma", gamma, 0, 1, open_high=True)
     _checks.in_range("eps", eps, 0, float("inf"))
+    _checks.nonzero(
+        "eps", eps, "the first loss would be divided by it; take a small number above 0."
+    )
     _checks.positive_integer("total_steps", total_steps)
     inner = optax.with_extra_args_support(inner)
 

@@ -39,7 +39,8 @@ def widened(matrix):
 class OrthoSophTiles:
     """Section 5, the faithful reading: per tile C <- β2 C + (1-β2) G Gᵀ, step (C + εI)^(-1/2) M.
 
-    M = β1 M + (1-β1) G: no momentum rule is stated, and this is the EMA used everywhere else.
+    M = β1 M + (1-β1) G: no momentum rule is stated, and this is the EMA used everywhere else;
+    `nesterov` steps by β1 M + (1-β1) G once more.
     Rank 0 and 1, and the leaves in `diagonal_names`, use tiles of one number; leaves of rank 3 and
     more are batches of matrices over their last two axes. No bias correction; no clip.
     """
@@ -50,6 +51,7 @@ class OrthoSophTiles:
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
+    nesterov: bool = False
     weight_decay: float = 0.0
     decay_names: set | None = None
     diagonal_names: tuple = ()
@@ -79,7 +81,9 @@ class OrthoSophTiles:
         grads = tree(np.array, grads)
         self.momentum.add(grads)
         self.curvature.add({name: self.outer(name, g) for name, g in grads.items()})
-        self.direction = {n: self.precondition(n, m, self.h[n]) for n, m in self.m.items()}
+        ahead = self.b1 if self.nesterov else 1.0
+        N = tree(lambda m, g: ahead * m + (1 - ahead) * g, self.m, grads)
+        self.direction = {name: self.precondition(name, n, self.h[name]) for name, n in N.items()}
         self.count += 1
         return self.direction
 
@@ -91,34 +95,38 @@ class OrthoSophTiles:
 
 @dataclass
 class OrthoSophRows:
-    """Section 5, the recommended reading: per group of rows C <- β2 C + (1-β2) g gᵀ / m, step R M̂.
+    """Section 5, rows: per group of rows n of N, C <- β2 C + (1-β2) n nᵀ / m, step R n.
 
+    M <- β1 M + (1-β1) G; N = M̂, or with `nesterov` β1 M / (1-β1^(t+1)) + (1-β1) G / (1-β1^t).
     Rows are the shorter side [n, m], transposed if need be, in groups of min(`block_size`, n), the
-    last one smaller. R = (Ĉ + ε ‖Ĉ‖_F I)^(-1/2) is refreshed at counts 0, k, 2k, ... or as
-    `refresh` says, and serves until the next refresh; Ĉ and M̂ are debiased. `rms` rescales the
-    whole matrix's direction to that root mean square. Rank 0 and 1, and `diagonal_names`, take
-    Adam's direction m̂ / (√v̂ + ε_diagonal); rank 3 and more are batches of matrices. `h` and `R`
-    are keyed by (name, index in the batch, first row), `h` by the name where it is diagonal.
+    last one smaller. R = Z / √‖Ĉ‖_F with Z = (Ĉ/‖Ĉ‖_F + ε I)^(-1/2) refreshed at counts 0, k, 2k,
+    ... or as `refresh` says: between refreshes its shape is old, its scale is not. `rms` rescales
+    the whole matrix's direction to that root mean square. Rank 0 and 1, and `diagonal_names`, take
+    Adam's direction without ε, n̂ / √v̂, where β2 is `b2_numbers`; rank 3 and more are batches of
+    matrices. `h` and `Z` are keyed by (name, index in the batch, first row), `h` by the name where
+    it is diagonal.
     """
 
     learning_rate: float | Callable
     _: KW_ONLY
     block_size: int
     b1: float = 0.95
-    b2: float = 0.95
+    b2: float = 0.0
+    b2_numbers: float = 0.95
     eps: float = 1e-6
-    eps_diagonal: float = 1e-8
-    update_interval: int = 10
+    update_interval: int = 1
     rms: float | None = None
+    nesterov: bool = True
     weight_decay: float = 0.0
     decay_names: set | None = None
     diagonal_names: tuple = ()
 
     def __post_init__(self):
-        self.momentum, self.curvature, self.count = Average(self.b1), Average(self.b2), 0
+        self.momentum, self.blocks, self.numbers = map(Average, (self.b1, self.b2, self.b2_numbers))
+        self.count = 0
 
     m = property(lambda self: self.momentum.value)
-    h = property(lambda self: self.curvature.value)
+    h = property(lambda self: self.blocks.value | self.numbers.value)
 
     def is_diagonal(self, name, leaf):
         return leaf.ndim < 2 or name in self.diagonal_names
@@ -133,42 +141,50 @@ class OrthoSophRows:
             for first in range(0, n, b)
         ]
 
-    def samples(self, name, g):
-        if self.is_diagonal(name, g):
-            return {name: g * g}
-        return {key: x @ x.T / x.shape[1] for key, x in self.groups(name, widened(g))}
+    def ahead(self, grads):
+        t, b = self.count + 1, self.b1
+        if not self.nesterov:
+            return tree(lambda m: m / (1 - b**t), self.m)
+        mass, next_mass = 1 - b**t, 1 - b ** (t + 1)
+        return tree(lambda m, g: b * m / next_mass + (1 - b) * g / mass, self.m, grads)
 
     def refresh(self, C):
-        self.R = {}
-        for key, block in C.items():
-            if isinstance(key, tuple):
-                norm = np.linalg.norm(block)
-                # Any finite R would do for a block that has seen no gradient.
-                zero = np.zeros_like(block)
-                self.R[key] = inverse_square_root(block, self.eps * norm) if norm > 0 else zero
+        # Any finite Z would do for a block that has seen no gradient.
+        norms = {key: np.linalg.norm(block) for key, block in C.items()}
+        self.Z = {
+            key: inverse_square_root(block / norms[key], self.eps) if norms[key] else 0 * block
+            for key, block in C.items()
+        }
 
-    def precondition(self, name, m, C):
-        if self.is_diagonal(name, m):
-            return m / (np.sqrt(C[name]) + self.eps_diagonal)
-        wide = widened(m)
-        direction = np.empty_like(wide)
+    def precondition(self, name, n, C):
+        wide = widened(n)
+        direction = np.zeros_like(wide)
         for key, rows in self.groups(name, wide):
-            _, index, first = key
-            direction[index][first : first + len(rows)] = self.R[key] @ rows
+            (_, index, first), norm = key, np.linalg.norm(C[key])
+            if norm > 0:
+                direction[index][first : first + len(rows)] = self.Z[key] @ rows / np.sqrt(norm)
         if self.rms is not None:
             size = np.sqrt((direction**2).mean((-2, -1), keepdims=True))
             direction = self.rms * direction / np.where(size > 0, size, 1)
-        return direction if wide.shape == m.shape else direction.swapaxes(-1, -2)
+        return direction if wide.shape == n.shape else direction.swapaxes(-1, -2)
 
     def direct(self, grads, hessian=None, refresh=None):
         grads = tree(np.array, grads)
         self.momentum.add(grads)
-        self.curvature.add({k: x for n, g in grads.items() for k, x in self.samples(n, g).items()})
-        C = self.curvature.read(True)
+        N = self.ahead(grads)
+        matrices = {name: n for name, n in N.items() if not self.is_diagonal(name, n)}
+        rows = [pair for name, n in matrices.items() for pair in self.groups(name, widened(n))]
+        self.blocks.add({key: x @ x.T / x.shape[1] for key, x in rows})
+        self.numbers.add({name: g * g for name, g in grads.items() if name not in matrices})
+        C, V = self.blocks.read(True), self.numbers.read(True)
         if self.count % self.update_interval == 0 if refresh is None else refresh:
             self.refresh(C)
-        M = self.momentum.read(True)
-        self.direction = {name: self.precondition(name, m, C) for name, m in M.items()}
+        self.direction = {
+            name: self.precondition(name, n, C)
+            if name in matrices
+            else n / np.sqrt(np.where(V[name] > 0, V[name], np.inf))
+            for name, n in N.items()
+        }
         self.count += 1
         return self.direction
 

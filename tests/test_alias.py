@@ -7,27 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles as o
+import paths
 import pytest
 from exact import ExactLinear
+from paths import (
+    GRADS,
+    MASK,
+    PARAMS,
+    REJECTED,
+    SAMPLES,
+    SHAPES,
+    STEPS,
+    assert_equal_paths,
+    cast,
+    given_sample,
+    oracle_arguments,
+    row,
+    schedule,
+)
 
 from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
 
-STEPS = 32
-SHAPES = {"scalar": (), "matrix": (3, 4), "tensor": (2, 3, 2)}
 FACTORIES = {"sophia_h": sophia_h, "sophia_g": sophia_g}
-TOLERANCE = {
-    "float32": {"rtol": 1e-5, "atol": 1e-6},
-    "float64": {"rtol": 1e-12, "atol": 1e-13},
-}
 LETTER = {"debias_momentum": False, "debias_hessian": False, "weight_decay": 0.0}
 LETTER |= {"b1": 0.9, "b2": 0.8, "gamma": 0.5, "eps": 0.05, "update_interval": 3}
 
 
-def schedule(count):
-    return 0.1 * 0.9**count
-
-
-# Arguments of our aliases; `oracle_arguments` translates them where the oracle's names differ.
 CASES = {
     "the letter of the paper": {},
     "k = 1": {"update_interval": 1},
@@ -39,83 +44,22 @@ CASES = {
     "clip at .3": {"clip_threshold": 0.3},
     "sign steps below eps": {"eps": 1e-12, "b1": 0.0},
     "weight decay": {"weight_decay": 0.3},
-    "masked weight decay": {
-        "weight_decay": 0.3,
-        "weight_decay_mask": {n: n == "matrix" for n in SHAPES},
-    },
-    "mask by function": {
-        "weight_decay": 0.3,
-        "weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
-    },
+    "masked weight decay": MASK,
+    "mask by function": MASK
+    | {"weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim == 2, p)},
     "weight decay schedule": {"weight_decay": schedule},
     "learning rate schedule": {"learning_rate": schedule, "weight_decay": 0.3},
 }
 
 
-def oracle_arguments(arguments):
-    arguments = dict(arguments)
-    masked = arguments.pop("weight_decay_mask", None) is not None
-    return arguments | {"decay_names": {"matrix"} if masked else None}
-
-
-def trees(seed, scale=1.0, shift=0.0, steps=STEPS):
-    """`{name: [steps, *shape]}`, normal numbers."""
-    rng = np.random.default_rng(seed)
-    return {n: shift + scale * rng.normal(size=(steps, *s)) for n, s in SHAPES.items()}
-
-
-def row(values, t):
-    return {name: leaf[t] for name, leaf in values.items()}
-
-
-PARAMS = row(trees(0, steps=1), 0)
-GRADS = trees(1)
-SAMPLES = trees(2, scale=2.0, shift=1.0)  # a third of them negative
-REJECTED = {n: s.copy() for n, s in SAMPLES.items()}
-for t, bad in ((0, np.nan), (9, np.inf), (15, np.nan)):  # the first, and two later ones, due
-    REJECTED["matrix"][t, 1, 2] = bad
-
-
-def given_sample(key, params, updates, *, sample, **unused):
-    """An estimator whose sample is an extra argument: what the counter asks for is known."""
-    return sample
-
-
-def cast(tree, dtype):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-
-
 def ours(factory, arguments, samples, dtype, refresh=None):
-    """The path of the parameters, [STEPS, ...], and the last state, in one scan."""
     tx = factory(**arguments, estimator=given_sample)
-    params = cast(PARAMS, dtype)
-
-    def step(carry, xs):
-        params, state = carry
-        grads, sample, refresh = xs
-        updates, state = tx.update(grads, state, params, sample=sample, refresh=refresh)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    xs = (cast(GRADS, dtype), cast(samples, dtype), None if refresh is None else jnp.array(refresh))
-    (_, state), path = jax.lax.scan(step, (params, tx.init(params)), xs)
-    return path, state
+    return paths.ours(tx, dtype, sample=samples, refresh=refresh)
 
 
 def theirs(arguments, samples, refresh=None):
-    oracle, params, path = o.Sophia(**oracle_arguments(arguments)), PARAMS, []
-    for t in range(STEPS):
-        due = None if refresh is None else refresh[t]
-        oracle.weight_decay = o.rate(arguments["weight_decay"], t)
-        params = oracle.step(params, row(GRADS, t), row(samples, t), due)
-        path.append(params)
-    return {name: np.stack([p[name] for p in path]) for name in SHAPES}, oracle
-
-
-def assert_equal_paths(path, expected, dtype):
-    for name, leaf in expected.items():
-        assert path[name].dtype == dtype
-        np.testing.assert_allclose(path[name], leaf, **TOLERANCE[dtype], err_msg=name)
+    oracle = o.Sophia(**oracle_arguments(arguments))
+    return paths.theirs(oracle, hessian=samples, refresh=refresh), oracle
 
 
 @pytest.mark.parametrize(
@@ -145,7 +89,7 @@ def test_rejected_samples_leave_the_path_of_algorithm_3_without_them(debias, dty
     assert oracle.rejected == 3
 
 
-IRREGULAR = [t in (2, 3, 7, 15, 30) for t in range(STEPS)]
+IRREGULAR = np.isin(np.arange(STEPS), (2, 3, 7, 15, 30))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

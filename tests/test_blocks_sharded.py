@@ -25,6 +25,9 @@ SPECS = {
 }
 
 
+KEPT = {"b2": 0.9, "update_interval": 3}  # a state of curvature and roots
+
+
 def sharded(tx, names=tuple(WIDTHS), fsdp=8):
     """(mesh, shardings of params, of state, abstract params)."""
     mesh = make_mesh(MeshConfig(fsdp=fsdp))
@@ -34,15 +37,15 @@ def sharded(tx, names=tuple(WIDTHS), fsdp=8):
 
 
 def test_state_is_sharded_over_its_blocks():
-    _, state, _ = sharded(scale_by_blocks(block_size=8))
+    _, state, _ = sharded(scale_by_blocks(block_size=8, **KEPT))
     rows, numbers = PartitionSpec("fsdp", None, None, None), PartitionSpec(None)
     layers = PartitionSpec(None, "fsdp", None, None, None)
     expected = {"up": rows, "down": rows, "out": rows, "layers": layers, "norm": numbers}
     assert {n: s.spec for n, s in state.curvature.items()} == expected
     assert {n: s.spec for n, s in state.root.items()} == expected | {"norm": PartitionSpec()}
-    _, state, _ = sharded(scale_by_blocks(block_size=16))  # four blocks over eight devices
+    _, state, _ = sharded(scale_by_blocks(block_size=16, **KEPT))  # four blocks over eight devices
     assert all(s.is_fully_replicated for s in jax.tree.leaves((state.curvature, state.root)))
-    _, state, _ = sharded(scale_by_blocks(block_size=8, form="tiles"))
+    _, state, _ = sharded(scale_by_blocks(block_size=8, form="tiles", **KEPT))
     columns = PartitionSpec(None, "fsdp", None, None)
     specs = {n: s.spec for n, s in state.curvature.items()}
     assert (specs["up"], specs["out"]) == (rows, columns)
@@ -51,7 +54,7 @@ def test_state_is_sharded_over_its_blocks():
 def test_concrete_sharded_parameters_make_a_sharded_state():
     mesh = make_mesh(MeshConfig(fsdp=8))
     w = jax.device_put(jnp.ones((64, 96)), NamedSharding(mesh, PartitionSpec("fsdp")))
-    state = scale_by_blocks(block_size=8).init({"w": w})
+    state = scale_by_blocks(block_size=8, **KEPT).init({"w": w})
     assert state.root["w"].addressable_shards[0].data.shape == (1, 1, 8, 8)
 
 
@@ -75,27 +78,36 @@ def steps(tx, shardings=None):
     return jax.jit(run, out_shardings=shardings)(params, jax.random.key(0))
 
 
-@pytest.mark.parametrize(("block_size", "form"), [(8, "rows"), (24, "tiles")])
-def test_eight_devices_equal_one(block_size, form):
-    arguments = {"block_size": block_size, "form": form, "mu_dtype": None, "update_interval": 3}
-    tx = orthosoph(0.1, **arguments)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"block_size": 8} | KEPT, {"block_size": 24, "form": "tiles", "b2": 0.9}],
+    ids=["rows", "tiles"],
+)
+def test_eight_devices_equal_one(arguments):
+    tx = orthosoph(0.1, mu_dtype=None, **arguments)
     shardings, state, _ = sharded(tx, THREE)
     params, _ = steps(tx, (shardings, state))
     assert len(params["down"].sharding.device_set) == 8
     assert_close(params, steps(tx)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("refresh", [False, True])
 @pytest.mark.parametrize(
-    ("names", "block_size", "gathers"),
-    [(("up", "down"), 8, False), (("up",), 16, True), (("out",), 8, True)],
-    ids=["aligned", "straddling", "columns"],
+    ("names", "block_size", "kept", "gathers"),
+    [
+        (("up", "down"), 8, {}, False),
+        (("up", "down"), 8, KEPT, False),
+        (("up",), 16, {}, True),
+        (("out",), 8, {}, False),
+        (("out",), 8, KEPT, True),
+    ],
+    ids=["aligned", "aligned, kept", "straddling", "columns", "columns, kept"],
 )
-def test_only_blocks_that_lie_within_a_device_need_no_gather(names, block_size, gathers, refresh):
-    tx = orthosoph(0.1, block_size=block_size)
+def test_which_blocks_need_a_gather(names, block_size, kept, gathers):
+    """Those that straddle devices; where columns are sharded, those whose C or root is kept."""
+    tx = orthosoph(0.1, block_size=block_size, **kept)
     shardings, state_sharding, params = sharded(tx, names)
     update = jax.jit(
-        functools.partial(tx.update, refresh=refresh),
+        functools.partial(tx.update, refresh=True),
         in_shardings=(shardings, state_sharding, shardings),
         out_shardings=(shardings, state_sharding),
     )

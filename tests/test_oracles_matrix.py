@@ -78,7 +78,7 @@ def polar(G):
     return U @ Vt
 
 
-MEMORYLESS = {"b1": 0.0, "b2": 0.0, "eps": 1e-13, "update_interval": 1}
+MEMORYLESS = {"b1": 0.0, "eps": 1e-13}
 
 
 def rows_direction(w, **options):
@@ -110,37 +110,64 @@ def test_groups_of_a_tall_matrix_are_columns():
 
 
 def test_rows_three_steps_by_hand():
-    # β1 = β2 = .5, ε = .2, k = 2, m = 2. G = diag(√6, √8), then 0, then G.
-    # 1: Ĉ = diag(3, 4), of norm 5: R = diag(4, 5)^(-1/2), M̂ = G.
-    # 2: not due: R stays; M̂ = (.25 G)/.75 = G/3.
-    # 3: Ĉ = (.125 + .5)/.875 diag(3, 4) = 5/7 diag(3, 4): R is √(7/5) times the first; M̂ = 5/7 G.
+    # β1 = β2 = .5, no look ahead, ε = .2, k = 2, m = 2. G = diag(√6, √8), then 0, then
+    # G3 = diag(√6, 0).
+    # 1: N = G: Ĉ = diag(3, 4), of norm 5: Z = (diag(3, 4)/5 + .2)^(-1/2) = diag(4, 5)^(-1/2) √5.
+    # 2: not due: N = (.25 G)/.75 = G/3, n nᵀ/m = diag(3, 4)/9; Ĉ = (.25 + .5/9)/.75 diag(3, 4)
+    #    = 11/27 diag(3, 4), of norm 5 * 11/27: R is √(27/11) times the first.
+    # 3: M = .125 G + .5 G3, N = M/.875 = diag(√6 5/7, √8/7); n nᵀ/m = diag(3 * 25, 4)/49.
+    #    Ĉ = ((.125 + .25/9) diag(3, 4) + .5 diag(75, 4)/49)/.875.
     # λ = .1, η = .5: θ <- .95 θ - .5 direction.
     rows = o.OrthoSophRows(
-        0.5, block_size=8, b1=0.5, b2=0.5, eps=0.2, update_interval=2, weight_decay=0.1
+        0.5,
+        block_size=8,
+        b1=0.5,
+        b2=0.5,
+        eps=0.2,
+        update_interval=2,
+        nesterov=False,
+        weight_decay=0.1,
     )
-    G, first = np.diag([6**0.5, 8**0.5]), np.diag([6**0.5 / 2, 8**0.5 / 5**0.5])
+    G, G3 = np.diag([6**0.5, 8**0.5]), np.diag([6**0.5, 0])
+    first = np.diag([6**0.5 / 2, 8**0.5 / 5**0.5])
+    C = ((0.125 + 0.25 / 9) * np.array([3, 4]) + 0.5 * np.array([75, 4]) / 49) / 0.875
+    N = np.array([6**0.5 * 5 / 7, 8**0.5 / 7])
+    third = np.diag(N / np.sqrt(C + 0.2 * np.hypot(*C)))
     params, expected = {"w": np.eye(2)}, np.eye(2)
-    for g, scale in ((G, 1), (0 * G, 1 / 3), (G, (5 / 7) ** 0.5)):
+    for g, direction in ((G, first), (0 * G, (27 / 11) ** 0.5 / 3 * first), (G3, third)):
         params = rows.step(params, {"w": g})
-        expected = 0.95 * expected - 0.5 * scale * first
+        expected = 0.95 * expected - 0.5 * direction
         close(params["w"], expected)
 
 
-def test_refresh_says_when_the_root_is_taken_and_the_average_goes_on():
+def test_rows_look_ahead_to_the_next_average_were_the_gradient_to_come_again():
+    gs, b1 = np.random.default_rng(32).normal(size=(4, 3, 5)), 0.7
+    ahead = o.OrthoSophRows(1.0, block_size=3, b1=b1, eps=1e-13)
+    for t, g in enumerate(gs, start=1):
+        # Sums of weights: each part is an average of its own.
+        weights = (1 - b1) * b1 ** np.arange(t, 0, -1)
+        part = np.tensordot(weights, gs[:t], 1) / (1 - b1 ** (t + 1))
+        N = part + (1 - b1) / (1 - b1**t) * g
+        close(ahead.direct({"w": g})["w"], 5**0.5 * polar(N), rtol=1e-9)
+
+
+def test_refresh_says_when_the_shape_of_the_root_is_taken_and_the_average_goes_on():
     rng, options = np.random.default_rng(24), {"block_size": 2, "b1": 0.0, "b2": 0.5, "eps": 1e-3}
     gs = rng.normal(size=(3, 2, 6))
     flags = (None, False, True)
     rows = o.OrthoSophRows(1.0, update_interval=1, **options)
     got = [rows.direct({"w": g}, refresh=flag)["w"] for g, flag in zip(gs, flags, strict=True)]
-    covariances = [g @ g.T / 6 for g in gs]
-    late = (0.125 * covariances[0] + 0.25 * covariances[1] + 0.5 * covariances[2]) / 0.875
+    first, second, third = (g @ g.T / 6 for g in gs)
+    middle = (0.25 * first + 0.5 * second) / 0.75
+    late = (0.125 * first + 0.25 * second + 0.5 * third) / 0.875
 
     def root(C):
         values, vectors = np.linalg.eigh(C + 1e-3 * np.sqrt((C**2).sum()) * np.eye(2))
         return vectors @ np.diag(values**-0.5) @ vectors.T
 
-    for ours, C, g in zip(got, (covariances[0], covariances[0], late), gs, strict=True):
-        close(ours, root(C) @ g, rtol=1e-10)
+    scale = (np.sum(first**2) / np.sum(middle**2)) ** 0.25
+    for ours, R, g in zip(got, (root(first), scale * root(first), root(late)), gs, strict=True):
+        close(ours, R @ g, rtol=1e-10)
 
 
 def test_padding_the_last_group_with_a_zero_row_changes_nothing():
@@ -180,9 +207,8 @@ def test_rows_without_gradient_stay_where_they_are():
 def test_vectors_and_named_leaves_of_rows_take_adams_direction():
     shapes, rng = {"v": (5,), "scalar": (), "named": (2, 3)}, np.random.default_rng(29)
     history = rng.normal(size=(4, 12))
-    rows = o.OrthoSophRows(
-        1.0, block_size=2, b1=0.8, b2=0.6, eps_diagonal=0.1, rms=0.2, diagonal_names=("named",)
-    )
+    options = {"block_size": 2, "b1": 0.8, "b2": 0.3, "b2_numbers": 0.6, "nesterov": False}
+    rows = o.OrthoSophRows(1.0, rms=0.2, diagonal_names=("named",), **options)
     like = random_tree(0, shapes)
     for t in range(1, 5):
         direction = rows.direct(unflatten(history[t - 1], like))
@@ -190,7 +216,7 @@ def test_vectors_and_named_leaves_of_rows_take_adams_direction():
             b ** np.arange(t - 1, -1, -1) @ x * (1 - b) / (1 - b**t)
             for b, x in ((0.8, history[:t]), (0.6, history[:t] ** 2))
         )
-        close(flat(direction), m / (np.sqrt(v) + 0.1))
+        close(flat(direction), m / np.sqrt(v))
 
 
 def test_rows_keep_n_times_b_numbers_of_curvature():

@@ -8,7 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from sophia_optax import clip_by_ratio, floor, hessian_estimate, shift, squared_gradient
+from sophia_optax import (
+    clip_by_ratio,
+    floor,
+    hessian_estimate,
+    rms_floor,
+    second_moment,
+    shift,
+    squared_gradient,
+)
 
 TINY = np.finfo(np.float32).tiny
 RNG = np.random.default_rng(0)
@@ -74,13 +82,16 @@ def test_momentum_and_curvature_are_fed_the_same_gradient():
         np.testing.assert_allclose(u, m / (h + 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("denominator", [floor(1.0, 0.0), shift(0.0), floor(0.0, 0.0)])
+@pytest.mark.parametrize(
+    "denominator", [floor(1.0, 0.0), shift(0.0), floor(0.0, 0.0), rms_floor(1.0, 0.0)]
+)
 def test_the_floor_is_the_smallest_normal_float32(denominator):
-    np.testing.assert_array_equal(denominator(jnp.array([0.0, -0.0])), TINY)
+    zero = jnp.array([0.0, -0.0])
+    np.testing.assert_array_equal(denominator(zero, zero), TINY)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("denominator", [floor(0.1), shift(1e-15), floor(1.0, 0.0)])
+@pytest.mark.parametrize("denominator", [floor(0.1), shift(1e-15), floor(1.0, 0.0), rms_floor()])
 @pytest.mark.parametrize("curvature", [given_curvature, identity])
 def test_zero_over_zero_is_zero(curvature, denominator, dtype):
     """In float16 each floor is zero, even where the curvature is not our own transformation."""
@@ -104,6 +115,129 @@ def test_float64_keeps_its_precision():
         tx = ratio(floor(1.0), clip_threshold=None)
         u, _ = tx.update(m, tx.init(m), hessian=h)
         np.testing.assert_allclose(u, 7 / 3, rtol=1e-15)
+
+
+# ---------------------------------------------------------------- second moment, gain, radius
+
+V = {n: RNG.gamma(1.0, 0.3, size=x.shape) for n, x in M.items()}
+
+
+def given_moment(v=V):
+    return optax.stateless(lambda updates, params: single(v))
+
+
+@pytest.mark.parametrize("threshold", [0.3, None])
+def test_curvature_below_the_root_of_the_second_moment_leaves_adam(threshold):
+    """The max form: u = clip(m / (max(gamma h, sqrt(v)) + eps))."""
+    tx = ratio(rms_floor(0.5, 0.1), second_moment=given_moment(), clip_threshold=threshold)
+    u, _ = updated(tx)
+    bound, adams = threshold or np.inf, []
+    for n in M:
+        adams.append(np.ravel(0.5 * H[n] < np.sqrt(V[n])))
+        expected = np.clip(M[n] / (np.maximum(0.5 * H[n], np.sqrt(V[n])) + 0.1), -bound, bound)
+        np.testing.assert_allclose(u[n], expected, rtol=1e-5)
+    assert 0.2 < np.concatenate(adams).mean() < 0.8
+
+
+def test_without_a_second_moment_the_root_is_that_of_the_curvature():
+    """Of the curvature itself, not of what gain and radius make of it."""
+    h = {n: np.abs(x) for n, x in H.items()}
+    tx = ratio(rms_floor(1.0, 0.1), gain=lambda m, h: 0.5, clip_threshold=None)
+    u, _ = updated(tx, h=h, radius=jnp.asarray(0.8))
+    for n in M:
+        expected = 0.8 * M[n] / (np.maximum(0.8 * 0.5 * h[n], np.sqrt(h[n])) + 0.1)
+        np.testing.assert_allclose(u[n], expected, rtol=1e-5)
+
+
+def test_the_second_moment_is_fed_the_gradient_and_not_the_momentum():
+    tx = ratio(
+        rms_floor(0.0, 0.1),
+        momentum=optax.ema(0.5, debias=True, accumulator_dtype=None),
+        second_moment=second_moment(0.5),
+        clip_threshold=None,
+    )
+    state, g = tx.init(jnp.zeros(3)), RNG.normal(size=(2, 3))
+    for t in range(2):
+        u, state = tx.update(jnp.asarray(g[t], jnp.float32), state)
+    m, v = (x[0] / 3 + x[1] * 2 / 3 for x in (g, g**2))
+    np.testing.assert_allclose(u, m / (np.sqrt(v) + 0.1), rtol=1e-5)
+
+
+def test_the_gain_is_a_factor_on_h_from_the_whole_trees():
+    seen = []
+
+    def gain(m, h):
+        seen.append((m, h))
+        return sum(map(jnp.vdot, jax.tree.leaves(m), jax.tree.leaves(h)))
+
+    u, _ = updated(ratio(floor(0.5, 0.1), gain=gain, clip_threshold=None))
+    factor = sum((M[n] * H[n]).sum() for n in M)
+    for n in M:
+        expected = M[n] / np.maximum(0.5 * factor * H[n], 0.1)
+        np.testing.assert_allclose(u[n], expected, rtol=1e-4)
+    ((m, h),) = seen
+    np.testing.assert_allclose((m["b"], h["b"]), (M["b"], H["b"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("threshold", [0.4, None])
+@pytest.mark.parametrize("r", [0.75, 1.0, 1.9])
+def test_a_radius_leaves_newton_steps_and_scales_every_other(r, threshold, two_sided):
+    """The ratio r m / max(r gamma h, eps), bounded by r times the threshold."""
+    tx = ratio(floor(0.5, 0.1), clip_threshold=threshold, two_sided=two_sided)
+    u, state = updated(tx, radius=jnp.asarray(r))
+    bound, linear, quadratic = r * threshold if threshold else np.inf, 0.0, 0.0
+    for n in M:
+        full = r * M[n] / np.maximum(0.5 * r * H[n], 0.1)
+        expected = np.clip(full, -bound if two_sided else -np.inf, bound)
+        np.testing.assert_allclose(u[n], expected, rtol=1e-5)
+        newton = (0.5 * r * H[n] > 0.1) & (np.abs(full) < bound)
+        step = M[n] / np.where(newton, 0.5 * H[n], np.inf)
+        np.testing.assert_allclose(np.where(newton, u[n], 0), step, rtol=1e-5)
+        linear += (M[n] * expected).sum()
+        quadratic += (H[n] * expected**2).sum()
+    np.testing.assert_allclose((state.linear, state.quadratic), (linear, quadratic), rtol=1e-5)
+
+
+def test_the_fractions_are_those_of_the_bound_at_that_radius():
+    """A coordinate is clipped where it moves r times the threshold."""
+    fractions = []
+    for r in (1.0, 2.0):
+        u, state = updated(ratio(floor(0.5, 0.1)), radius=jnp.asarray(r))
+        live = [r * 0.5 * H[n] > 0.1 for n in M]
+        hit = [x & (np.abs(u[n]) >= r) for x, n in zip(live, M, strict=True)]
+        number = sum(x.sum() for x in live)
+        expected = sum(x.sum() for x in hit) / number, 1 - number / sum(x.size for x in live)
+        np.testing.assert_allclose((state.clipped, state.floored), expected, rtol=1e-6)
+        fractions.append(expected)
+    assert fractions[0] != fractions[1]
+
+
+def test_above_the_root_of_the_second_moment_coordinates_are_live():
+    tx = ratio(rms_floor(0.5, 0.1), second_moment=given_moment())
+    _, state = updated(tx)
+    live = [0.5 * H[n] > np.sqrt(V[n]) for n in M]
+    share = sum(x.sum() for x in live) / sum(x.size for x in live)
+    assert 0.2 < share < 0.8
+    np.testing.assert_allclose(state.floored, 1 - share, rtol=1e-6)
+
+
+def test_without_a_radius_no_sums_are_taken():
+    tx = ratio(floor(1.0), statistics=False)
+    _, state = updated(tx)
+    assert (state.linear, state.quadratic) == (0, 0)
+    assert "reduce_sum[" not in program(tx)()
+    assert "reduce_sum[" in program(tx, radius=1.0)()
+
+
+def test_the_sums_are_float64_where_a_parameter_is():
+    with jax.enable_x64(True):
+        m = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.full(2, 1 / 3)}
+        tx = ratio(floor(1.0, 1.0))
+        u, state = tx.update(m, tx.init(m), radius=jnp.asarray(1.0))
+        assert {n: x.dtype for n, x in u.items()} == {"a": "bfloat16", "b": "float64"}
+        assert state.linear.dtype == state.quadratic.dtype == "float64"
+        np.testing.assert_allclose(state.linear, 2 + 2 / 9, rtol=1e-14)
 
 
 # ---------------------------------------------------------------- statistics
@@ -237,6 +371,8 @@ def test_counts_above_two_to_the_24_are_exact_enough():
         (lambda: shift(-1.0), "eps=-1.0 is outside"),
         (lambda: shift(0.1, -2.0), "rho=-2.0 is outside"),
         (lambda: floor(float("nan")), "gamma=nan is outside"),
+        (lambda: rms_floor(-0.1), "gamma=-0.1 is outside"),
+        (lambda: rms_floor(0.1, -1.0), "eps=-1.0 is outside"),
         (lambda: ratio(floor(1.0), clip_threshold=-1.0), "clip_threshold=-1.0 is outside"),
         (lambda: ratio(floor(1.0), clip_threshold=0), "None turns clipping off"),
     ],
@@ -261,6 +397,7 @@ def test_traced_arguments_pass():
 def test_our_own_arithmetic_needs_no_implicit_promotion():
     g = {"a": jnp.ones((), jnp.bfloat16), "b": jnp.ones(3)}
     with jax.numpy_dtype_promotion("strict"):
-        for denominator in (floor(1.0), shift(1.0)):
-            tx = ratio(denominator)
-            jax.eval_shape(lambda s, tx=tx: tx.update(g, s), tx.init(g))
+        for denominator in (floor(1.0), shift(1.0), rms_floor()):
+            tx = ratio(denominator, second_moment=second_moment(0.9), gain=lambda m, h: 2.0)
+            for extra in ({}, {"radius": jnp.asarray(1.0)}):
+                jax.eval_shape(lambda s, tx=tx, x=extra: tx.update(g, s, **x), tx.init(g))

@@ -52,7 +52,7 @@ TINY: dict[str, Optimizer] = {
     "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, gamma=0.02),  # measured
     "sophia-lite": SophiaLite(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
     "sophia-geometric": SophiaGeometric(learning_rate=1e-3, b1=0.8),  # guess
-    "orthosoph": OrthoSoph(learning_rate=2e-2, block_size=16),  # guess: Muon's, a quarter of width
+    "orthosoph": OrthoSoph(learning_rate=2e-2),  # measured; one block of 64 rows a matrix
     "soaa": Soaa(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
     "adamw": AdamW(learning_rate=1e-2, b1=0.8),  # measured
     "adam": Adam(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
