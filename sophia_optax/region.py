@@ -107,11 +107,11 @@ def trust_region(
             jnp.zeros([], jnp.int32), jnp.ones_like(zero), inner=inner.init(params), **scalars
         )
 
-    def resize(state, expected, value):
-        """The radius after a loss of `value`."""
+    def resize(state, fall):
+        """The radius after a loss that far under the one expected."""
         power = state.count.astype(state.radius.dtype) / total_steps  # count is t - 1
         low, high = (1 - gamma) ** power, 1 + gamma**power
-        factor = (expected - value) / jnp.maximum(state.predicted, eps)
+        factor = fall / jnp.maximum(state.predicted, eps)
         if rule == "tadam":
             factor = jnp.where(factor < gamma, low, jnp.where(factor > 1 - gamma, high, 1))
         return jnp.clip(factor * state.radius, low, high)
@@ -120,10 +120,11 @@ def trust_region(
         """(radius, loss, mass) after this step's loss."""
         loss, mass = b1 * state.loss + (1 - b1) * value, b1 * state.mass + (1 - b1)
         if rule == "soaa":
-            return resize(state, loss / mass, value), loss, mass
+            # l̂ - value, in a form that is exactly 0 at the first loss: eps would magnify rounding
+            return resize(state, b1 * (state.loss - state.mass * value) / mass), loss, mass
         first = state.mass == 0
         expected = state.loss / jnp.where(first, 1, state.mass)
-        return jnp.where(first, state.radius, resize(state, expected, value)), loss, mass
+        return jnp.where(first, state.radius, resize(state, expected - value)), loss, mass
 
     def update(updates, state, params=None, *, value=None, **extra):
         dtype = state.radius.dtype

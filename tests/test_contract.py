@@ -8,33 +8,101 @@ import numpy as np
 import optax
 import pytest
 from contract import (
-    EXACT,
+    BATCH,
     EXTRA,
-    X,
+    STEPS,
+    accepted,
     all_finite,
     assert_close,
     every_optimizer,
+    gradient,
+    jit,
     obj_fn,
     run,
     start,
     step,
     types,
 )
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def mesh_of(devices):
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
 
 
 @every_optimizer
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed", "float64"])
-def test_updates_keep_the_dtypes_of_parameters_and_all_is_finite(opt, dtype):
+def test_every_number_that_the_signature_declares_is_listed(opt):
+    """As one to trace, or among `arguments`, where it must be known or has no use."""
+    assert opt.traceable - set(opt.arguments) == set(opt.numbers)
+
+
+@every_optimizer
+def test_every_number_may_be_traced_and_changes_where_it_leads(opt):
+    """One lane as listed, and one for each number in which that is another."""
+    listed = opt.numbers | {"learning_rate": 0.1}
+    another = {n: x + 1 if isinstance(x, int) else 0.7 * x for n, x in listed.items()}
+    lanes = [listed, *(listed | {n: x} for n, x in another.items())]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *lanes)
+    params, _ = jit(jax.vmap(lambda numbers: run(opt(**numbers), start())))(stacked)
+    moved = jnp.abs(params["w"][1:] - params["w"][0]).max((1, 2))
+    assert dict(zip(another, moved > 1e-5, strict=True)) == dict.fromkeys(another, True)
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "mixed", "float64"])
+def test_updates_and_state_keep_their_dtypes(opt, dtype):
     with jax.enable_x64(dtype == "float64"):
         tx, params = opt(), start(dtype)
-
-        def update(grads, state):
-            return tx.update(grads, state, params, refresh=True, **EXTRA)
-
         state = tx.init(params)
-        updates, after = jax.jit(update)(params, state)
-        assert types(updates) == types(params) and types(after) == types(state)
-        assert all_finite((updates, after)) and optax.tree.get(after, "accepted") == 1
+        update = functools.partial(tx.update, value=1.0, **EXTRA)
+        updates, after = jax.eval_shape(lambda p, s: update(p, s, p), params, state)
+    assert types(updates) == types(params) and types(after) == types(state)
+    wide = [x for x in jax.tree.leaves(state) if x.dtype == "float64"]
+    assert bool(wide) == (dtype == "float64")
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["float16", "mixed"])
+def test_all_is_finite_where_float16_has_no_eps_and_coordinates_are_dead(opt, dtype):
+    """Dead: without gradient, and so without curvature and momentum."""
+    tx, params = opt(eps=1e-12), start(dtype)
+    grads, value = jit(gradient)(params)
+    assert not grads["w"][0].any()
+
+    def update(grads, state):
+        return tx.update(grads, state, params, refresh=True, **value, **EXTRA)
+
+    updates, state = jit(update)(grads, tx.init(params))
+    assert all_finite((updates, state)) and set(accepted(state)) <= {1}
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+def test_our_own_code_promotes_no_dtype_by_itself(opt, dtype, monkeypatch):
+    """Under strict promotion, of which only optax's own links are relieved."""
+
+    def relieved(link):
+        @functools.wraps(link)
+        def make(*args, **kwargs):
+            tx = link(*args, **kwargs)
+            update = jax.numpy_dtype_promotion("standard")(tx.update)
+            return optax.GradientTransformation(tx.init, update)
+
+        return make
+
+    for link in ("ema", "add_decayed_weights", "scale_by_learning_rate"):
+        monkeypatch.setattr(optax, link, relieved(getattr(optax, link)))
+    with jax.numpy_dtype_promotion("strict"):
+        tx, params = opt(learning_rate=0.1), start(dtype)
+        jax.eval_shape(lambda p, s: step(tx, p, s), params, tx.init(params))
+
+
+# ---------------------------------------------------------------- transformations of jax
 
 
 @every_optimizer
@@ -42,7 +110,7 @@ def test_scan_carries_parameters_and_state_and_it_descends(opt):
     params, state = opt.plain
     assert types(params) == types(start()) and types(state) == types(opt().init(start()))
     assert all_finite((params, state))
-    assert obj_fn(params, X) < 0.7 * obj_fn(start(), X)
+    assert obj_fn(params, BATCH) < 0.5 * obj_fn(start(), BATCH)
 
 
 @every_optimizer
@@ -59,43 +127,51 @@ def test_cond_carries_parameters_and_state(opt, dtype):
 
 @every_optimizer
 def test_donated_state_compiles_once_under_a_schedule_and_inits_again(opt):
-    traces, ends = [], []
-    tx = opt(learning_rate=optax.cosine_decay_schedule(0.05, 10))
+    traces, tx = [], opt()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jit, donate_argnums=(0, 1))
     def donated(params, state):
         traces.append(1)
         return step(tx, params, state)
 
-    for _ in range(2):
+    for init in (tx.init, jax.jit(tx.init)):
         params = start()
-        state = jax.jit(tx.init)(params)
-        for _ in range(5):
+        state = init(params)
+        for _ in range(STEPS):
             params, state = donated(params, state)
-        ends.append(params)
+        assert_close((params, state), opt.plain, **opt.tolerance)
     assert len(traces) == 1
-    assert_close(*ends, **EXACT)
 
 
 @every_optimizer
-def test_unknown_extra_arguments_are_ignored(opt):
+def test_it_reads_the_extra_arguments_listed_and_ignores_all_others(opt):
     tx, params = opt(), start()
-    known, unknown = (
-        jax.make_jaxpr(lambda s, extra=extra: step(tx, params, s, **extra))(tx.init(params))
-        for extra in ({}, {"unknown": object(), "value": 1.0})
-    )
-    assert str(known) == str(unknown)
+    needed = {n: x for n, x in EXTRA.items() if n in opt.reads}
+
+    def program(**extra):
+        return str(jax.make_jaxpr(lambda s: tx.update(params, s, params, **extra))(tx.init(params)))
+
+    plain = program(**needed)
+    assert program(**EXTRA, unknown=object()) == plain
+    for name, x in {"hessian": params, "refresh": True, "value": 2.0}.items():
+        assert (program(**needed, **{name: x}) != plain) == (name in opt.reads)
 
 
 @every_optimizer
-def test_vmap_over_seeds_is_one_run_per_seed(opt):
-    def of_seed(seed):
-        params, state = run(opt(seed=seed), start())
-        return params, optax.tree.get(state, "h")
+def test_vmap_is_one_run_for_each_seed_and_state(opt):
+    """The last lane goes on from another count: of the lanes, `lax.cond` refreshes some."""
+    first = (start(), opt().init(start()))
 
-    params, h = jax.jit(jax.vmap(of_seed))(jnp.array([0, 5]))
-    assert_close(jax.tree.map(lambda x: x[0], params), opt.plain[0], **opt.tolerance)
-    assert not np.allclose(h["w"][0], h["w"][1])
+    def one(seed, params, state):
+        return run(opt(seed=seed) if "seed" in opt.parameters else opt(), params, state)
+
+    lanes = jax.tree.map(lambda *x: jnp.stack(x), first, first, opt.plain)
+    runs = jit(jax.vmap(one))(jnp.array([0, 5, 0]), *lanes)
+    same, other, later = (jax.tree.map(lambda x: x[i], runs) for i in range(3))  # noqa: B023
+    assert_close(same, opt.plain, **opt.tolerance)
+    assert_close(later, opt.program(*opt.plain), **opt.tolerance)
+    if opt.model:
+        assert not np.allclose(same[0]["w"], other[0]["w"])
 
 
 @every_optimizer
@@ -104,29 +180,70 @@ def test_eval_shape_of_init_is_init(opt):
     assert types(jax.eval_shape(tx.init, start())) == types(tx.init(start()))
 
 
-@every_optimizer
-def test_map_params_finds_momentum_and_curvature(opt):
-    tx, names = opt(), {"w": "w", "b": "b", "s": "s"}
-    mapped = optax.tree.map_params(
-        tx, lambda _, name: name, tx.init(start()), names, transform_non_params=lambda _: "-"
-    )
-    leaves = jax.tree.leaves(mapped)
-    assert sorted(leaf for leaf in leaves if leaf != "-") == ["b", "b", "s", "s", "w", "w"]
+# ---------------------------------------------------------------- several devices
 
 
 @every_optimizer
 def test_eight_devices_equal_one(opt):
-    P = jax.sharding.PartitionSpec
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    P, mesh = PartitionSpec, mesh_of(8)
     specs = {"w": P("data"), "b": P(), "s": P()}
-    shard = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
-    inputs = jax.device_put(X, jax.NamedSharding(mesh, P("data")))
-    program = jax.jit(lambda params, inputs: run(opt(), params, inputs=inputs))
-    params, state = program(jax.device_put(start(), shard), inputs)
+    shard = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))
+    program = jit(lambda params, batch: run(opt(), params, inputs=batch))
+    params, state = program(jax.device_put(start(), shard), batch)
     assert len(params["w"].sharding.device_set) == 8
-    assert_close(params, opt.plain[0], **opt.tolerance)
-    h, expected = (optax.tree.get(s, "h") for s in (state, opt.plain[1]))
-    assert_close(h, expected, **opt.tolerance)
+    assert_close((params, state), opt.plain, **opt.tolerance)
+
+
+def shard_by_shard(estimator, shards):
+    """The mean over shards of what each samples from its own rows, with a key of its own."""
+
+    def whole(key, params, updates, *, inputs, **extra):
+        cut = jax.tree.map(lambda x: jnp.reshape(x, (shards, -1, *x.shape[1:])), inputs)
+
+        def sample(shard, rows):
+            key_of_shard = jax.random.fold_in(key, shard)
+            return estimator(key_of_shard, params, updates, **(extra | {"inputs": rows}))
+
+        samples = jax.vmap(sample)(jnp.arange(shards), cut)
+        return jax.tree.map(lambda h: jnp.mean(h, 0), samples)
+
+    return whole
+
+
+@every_optimizer
+def test_shard_map_of_batches_equals_the_whole_batch(opt):
+    """The caller averages the gradient and the loss; `axis_name` averages the samples."""
+    tx = opt(axis_name="data") if opt.model else opt()
+
+    def averaged(params, batch):
+        return jax.lax.pmean(obj_fn(params, batch), "data")
+
+    def program(params, batch):
+        return run(tx, params, inputs=batch, objective=averaged)
+
+    P, mesh = PartitionSpec, mesh_of(4)
+    sharded = jax.shard_map(program, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    expected = opt.plain
+    if "logits_fn" in opt.reads:  # labels are drawn by shards; probes are the same on all
+        by_hand = opt(estimator=shard_by_shard(opt.model, 4))
+        expected = jit(lambda params: run(by_hand, params))(start())
+    assert_close(jit(sharded)(start(), BATCH), expected, **opt.tolerance)
+
+
+# ---------------------------------------------------------------- trees
+
+
+@every_optimizer
+def test_map_params_finds_every_moment(opt):
+    tx, names = opt(), {"w": "w", "b": "b", "s": "s"}
+    mapped = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init(start()), names, transform_non_params=lambda _: "-"
+    )
+    found = [name for name in jax.tree.leaves(mapped) if name != "-"]
+    paths = [path for path, _ in jax.tree.leaves_with_path(tx.init(start()))]
+    expected = [path[-1].key for path in paths if isinstance(path[-1], jax.tree_util.DictKey)]
+    assert sorted(found) == sorted(expected) and set(found) == set(names)
 
 
 @every_optimizer
@@ -146,17 +263,17 @@ def classifier(logits):
         )
         return losses.mean()
 
-    return {"inputs": jnp.ones((4, 1)), "logits_fn": logits, "obj_fn": loss}
+    return {"inputs": jnp.ones((4, 1)), "logits_fn": logits, "obj_fn": loss, "value": 1.0}
 
 
 @every_optimizer
 def test_a_scalar_is_a_tree(opt):
     tx, x = opt(), jnp.asarray(0.5)
     extra = classifier(lambda p, x: jnp.concatenate([p * x, 1 - x], 1))
-    update = jax.jit(lambda x, state: tx.update(x, state, x, refresh=True, **extra))
+    update = jit(lambda x, state: tx.update(x, state, x, refresh=True, **extra))
     updates, state = update(x, tx.init(x))
     assert types(updates) == types(x) and all_finite((updates, state))
-    assert optax.tree.get(state, "accepted") == 1
+    assert updates < 0 and set(accepted(state)) <= {1}
 
 
 @every_optimizer

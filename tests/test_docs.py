@@ -129,7 +129,16 @@ def test_the_readme_example_runs_for_both_optimizers(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/conventions.md", "docs/recipes.md", "LOG.md", "CHANGELOG.md"]
+    "name",
+    [
+        "README.md",
+        "docs/conventions.md",
+        "docs/recipes.md",
+        "docs/breakages.md",
+        "docs/api.md",
+        "LOG.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_links_to_files_lead_somewhere(name):
     path = ROOT / name

@@ -432,3 +432,11 @@ def test_numbers_that_make_the_radius_nan_or_zero_for_good_are_refused(factory, 
     for rule in ("soaa", "tadam"):
         with pytest.raises(ValueError, match=message):
             factory(rule=rule, **arguments)
+
+
+@pytest.mark.parametrize("loss", [3.14, 10.9, 1e4])
+def test_the_first_loss_leaves_the_radius_at_one_whatever_rounding_does(loss):
+    tx = soaa(0.1, 100)
+    g = cast(G, "float32")
+    _, state = jax.jit(lambda s, v: tx.update(g, s, g, value=v))(tx.init(g), loss)
+    assert state[0].radius == 1

@@ -50,10 +50,10 @@ GPT2: dict[str, dict[str, Optimizer]] = {
 TINY: dict[str, Optimizer] = {
     "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, gamma=0.1),  # measured
     "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, gamma=0.02),  # measured
-    "sophia-lite": SophiaLite(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
-    "sophia-geometric": SophiaGeometric(learning_rate=1e-3, b1=0.8),  # guess
+    "sophia-lite": SophiaLite(learning_rate=2.5e-3, b1=0.8),  # measured at 400 steps
+    "sophia-geometric": SophiaGeometric(learning_rate=2e-3, b1=0.8),  # measured at 400 steps
     "orthosoph": OrthoSoph(learning_rate=2e-2),  # measured; one block of 64 rows a matrix
-    "soaa": Soaa(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
+    "soaa": Soaa(learning_rate=5e-3, b1=0.8),  # measured at 400 steps
     "adamw": AdamW(learning_rate=1e-2, b1=0.8),  # measured
     "adam": Adam(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
     "lion": Lion(learning_rate=3e-4, b1=0.8, b2=0.9),  # measured
