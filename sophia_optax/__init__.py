@@ -25,6 +25,7 @@ from sophia_optax.gradient import (
 from sophia_optax.moments import CenteredMomentState, centered_second_moment, second_moment
 from sophia_optax.ratio import ClipByRatioState, clip_by_ratio, floor, rms_floor, shift
 from sophia_optax.region import TrustRegionState, trust_region
+from sophia_optax.shared import value_grad_and_hessian
 from sophia_optax.transform import HessianEstimateState, hessian_estimate
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "gradient_magnitude",
     "hutchinson",
     "squared_gradient",
+    "value_grad_and_hessian",
     "weighted_squared_gradient",
     # transformations
     "CenteredMomentState",

@@ -171,7 +171,13 @@ def _cuts(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -> 
 
 
 class ScaleByBlocksState(NamedTuple):
-    """State of `scale_by_blocks`; a matrix has R x S blocks of b x b."""
+    """State of `scale_by_blocks`; a matrix has R x S blocks of b x b.
+
+    >>> import jax.numpy as jnp
+    >>> state = scale_by_blocks(b2=.9, block_size=2).init(jnp.zeros((4, 6)))
+    >>> print(state.mu.dtype, state.curvature.shape)
+    bfloat16 (2, 1, 2, 2)
+    """
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # `mu_dtype`, shaped as params: the uncorrected momentum

@@ -5,6 +5,7 @@ float32 at least, in units of loss / parameter². `hessian_estimate` decides whe
 and how to average them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,11 +27,34 @@ class Estimator(Protocol):
       params: the parameters.
       updates: the incoming gradient, shaped as params.
       **extra: the extra arguments of `update`, and `axis_name`; unknown ones are ignored.
+
+    Returns:
+      One sample, shaped as params, float32 at least.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def absolute(key, params, updates, **unused):
+    ...     return jax.tree.map(jnp.abs, updates)
+    >>> print(absolute(jax.random.key(0), None, jnp.array([1., -2.])))
+    [1. 2.]
     """
 
     def __call__(
         self, key: jax.Array, params: optax.Params | None, updates: optax.Updates, **extra: Any
     ) -> optax.Updates: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SharingEstimator:
+    """An estimator that can also give the loss and its gradient: see `value_grad_and_hessian`."""
+
+    sample: Estimator
+    with_gradient: Callable[..., tuple[tuple[jax.Array, Tree], Tree, Tree]]
+    """`(key, params, *, has_aux, **extra) -> ((loss, aux), gradient, h)`."""
+
+    def __call__(
+        self, key: jax.Array, params: optax.Params | None, updates: optax.Updates, **extra: Any
+    ) -> optax.Updates:
+        return self.sample(key, params, updates, **extra)
 
 
 def accumulation_dtype(x: jax.typing.ArrayLike) -> jnp.dtype:
@@ -44,20 +68,31 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def mean_over_samples(
-    sample: Callable[[jax.Array], Tree], key: jax.Array, num_samples: int
+    sample: Callable[[jax.Array], Tree],
+    key: jax.Array,
+    num_samples: int,
+    axis_name: AxisName = None,
 ) -> Tree:
     """The mean of `sample` at `num_samples` keys; one key is used as it is."""
     if num_samples == 1:
         return sample(key)
-    total = sum_over(sample, jax.random.split(key, num_samples))
+    keys = jax.random.split(key, num_samples)
+    total, _ = sum_over(lambda key: (sample(key), None), keys, axis_name)
     return jax.tree.map(lambda s: s / num_samples, total)
 
 
-def sum_over(function: Callable[[Any], Tree], xs: Any, axis_name: AxisName = None) -> Tree:
-    """Sum of `function` over the leading axis of `xs`, one after the other."""
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
+def sum_over(
+    function: Callable[[Any], tuple[Tree, Tree]], xs: Any, axis_name: AxisName = None
+) -> tuple[Tree, Tree]:
+    """(sum of the first results, all second results) over the rows of `xs`, one by one."""
+    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
     zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), axis_name)
-    return jax.lax.scan(lambda acc, x: (optax.tree.add(acc, function(x)), None), zeros, xs)[0]
+
+    def add(total, x):
+        part, kept = function(x)
+        return optax.tree.add(total, part), kept
+
+    return jax.lax.scan(add, zeros, xs)
 
 
 def batch_size(inputs: Tree) -> int:
@@ -95,7 +130,8 @@ def hutchinson(
 
     Args:
       probe: "rademacher" (default) or "normal", the paper's.
-      num_samples: independent probes averaged in one sample; each costs a Hessian-vector product.
+      num_samples: independent probes averaged in one sample; each costs a Hessian-vector product,
+        after one evaluation of the gradient.
       batch_fraction: share of the rows of `inputs` that the Hessian is taken of: every n-th row,
         n = round(1 / fraction).
       mode: "forward" (jvp of the gradient) or "reverse" (vjp of the gradient), for losses with
@@ -107,8 +143,9 @@ def hutchinson(
       inputs: pytree whose leaves lead with the batch axis; needed if `batch_fraction` < 1.
 
     Returns:
-      An estimator. Under `axis_name` all shards use one probe, and H u is averaged over them:
-      `obj_fn` is then the mean loss of a shard's own rows, free of collectives.
+      An estimator, which `value_grad_and_hessian` takes if `batch_fraction` is 1. Under
+      `axis_name` all shards use one probe, and H u is averaged over them: `obj_fn` is then the
+      mean loss of a shard's own rows, free of collectives.
 
     Raises:
       ValueError: an argument is out of range; `obj_fn` or `params` is missing; params are masked.
@@ -128,51 +165,72 @@ def hutchinson(
     _checks.positive_integer("num_samples", num_samples)
     check_fraction(batch_fraction)
     sampler = jax.random.rademacher if probe == "rademacher" else jax.random.normal
-    product = _forward_product if mode == "forward" else _reverse_product
 
-    def estimator(
-        key,
-        params,
-        updates,
-        *,
-        obj_fn: Any = None,
-        inputs: Tree = None,
-        axis_name: AxisName = None,
-        **unused,
-    ):
-        del updates, unused
-        _checks.given(
-            "hutchinson",
-            "obj_fn",
-            obj_fn,
-            "Pass `obj_fn=lambda params: loss(params, batch)`, or a sample as `hessian=`.",
-        )
-        check_params("hutchinson", params)
-        objective = _bind_inputs(obj_fn, inputs, batch_fraction)
-        _check_scalar(objective, params)
-        gradient = jax.grad(objective)
-        params = varying(params, axis_name)
+    def differentiate(gradient, key, params, axis_name):
+        """(gradient, (loss, aux), h)."""
+        here = varying(params, axis_name)
 
-        def sample(key):
-            u = optax.tree.random_like(key, params, sampler)
-            hu = product(gradient, params, varying(u, axis_name))
-            if axis_name is not None:
-                hu = jax.lax.pmean(hu, axis_name)
+        def draw(key):
+            return optax.tree.random_like(key, params, sampler)
+
+        def times(u, hu):
+            hu = across(jax.lax.pmean, hu, axis_name)
             return jax.tree.map(lambda u, hu: widen(u) * widen(hu), u, hu)
 
-        return mean_over_samples(sample, key, num_samples)
+        if mode == "forward" and num_samples == 1:  # jvp keeps nothing; linearize keeps residuals
+            u = draw(key)
+            grads, hu, value = jax.jvp(gradient, (here,), (varying(u, axis_name),), has_aux=True)
+            return grads, value, times(u, hu)
+        grads, product, value = _linearize(mode, gradient, here)
 
-    return estimator
+        def sample(key):
+            u = draw(key)
+            return times(u, product(varying(u, axis_name)))
+
+        return grads, value, mean_over_samples(sample, key, num_samples)
+
+    def estimator(key, params, updates, *, obj_fn=None, inputs=None, axis_name=None, **unused):
+        del updates, unused
+        gradient = _gradient(obj_fn, params, inputs, batch_fraction)
+        return differentiate(gradient, key, params, axis_name)[2]
+
+    def with_gradient(key, params, *, has_aux, obj_fn=None, inputs=None, axis_name=None, **unused):
+        del unused
+        gradient = _gradient(obj_fn, params, inputs, batch_fraction, has_aux)
+        grads, (loss, aux), h = differentiate(gradient, key, params, axis_name)
+        loss, grads = across(jax.lax.pmean, (loss, grads), axis_name)
+        return (loss, aux), grads, h
+
+    return SharingEstimator(estimator, with_gradient) if batch_fraction == 1 else estimator
 
 
-def _forward_product(gradient: Callable, params: Tree, u: Tree) -> Tree:
-    """H u as the derivative of the gradient along u."""
-    return jax.jvp(gradient, (params,), (u,))[1]
+def _linearize(mode: str, gradient: Callable, params: Tree) -> tuple[Tree, Callable, Any]:
+    """(gradient, u -> H u, what the gradient has beside itself)."""
+    if mode == "forward":
+        return jax.linearize(gradient, params, has_aux=True)
+    grads, pullback, beside = jax.vjp(gradient, params, has_aux=True)
+    return grads, lambda u: pullback(u)[0], beside  # H is symmetric
 
 
-def _reverse_product(gradient: Callable, params: Tree, u: Tree) -> Tree:
-    """H u as the pullback of u, because H is symmetric."""
-    return jax.vjp(gradient, params)[1](u)[0]
+def _gradient(
+    obj_fn: Any, params: Tree, inputs: Tree, fraction: float, has_aux: bool = False
+) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Tree]]]:
+    """`params -> (gradient, (loss, aux))` on a share of the rows."""
+    _checks.given(
+        "hutchinson",
+        "obj_fn",
+        obj_fn,
+        "Pass `obj_fn=lambda params: loss(params, batch)`, or a sample as `hessian=`.",
+    )
+    check_params("hutchinson", params)
+    objective = _bind_inputs(obj_fn, inputs, fraction)
+    _check_scalar(objective, params, has_aux)
+
+    def gradient(params):
+        value, grads = jax.value_and_grad(objective, has_aux=has_aux)(params)
+        return grads, value if has_aux else (value, None)
+
+    return gradient
 
 
 def check_fraction(fraction: float) -> None:
@@ -189,14 +247,22 @@ def check_params(owner: str, params: optax.Params) -> None:
     _checks.unmasked(owner, params)
 
 
-def _check_scalar(objective: Callable[[Tree], Any], params: optax.Params) -> None:
-    loss = jax.eval_shape(objective, params)
-    if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == ()):
+def _check_scalar(objective: Callable[[Tree], Any], params: optax.Params, has_aux: bool) -> None:
+    loss = out = jax.eval_shape(objective, params)
+    if has_aux:
+        loss = out[0] if isinstance(out, tuple) and len(out) == 2 else None
+    if isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == ():
+        return
+    shapes = jax.tree.map(lambda x: x.shape, out)
+    if has_aux:
         raise TypeError(
-            "`obj_fn` must return the scalar mean loss and nothing else, but it returns "
-            f"{jax.tree.map(lambda x: x.shape, loss)}. Drop the auxiliary output: "
-            "`obj_fn=lambda params: loss_fn(params, batch)[0]`."
+            "with has_aux=True `obj_fn` must return (scalar mean loss, auxiliary output), but it "
+            f"returns {shapes}. Return such a pair, or leave has_aux out."
         )
+    raise TypeError(
+        "`obj_fn` must return the scalar mean loss and nothing else, but it returns "
+        f"{shapes}. Drop the auxiliary output: `obj_fn=lambda params: loss_fn(params, batch)[0]`."
+    )
 
 
 def _bind_inputs(function: Callable, inputs: Tree, fraction: float) -> Callable:
@@ -209,6 +275,11 @@ def _bind_inputs(function: Callable, inputs: Tree, fraction: float) -> Callable:
             "passed. Pass `inputs=batch` and `obj_fn=lambda params, inputs: ...`."
         )
     return function
+
+
+def across(collective: Callable, tree: Tree, axis_name: AxisName) -> Tree:
+    """A `psum` or `pmean` inside `shard_map`, nothing outside."""
+    return tree if axis_name is None else collective(tree, axis_name)
 
 
 def varying(tree: Tree, axis_name: AxisName) -> Tree:

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sophia_optax import _checks
 from sophia_optax.curvature import (
     AxisName,
     Estimator,
+    SharingEstimator,
     Tree,
-    accumulation_dtype,
+    across,
     batch_size,
     check_fraction,
     check_params,
@@ -23,6 +23,7 @@ from sophia_optax.curvature import (
     varying,
     widen,
 )
+from sophia_optax.likelihood import SAMPLED_LOSSES, logits_pass, user_pass
 
 
 def gauss_newton_bartlett(
@@ -49,7 +50,8 @@ def gauss_newton_bartlett(
       groups: number of equal sets of consecutive rows that are squared apart; needs `inputs`.
       batch_fraction: share of the rows of `inputs` that are used: every n-th row,
         n = round(1 / fraction).
-      num_samples: independent draws of all labels, averaged in one sample.
+      num_samples: independent draws of all labels, averaged in one sample; each costs a backward
+        pass, after one forward pass.
       shards: how many groups run side by side; set it to the number of devices over which the
         batch is sharded. It changes where the work is done, never h.
 
@@ -63,12 +65,12 @@ def gauss_newton_bartlett(
         default all ones.
 
     Returns:
-      An estimator. Labels are functions of (key, row), groups of rows: neither the mesh nor the
-      number of groups changes which labels are drawn (a `sampled_loss_fn` gets a key for each
-      group instead). Under `axis_name` each shard groups its own
-      rows, and squares and B are summed over the shards. If nothing is counted (B = 0) the sample
-      is not finite and `hessian_estimate` rejects it. On a mesh with explicit axes, wrap the
-      call in `jax.sharding.auto_axes`.
+      An estimator, which `value_grad_and_hessian` takes if `batch_fraction` is 1. Labels are
+      functions of (key, row), groups of rows: neither the mesh nor the number of groups changes
+      which labels are drawn (a `sampled_loss_fn` gets a key for each group instead). Under
+      `axis_name` each shard groups its own rows, and squares and B are summed over the shards. If
+      nothing is counted (B = 0) the sample is not finite and `hessian_estimate` rejects it. On a
+      mesh with explicit axes, wrap the call in `jax.sharding.auto_axes`.
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
@@ -85,12 +87,30 @@ def gauss_newton_bartlett(
     >>> print(jnp.round(h, 1))                                   # 0.25 * (1 + 4 + 9 + 16) / 4
     [1.9]
     """
-    _checks.one_of("likelihood", likelihood, tuple(_SAMPLED_LOSSES))
+    _checks.one_of("likelihood", likelihood, tuple(SAMPLED_LOSSES))
     for name, value in (("groups", groups), ("num_samples", num_samples), ("shards", shards)):
         _checks.positive_integer(name, value)
     check_fraction(batch_fraction)
     if groups % shards:
         raise ValueError(f"groups={groups} must be a multiple of shards={shards}.")
+
+    def differentiate(key, params, forward, rows, axis_name):
+        """(means of the true loss as in `Pass`, auxiliary output, h)."""
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+        def group(rows):
+            draw, true, aux = forward(params, rows)
+
+            def square(key):
+                s, count = draw(key)
+                return jax.tree.map(lambda s: jnp.square(widen(s)), s), count
+
+            return (true, mean_over_samples(square, key, num_samples, axis_name)), aux
+
+        sums, aux = _sum_over_groups(group, rows, groups, shards, axis_name)
+        true, (squares, count) = across(jax.lax.psum, sums, axis_name)
+        return true, aux, jax.tree.map(lambda s: s / count.astype(s.dtype), squares)
 
     def estimator(
         key,
@@ -106,26 +126,55 @@ def gauss_newton_bartlett(
     ):
         del updates, unused
         check_params("gauss_newton_bartlett", params)
-        loss = _sampled_loss(likelihood, logits_fn, sampled_loss_fn, inputs, weights)
+        if sampled_loss_fn is None:
+            forward = logits_pass(likelihood, logits_fn)
+        else:
+            forward = user_pass(sampled_loss_fn, weights)
         rows = _rows(inputs, weights, groups, batch_fraction)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        params = varying(params, axis_name)
+        return differentiate(key, varying(params, axis_name), forward, rows, axis_name)[2]
 
-        def square(key, rows):
-            s, count = jax.grad(loss, has_aux=True)(params, rows, key)
-            return jax.tree.map(lambda s: jnp.square(widen(s)), s), count
+    def with_gradient(
+        key,
+        params,
+        *,
+        has_aux,
+        loss_fn=None,
+        logits_fn=None,
+        sampled_loss_fn=None,
+        inputs=None,
+        weights=None,
+        axis_name=None,
+        **unused,
+    ):
+        del unused
+        check_params("gauss_newton_bartlett", params)
+        _check_loss_fn(loss_fn, sampled_loss_fn)
+        forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
+        rows = _rows(inputs, weights, groups, batch_fraction)
+        here = varying(params, axis_name)
+        (loss, weight, gradient), aux, h = differentiate(key, here, forward, rows, axis_name)
 
-        def sample(key):
-            square_rows = functools.partial(square, key)
-            squares, count = _sum_over_groups(square_rows, rows, groups, shards, axis_name)
-            if axis_name is not None:
-                squares, count = jax.lax.psum((squares, count), axis_name)
-            return jax.tree.map(lambda s: s / count.astype(s.dtype), squares)
+        def mean(g, p):
+            return (g / weight.astype(g.dtype)).astype(p.dtype)
 
-        return mean_over_samples(sample, key, num_samples)
+        return (loss / weight, aux), jax.tree.map(mean, gradient, params), h
 
-    return estimator
+    return SharingEstimator(estimator, with_gradient) if batch_fraction == 1 else estimator
+
+
+def _check_loss_fn(loss_fn: Any, sampled_loss_fn: Any) -> None:
+    if sampled_loss_fn is not None:
+        raise ValueError(
+            "a `sampled_loss_fn` makes a forward pass of its own, which nothing can share. Call "
+            "`jax.value_and_grad` and let `update` take the sample, or pass `logits_fn` instead."
+        )
+    _checks.given(
+        "value_grad_and_hessian with gauss_newton_bartlett",
+        "loss_fn",
+        loss_fn,
+        "Pass `loss_fn=lambda outputs, inputs: ...`, the true loss of each output of `logits_fn` "
+        "(without `inputs`: `lambda outputs: ...`).",
+    )
 
 
 def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tree, Any, Any]:
@@ -149,93 +198,30 @@ def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tre
 
 
 def _sum_over_groups(
-    square: Callable[[Tree], Tree], rows: Tree, groups: int, shards: int, axis_name: AxisName
-) -> Tree:
-    """Side by side over shards, one after the other inside a shard.
+    function: Callable[[Tree], tuple[Tree, Tree]],
+    rows: Tree,
+    groups: int,
+    shards: int,
+    axis_name: AxisName,
+) -> tuple[Tree, Tree]:
+    """Side by side over shards, one after the other inside a shard: (sums, outputs by row).
 
     A scan over all groups would gather every group onto every device.
     """
     if groups == 1:
-        return square(rows)
+        return function(rows)
     cut = jax.tree.map(lambda x: x.reshape(shards, groups // shards, -1, *x.shape[1:]), rows)
-    per_shard = jax.vmap(functools.partial(sum_over, square, axis_name=axis_name))(cut)
-    return jax.tree.map(lambda s: jnp.sum(s, 0), per_shard)
+    sums, aux = jax.vmap(functools.partial(sum_over, function, axis_name=axis_name))(cut)
+    return jax.tree.map(lambda s: jnp.sum(s, 0), sums), _by_row(aux, batch_size(rows), groups)
 
 
-def _sampled_loss(likelihood: str, logits_fn, sampled_loss_fn, inputs, weights) -> Callable:
-    """`(params, (inputs, weights, rows), key) -> (summed loss on sampled labels, B)`."""
-    if sampled_loss_fn is not None:
-        if weights is not None:
-            raise ValueError(
-                "`weights` go with `logits_fn`; a `sampled_loss_fn` weighs its own outputs, each "
-                "cotangent times sqrt(w). Pass them inside `inputs`."
-            )
-
-        def from_user(params, rows, key):
-            inputs, _, numbers = rows
-            key = key if numbers is None else jax.random.fold_in(key, numbers[0])
-            loss, count = sampled_loss_fn(params, inputs, key)
-            return loss, jnp.asarray(count, jnp.float32)
-
-        return from_user
-    _checks.given(
-        "gauss_newton_bartlett",
-        "logits_fn",
-        logits_fn,
-        "Pass `logits_fn=lambda params: model(params, batch)`, the outputs before the loss "
-        "(or `sampled_loss_fn`).",
-    )
-
-    def from_logits(params, rows, key):
-        inputs, weights, numbers = rows
-        outputs = logits_fn(params) if inputs is None else logits_fn(params, inputs)
-        _check_outputs(outputs, likelihood, numbers)
-        outputs = widen(outputs)
-        numbers = jnp.arange(outputs.shape[0]) if numbers is None else numbers
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
-        losses = jax.vmap(_SAMPLED_LOSSES[likelihood])(keys, outputs)
-        return _weighted_sum(losses, weights)
-
-    return from_logits
-
-
-def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> None:
-    rank = 1 if likelihood == "bernoulli" else 2
-    rows = "B" if numbers is None else len(numbers)
-    shapes = jax.tree.map(jnp.shape, outputs)
-    if not isinstance(outputs, jax.Array) or outputs.ndim < rank or rows not in ("B", shapes[0]):
+def _by_row(aux: Tree, number: int, groups: int) -> Tree:
+    """Joins the groups, [shards, groups / shards, rows / groups, ...] to [rows, ...]."""
+    shapes = jax.tree.map(lambda x: x.shape[2:], aux)
+    if any(x.shape[2:3] != (number // groups,) for x in jax.tree.leaves(aux)):
         raise ValueError(
-            f"`logits_fn` must return one array, float[{rows}, ..., V] with the rows of `inputs` "
-            f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart."
+            f"with groups={groups} the auxiliary output of `loss_fn` must lead with the rows of a "
+            f"group, {number // groups}, but its shapes are {shapes}: what is not of a row cannot "
+            "be joined."
         )
-
-
-def _weighted_sum(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
-    """(Σ sqrt(w) l, Σ w): squaring the gradient of the first restores the weight w."""
-    if weights is None:
-        return jnp.sum(losses), jnp.asarray(losses.size, jnp.float32)
-    if jnp.shape(weights) != losses.shape:
-        raise ValueError(
-            f"`weights` has shape {jnp.shape(weights)}, but the outputs that count have shape "
-            f"{losses.shape} (for 'categorical' and 'gaussian' the logits' without the last axis)."
-        )
-    weights = jnp.asarray(weights, losses.dtype)
-    return jnp.sum(jnp.sqrt(weights) * losses), jnp.sum(weights, dtype=accumulation_dtype(weights))
-
-
-def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def _bernoulli(key: jax.Array, logits: jax.Array) -> jax.Array:
-    labels = jax.random.bernoulli(key, jax.nn.sigmoid(jax.lax.stop_gradient(logits)))
-    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
-
-
-def _gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    labels = jax.lax.stop_gradient(outputs) + jax.random.normal(key, outputs.shape, outputs.dtype)
-    return jnp.sum(optax.l2_loss(outputs, labels), axis=-1)
-
-
-_SAMPLED_LOSSES = {"categorical": _categorical, "bernoulli": _bernoulli, "gaussian": _gaussian}
+    return jax.tree.map(lambda x: x.reshape(number, *x.shape[3:]), aux)

@@ -7,7 +7,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # compiling is what the tests wait for
+        # Compiling is what the tests wait for.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
         # Eight devices on two busy cores: XLA gives up on a slow all-reduce after 40 s.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import train
-from benchmarks import leaderboard, update_cost
+from benchmarks import estimator_variance, leaderboard, update_cost
 from models import DecoderConfig
 from train import data
 from train.config import RunConfig
@@ -86,6 +86,8 @@ def test_all_optimizers_train_on_equal_terms():
 
 
 def test_an_interrupted_sweep_goes_on_and_a_wider_one_reuses_it(board, tmp_path, monkeypatch):
+    grids = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2, 4e-2)}
+    monkeypatch.setattr(leaderboard, "GRIDS", grids)
     path, budget = tmp_path / "new" / "runs.json", {"steps": 400, "seeds": 1}
     measure = leaderboard.measure
 
@@ -168,3 +170,24 @@ def test_a_run_that_diverges_is_infinitely_bad_and_kept(tmp_path, monkeypatch):
     assert row["losses"] == [math.inf]
     (kept,) = json.loads(path.read_text(), parse_constant=pytest.fail).values()
     assert kept["heldout_loss"] is None
+
+
+def test_groups_divide_the_error_at_the_same_cost_and_leave_no_bias(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    arguments = ["--width", "8", "--steps", "100", "--samples", "100", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", ["estimator_variance", *arguments])
+    estimator_variance.main()
+    rows = json.loads(path.read_text())
+    biased = rows.pop("squared gradient")
+    assert biased["bias_of_sum"] > 4 * biased["bias_standard_error"]
+    for name, row in rows.items():
+        assert abs(row["bias_of_sum"]) < 5 * row["bias_standard_error"] < 0.25, name
+    one, four, sixteen = (rows[f"GNB, {n}"] for n in ("1 group", "4 groups", "16 groups"))
+    for error in ("total_error", "median_error"):
+        assert one[error] == pytest.approx(2, rel=0.4)
+        assert one[error] > 2.5 * four[error] > 2.5 * 2 * sixteen[error]
+    assert 0.95 < sixteen["cost_in_gradients"] / one["cost_in_gradients"] < 1.05
+    assert 0.9 < one["cost_in_gradients"] < 1.3
+    hutchinson = rows["Hutchinson, Rademacher"]
+    assert 2 < hutchinson["cost_in_gradients"] < 4
+    assert hutchinson["error_times_cost"] > 50 * sixteen["error_times_cost"]

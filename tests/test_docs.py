@@ -23,7 +23,7 @@ PUBLIC = {
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 CLASSES = [name for name, value in PUBLIC.items() if inspect.isclass(value)]
 # Runs take minutes, `preset` makes a Config, and an Estimator is called by the library alone.
-WITHOUT_EXAMPLE = {"train.train", "train.resume", "train.Config", "sophia_optax.Estimator"}
+WITHOUT_EXAMPLE = {"train.train", "train.resume"}
 WITHOUT_SOURCE = {"sophia_optax.diagnostics"}
 
 

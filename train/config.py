@@ -46,7 +46,11 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run on the embedded text."""
+    """A training run on the embedded text.
+
+    >>> preset("tiny", "adamw").name
+    'tiny-adamw'
+    """
 
     model: DecoderConfig
     """Shape of the model."""

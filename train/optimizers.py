@@ -5,6 +5,7 @@ alone, so that a comparison compares optimizers.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import optax
@@ -77,12 +78,12 @@ class SophiaG(_Sophia):
     """Draws of all labels averaged in one sample; each costs a gradient."""
 
     def estimator(self, shards: int) -> sophia_optax.Estimator:
-        """What samples curvature; `shards` groups are sampled side by side where they divide."""
+        """What samples curvature, as many groups side by side as divide the `shards` devices."""
         return sophia_optax.gauss_newton_bartlett(
             groups=self.groups,
             batch_fraction=self.batch_fraction,
             num_samples=self.num_samples,
-            shards=shards if self.groups % shards == 0 else 1,
+            shards=math.gcd(self.groups, shards),
         )
 
     def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int, **unused):

@@ -97,9 +97,12 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
 def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, placed: Mesh):
     # cuDNN attention has no second derivative.
     twice_differentiable = dataclasses.replace(run.model, attention="xla")
+    estimator = getattr(run.optim, "estimator", None)
     return step_lib.make_step(
         model.apply,
         tx,
+        estimator=estimator and estimator(placed.size),
+        seed=run.seed,
         hessian_apply=models.split(twice_differentiable).apply,
         constrain=mesh.constrain_activations(placed),
         grouped=getattr(run.optim, "groups", 1) > 1,

@@ -9,6 +9,8 @@ import optax
 
 import sophia_optax
 from models.decoder import Constrain, identity
+from sophia_optax.curvature import SharingEstimator
+from sophia_optax.shared import value_grad_and_hessian
 
 Apply = Callable[..., jax.Array]  # (params, tokens[B, T], constrain) -> logits[B, T, V]
 
@@ -42,6 +44,8 @@ def make_step(
     apply: Apply,
     tx: optax.GradientTransformation,
     *,
+    estimator: sophia_optax.Estimator | None = None,
+    seed: int = 0,
     hessian_apply: Apply | None = None,
     constrain: Constrain = identity,
     grouped: bool = False,
@@ -51,6 +55,9 @@ def make_step(
     Args:
       apply: the model.
       tx: the optimizer.
+      estimator: what `tx` samples curvature with, if it does. One that can share a forward pass
+        is evaluated with the gradient, and `tx` is given the sample.
+      seed: of the samples, as in `tx`, which would draw the same.
       hessian_apply: the model with attention that can be differentiated twice; default `apply`.
       constrain: sharding of activations.
       grouped: curvature is sampled under vmap, where activations must not be constrained.
@@ -58,10 +65,13 @@ def make_step(
     Returns:
       `(state, batch, refresh) -> (state, metrics)` with batch int32[B, T + 1] and refresh a
       Python bool, static under jit: one program for plain steps, one for those that also sample
-      curvature. Metrics are float32 scalars.
+      curvature; None leaves it to `tx`, and means every step if an `estimator` is passed. Metrics
+      are float32 scalars.
     """
     tx = optax.with_extra_args_support(tx)
     hessian_apply = hessian_apply or apply
+    shares = isinstance(estimator, SharingEstimator)
+    shared = value_grad_and_hessian(estimator) if shares else None
 
     def logits_fn(params, batch):
         return apply(params, batch[:, :-1], **({} if grouped else {"constrain": constrain}))
@@ -69,19 +79,27 @@ def make_step(
     def obj_fn(params, batch):
         return mean_loss(hessian_apply, params, batch, constrain=constrain)
 
+    def loss_fn(logits, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+
     def step(state: TrainState, batch: jax.Array, refresh: bool):
-        loss, grads = jax.value_and_grad(
-            lambda params: mean_loss(apply, params, batch, constrain=constrain)
-        )(state.params)
+        model = {"obj_fn": obj_fn, "logits_fn": logits_fn, "inputs": batch}
+        if shared and refresh is not False:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            loss, grads, hessian = shared(key, state.params, loss_fn=loss_fn, **model)
+        else:
+            hessian = None
+            loss, grads = jax.value_and_grad(
+                lambda params: mean_loss(apply, params, batch, constrain=constrain)
+            )(state.params)
         updates, opt_state = tx.update(
             grads,
             state.opt_state,
             state.params,
-            obj_fn=obj_fn,
-            logits_fn=logits_fn,
-            inputs=batch,
+            hessian=hessian,
             refresh=refresh,
             value=loss,
+            **model,
         )
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}

@@ -1,0 +1,162 @@
+"""One forward pass over some rows: losses on labels drawn from the model, and on the true ones."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sophia_optax import _checks
+from sophia_optax.curvature import Tree, accumulation_dtype, widen
+
+
+class Pass(NamedTuple):
+    """What one forward pass over a group of rows gives."""
+
+    draw: Callable[[jax.Array], tuple[Tree, jax.Array]]
+    """key -> (gradient of the summed loss on sampled labels, B)."""
+    true: tuple[jax.Array, jax.Array, Tree] | None = None
+    """(mean of w l, mean of w, gradient of the first), on true labels."""
+    aux: Tree = None
+
+
+def user_pass(sampled_loss_fn: Callable, weights: Any) -> Callable[[Tree, Tree], Pass]:
+    """`(params, (inputs, weights, row numbers)) -> Pass` where the user draws the labels."""
+    if weights is not None:
+        raise ValueError(
+            "`weights` go with `logits_fn`; a `sampled_loss_fn` weighs its own outputs, each "
+            "cotangent times sqrt(w). Pass them inside `inputs`."
+        )
+
+    def loss(params, inputs, key):
+        loss, count = sampled_loss_fn(params, inputs, key)
+        return loss, jnp.asarray(count, jnp.float32)
+
+    def forward(params, rows):
+        inputs, _, numbers = rows
+
+        def draw(key):
+            key = key if numbers is None else jax.random.fold_in(key, numbers[0])
+            return jax.grad(loss, has_aux=True)(params, inputs, key)
+
+        return Pass(draw)
+
+    return forward
+
+
+def logits_pass(
+    likelihood: str, logits_fn: Any, loss_fn: Any = None, has_aux: bool = False
+) -> Callable[[Tree, Tree], Pass]:
+    """`(params, (inputs, weights, row numbers)) -> Pass`; `true` needs a `loss_fn`."""
+    _checks.given(
+        "gauss_newton_bartlett",
+        "logits_fn",
+        logits_fn,
+        "Pass `logits_fn=lambda params: model(params, batch)`, the outputs before the loss "
+        "(or `sampled_loss_fn`).",
+    )
+
+    def forward(params, rows):
+        inputs, weights, numbers = rows
+        inputs = () if inputs is None else (inputs,)
+        outputs, pullback = jax.vjp(lambda params: logits_fn(params, *inputs), params)
+        _check_outputs(outputs, likelihood, numbers)
+
+        def sampled_loss(outputs, key):
+            outputs = widen(outputs)
+            rows = jnp.arange(outputs.shape[0]) if numbers is None else numbers
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+            losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, outputs)
+            return _weighted_sum(losses, weights)
+
+        def draw(key):
+            cotangent, count = jax.grad(sampled_loss, has_aux=True)(outputs, key)
+            return pullback(cotangent)[0], count
+
+        if loss_fn is None:
+            return Pass(draw)
+
+        def true_loss(outputs):
+            losses, aux = _losses(loss_fn(outputs, *inputs), outputs.shape[0], weights, has_aux)
+            loss, weight = _weighted_mean(widen(losses), weights)
+            return loss, (weight, aux)
+
+        (loss, (weight, aux)), cotangent = jax.value_and_grad(true_loss, has_aux=True)(outputs)
+        gradient = jax.tree.map(widen, pullback(cotangent)[0])
+        return Pass(draw, (loss, weight, gradient), aux)
+
+    return forward
+
+
+def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> None:
+    rank = 1 if likelihood == "bernoulli" else 2
+    rows = "B" if numbers is None else len(numbers)
+    shapes = jax.tree.map(jnp.shape, outputs)
+    if not isinstance(outputs, jax.Array) or outputs.ndim < rank or rows not in ("B", shapes[0]):
+        raise ValueError(
+            f"`logits_fn` must return one array, float[{rows}, ..., V] with the rows of `inputs` "
+            f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart."
+        )
+
+
+def _losses(result: Any, rows: int, weights: Any, has_aux: bool) -> tuple[jax.Array, Tree]:
+    """(losses, auxiliary output) of what `loss_fn` returned."""
+    pair = isinstance(result, tuple) and len(result) == 2
+    losses, aux = result if pair and has_aux else (result, None)
+    if pair != has_aux or not isinstance(losses, jax.Array) or losses.shape[:1] != (rows,):
+        form = "(losses, auxiliary output) with losses" if has_aux else "losses"
+        raise ValueError(
+            f"with has_aux={has_aux} `loss_fn` must return {form} float[{rows}, ...], but it "
+            f"returned {jax.tree.map(jnp.shape, result)}. Do not average them: groups of rows may "
+            "have unequal `weights`, so the weighted mean is taken afterwards."
+        )
+    if weights is not None and losses.shape != jnp.shape(weights):
+        raise ValueError(
+            f"`loss_fn` returned losses of shape {losses.shape}, but `weights` has shape "
+            f"{jnp.shape(weights)}. Return one loss for each weight."
+        )
+    return losses, aux
+
+
+def _weighted_sum(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
+    """(Σ sqrt(w) l, Σ w): squaring the gradient of the first restores the weight w."""
+    if weights is None:
+        return jnp.sum(losses), jnp.asarray(losses.size, jnp.float32)
+    if jnp.shape(weights) != losses.shape:
+        raise ValueError(
+            f"`weights` has shape {jnp.shape(weights)}, but the outputs that count have shape "
+            f"{losses.shape} (for 'categorical' and 'gaussian' the logits' without the last axis)."
+        )
+    weights = jnp.asarray(weights, losses.dtype)
+    return jnp.sum(jnp.sqrt(weights) * losses), jnp.sum(weights, dtype=accumulation_dtype(weights))
+
+
+def _weighted_mean(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
+    """(mean of w l, mean of w); summed over equal groups, their ratio is the mean loss.
+
+    Means, since the gradient of a sum may overflow in float16.
+    """
+    if weights is None:
+        return jnp.mean(losses), jnp.ones([], losses.dtype)
+    weights = jnp.asarray(weights, losses.dtype)
+    return jnp.mean(weights * losses), jnp.mean(weights)
+
+
+def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _bernoulli(key: jax.Array, logits: jax.Array) -> jax.Array:
+    labels = jax.random.bernoulli(key, jax.nn.sigmoid(jax.lax.stop_gradient(logits)))
+    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
+
+
+def _gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
+    labels = jax.lax.stop_gradient(outputs) + jax.random.normal(key, outputs.shape, outputs.dtype)
+    return jnp.sum(optax.l2_loss(outputs, labels), axis=-1)
+
+
+SAMPLED_LOSSES = {"categorical": _categorical, "bernoulli": _bernoulli, "gaussian": _gaussian}
