@@ -181,9 +181,7 @@ class ScaleByBlocksState(NamedTuple):
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # `mu_dtype`, shaped as params: the uncorrected momentum
-    curvature: (
-        Any  # float32 or 64 [..., R, S, b, b], of numbers shaped as they; 0 where none is kept
-    )
+    curvature: Any  # float32 or 64 [..., R, S, b, b], of numbers as they; 0 where none is kept
     root: Any  # Z [..., R, S, b, b], or 1 for numbers; () where the update interval is 1
 
 
