@@ -410,7 +410,7 @@ def orthosoph(
 
     for each group of b rows of a matrix whose rows are its c long. Numbers that are in no matrix
     take Adam's direction. With one block a matrix this is Muon; smaller blocks cost fewer
-    operations (a twentieth at 768 x 768 and b = 128) and stay within a device.
+    operations (a fourteenth at 768 x 768 and b = 128) and stay within a device.
 
     Args:
       learning_rate: times `rms`, the root mean square change of a matrix's elements, in units of

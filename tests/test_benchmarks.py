@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import train
-from benchmarks import estimator_variance, leaderboard, update_cost
+from benchmarks import estimator_variance, leaderboard, matrix_cost, update_cost
 from models import DecoderConfig
 from train import data
 from train.config import RunConfig
@@ -191,3 +191,15 @@ def test_groups_divide_the_error_at_the_same_cost_and_leave_no_bias(tmp_path, mo
     hutchinson = rows["Hutchinson, Rademacher"]
     assert 2 < hutchinson["cost_in_gradients"] < 4
     assert hutchinson["error_times_cost"] > 50 * sixteen["error_times_cost"]
+
+
+def test_blocks_of_rows_cost_a_fraction_of_muon_and_half_its_state():
+    """Nine steps of Newton-Schulz on 2 x 128 rows, two products of each block with its matrix."""
+    ours, muon = (
+        matrix_cost.measure(name, (256, 512)) for name in ("orthosoph", "optax.contrib.muon")
+    )
+    steps = 9 * 3 * 2 * (2 * 128**3)
+    products = 2 * 2 * 128 * 256 * 512
+    assert 1e9 * ours["gigaflops"] == pytest.approx(steps + products, rel=0.1)
+    assert ours["gigaflops"] < muon["gigaflops"] / 2
+    assert ours["state"] == pytest.approx(muon["state"] / 2, rel=0.01)
