@@ -141,7 +141,8 @@ def estimators(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("MPLBACKEND", "agg")
-        patch.delenv("XLA_FLAGS")  # its loops are long: optimised programs are the faster ones
+        # Its loops are long enough to repay some optimisation.
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
         path, figures = ROOT / "notebooks/2_estimators.ipynb", tmp_path_factory.mktemp("figures")
         (answers,) = run(path, figures, ABOUT_ESTIMATORS, SAMPLES=200, TEXT=2048)
     return answers
