@@ -2,12 +2,12 @@ import dataclasses
 import json
 import typing
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import assert_close
 
 import sophia_optax
 from models import PRESETS
@@ -277,4 +277,4 @@ def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_shards(groups, s
         estimator(jax.random.key(3), PARAMS, None, logits_fn=logits_fn, inputs=ROWS)
         for estimator in (optim.estimator(shards), direct)
     ]
-    chex.assert_trees_all_close(*samples, rtol=1e-6)
+    assert_close(*samples, rtol=1e-6)
