@@ -25,6 +25,8 @@ lint: install
 
 bench: install  ## the tables that the README quotes
 	$(BIN)/python -m benchmarks.update_cost
+	$(BIN)/python -m benchmarks.matrix_cost
+	$(BIN)/python -m benchmarks.estimator_variance
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -410,14 +410,16 @@ def orthosoph(
 
     for each group of b rows of a matrix whose rows are its c long. Numbers that are in no matrix
     take Adam's direction. With one block a matrix this is Muon; smaller blocks cost fewer
-    operations (a fourteenth at 768 x 768 and b = 128) and stay within a device.
+    operations (a fourteenth of Muon's at 768 x 768 and b = 128), and stay within a device where b
+    divides its rows.
 
     Args:
       learning_rate: times `rms`, the root mean square change of a matrix's elements, in units of
         the parameter; scalar or schedule. AdamW's fit.
       b1: decay of the momentum, in [0, 1).
       b2: decay of C, in [0, 1), per update.
-      eps: ridge, relative with rows, absolute with tiles.
+      eps: ridge, relative with rows, absolute with tiles; at least 4 b ulp ‖C‖_F, which float32
+        cannot see below (6e-5 ‖C‖_F for b = 128).
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
       block_size: b. The longer the better, up to the shorter side.
@@ -431,7 +433,8 @@ def orthosoph(
         of params that makes it; None is all leaves of two axes or more.
 
     Extra arguments of `update`:
-      refresh: None (by the counter), or a bool: whether to take roots now.
+      refresh: None (by the counter), or a bool: whether to take roots now. Ignored at
+        `update_interval=1`.
 
     Returns:
       A transformation. Its state holds M, and C and the roots where they are used again
@@ -447,7 +450,9 @@ def orthosoph(
     + (1 - b2) G Gᵀ. They keep as many numbers as Adam. Rows are ours; C of gradients instead of
     momentum was worse (LOG.md).
     To inject hyperparameters: `optax.inject_hyperparams(orthosoph, static_args=("block_size",
-    "block_mask", "weight_decay_mask"), hyperparam_dtype=jnp.float32)(...)`.
+    "block_mask", "weight_decay_mask", "b2", "update_interval"),
+    hyperparam_dtype=jnp.float32)(...)`.
+    With the last two traced C and the roots are kept.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> loss = lambda w: jnp.sum((w - jnp.eye(2)) ** 2)
@@ -511,7 +516,7 @@ def soaa(
       b1: decay of the momentum and of the average loss.
       b2: decay of the second moment.
       gamma: width of the bounds of r.
-      eps: added to the denominator.
+      eps: added to the denominators, and floor of the predicted reduction; above 0.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
       mu_dtype: dtype of m; None is the parameter's.
@@ -519,7 +524,8 @@ def soaa(
       rule: "soaa" (algorithm 1 as printed) or "tadam" (its parent; one more moment to keep).
 
     Extra arguments of `update`:
-      value: the loss of this step, a scalar; without it r stays.
+      value: the loss of this step, a scalar; without it r stays. Under `optax.MultiSteps` the last
+        micro-step's is read: pass the mean of the micro-steps.
 
     Returns:
       A transformation. Its state holds the moments and r (`TrustRegionState`).

@@ -220,7 +220,7 @@ def scale_by_blocks(
     Args:
       b1: decay of the momentum, in [0, 1).
       b2: decay of C, in [0, 1), per update; where it is the number 0, no C is kept.
-      eps: ridge, relative with rows, absolute with tiles; `inverse_square_root` has its floor.
+      eps: ridge, relative with rows, absolute with tiles; at least 4 b ulp ‖C‖_F.
       block_size: b; smaller where the matrix is. A static integer.
       update_interval: k >= 1, updates between roots; where it is the number 1, none is kept.
       form: "rows" or "tiles".
@@ -242,8 +242,8 @@ def scale_by_blocks(
     Returns:
       A transformation. It computes in float32 at least; its output has the gradient's dtype. For
       an n x m matrix, n <= m, rows keep n m numbers of momentum, n b of C unless b2 = 0, and n b
-      of roots unless k = 1. A block whose sample is not finite keeps its C; where none
-      is kept it stays in place. Momentum takes what comes, as in optax.
+      of roots unless k = 1. A block whose sample overflows keeps its C; where none is
+      kept it stays in place. Momentum takes what comes, as in optax: a NaN in it spoils the matrix.
       On meshes `init` shards blocks like the rows that make them (else like the columns), if
       their number divides over the mesh axis. Choose a b that divides the rows of a device: then
       eight devices exchange 4 bytes (rms) for a 768 x 3072 matrix, at refreshes too. Where blocks

@@ -58,7 +58,8 @@ def trust_region(
       inner: the direction, before weight decay and learning rate, such as
         `optax.scale_by_adam()` or a `clip_by_ratio`.
       learning_rate: the scalar or schedule that the direction will be multiplied by.
-      total_steps: T, over which the bounds close in on [1 - gamma, 1 + gamma].
+      total_steps: T, over which the bounds go from [1, 2] to [1 - gamma, 1 + gamma]; it must cover
+        the run, since they go on from there.
       b1: decay of the average loss.
       eps: floor of the predicted reduction, above 0.
       gamma: width of the bounds, in [0, 1).
