@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import accumulation_dtype
+from sophia_optax.curvature import widen
 from sophia_optax.ratio import ClipByRatioState, inner_product
 from sophia_optax.transform import widest
 
@@ -173,9 +173,7 @@ def _gain(step, updates, inner_state, radius) -> tuple[optax.Updates, jax.Array,
         sums = jnp.sum(jnp.array([(s.linear, s.quadratic) for s in ratios]), axis=0)
         return step, sums[0], sums[1]
 
-    def wide(x):
-        return x.astype(accumulation_dtype(x))
-
-    scaled = jax.tree.map(lambda u: radius.astype(wide(u).dtype) * wide(u), step)
-    linear = inner_product(jax.tree.map(wide, updates), scaled, radius.dtype)
+    wide = jax.tree.map(widen, step)
+    scaled = jax.tree.map(lambda u: radius.astype(u.dtype) * u, wide)
+    linear = inner_product(jax.tree.map(widen, updates), scaled, radius.dtype)
     return optax.tree.cast_like(scaled, step), linear, jnp.zeros_like(linear)
