@@ -79,12 +79,12 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     number, moment, finished, tmp_path, monkeypatch, capsys
 ):
-    due, report, handler = loop._refresh_due, loop._Meter.report, signal.getsignal(number)
+    due, report, handler = loop.refresh_due, loop._Meter.report, signal.getsignal(number)
 
-    def before(run, step):
+    def before(optimizer, step):
         if step == 7 and moment == "before the step":
             os.kill(os.getpid(), number)
-        return due(run, step)
+        return due(optimizer, step)
 
     def after(meter, step, measured):
         if step == 8 and moment == "after the step":
@@ -94,7 +94,7 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     run = small(tmp_path / "cut")
     run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_refresh_due", before)
+        patch.setattr(loop, "refresh_due", before)
         patch.setattr(loop._Meter, "report", after)
         with pytest.raises(KeyboardInterrupt, match="step 8"):
             train.train(run)
@@ -145,10 +145,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_good_checkpoint(
 
 
 def test_only_optimizers_with_an_interval_sample_curvature():
-    run = preset("tiny", "sophia-h")
-    due = [step for step in range(25) if loop._refresh_due(run, step)]
+    sophia, adamw = (preset("tiny", name).optim for name in ("sophia-h", "adamw"))
+    due = [step for step in range(25) if loop.refresh_due(sophia, step)]
     assert due == [0, 10, 20]
-    assert not any(loop._refresh_due(preset("tiny", "adamw"), step) for step in range(25))
+    assert not any(loop.refresh_due(adamw, step) for step in range(25))
 
 
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):

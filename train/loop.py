@@ -109,7 +109,7 @@ def _run(
                 checkpoints.save(done, state, metrics=heldout or None, force=force)
 
         while done < run.steps and not stop.is_set():
-            refresh = _refresh_due(run, done)
+            refresh = refresh_due(run.optim, done)
             state, measured = programs.step(state, programs.batch(done), refresh=refresh)
             done, heldout = done + 1, {}
             meter.report(done, measured)
@@ -163,10 +163,6 @@ def _check_finite(measured: Mapping[str, Any], step: int, checkpoints: checkpoin
             "--warmup-steps"
             + (f"; the checkpoint of step {kept} is kept." if kept else "; nothing was saved yet.")
         )
-
-
-def _refresh_due(run: Config, step: int) -> bool | None:
-    return refresh_due(run.optim, step)
 
 
 class _Meter:
