@@ -143,9 +143,9 @@ def hutchinson(
       inputs: pytree whose leaves lead with the batch axis; needed if `batch_fraction` < 1.
 
     Returns:
-      An estimator, which `value_grad_and_hessian` takes if `batch_fraction` is 1. Under
-      `axis_name` all shards use one probe, and H u is averaged over them: `obj_fn` is then the
-      mean loss of a shard's own rows, free of collectives.
+      An estimator, which `value_grad_and_hessian` takes: it shares work if `batch_fraction` is 1.
+      Under `axis_name` all shards use one probe, and H u is averaged over them: `obj_fn` is then
+      the mean loss of a shard's own rows, free of collectives.
 
     Raises:
       ValueError: an argument is out of range; `obj_fn` or `params` is missing; params are masked.
@@ -196,12 +196,17 @@ def hutchinson(
 
     def with_gradient(key, params, *, has_aux, obj_fn=None, inputs=None, axis_name=None, **unused):
         del unused
-        gradient = _gradient(obj_fn, params, inputs, batch_fraction, has_aux)
-        grads, (loss, aux), h = differentiate(gradient, key, params, axis_name)
+        sampled = _gradient(obj_fn, params, inputs, batch_fraction, has_aux)
+        grads, (loss, aux), h = differentiate(sampled, key, params, axis_name)
+        if (
+            round(1 / batch_fraction) > 1
+        ):  # means of parts do not combine: `obj_fn` may weigh its rows
+            whole = _gradient(obj_fn, params, inputs, 1, has_aux)
+            grads, (loss, aux) = whole(varying(params, axis_name))
         loss, grads = across(jax.lax.pmean, (loss, grads), axis_name)
         return (loss, aux), grads, h
 
-    return SharingEstimator(estimator, with_gradient) if batch_fraction == 1 else estimator
+    return SharingEstimator(estimator, with_gradient)
 
 
 def _linearize(mode: str, gradient: Callable, params: Tree) -> tuple[Tree, Callable, Any]:

@@ -1,6 +1,5 @@
 """Gauss-Newton-Bartlett: the Gauss-Newton diagonal from labels that the model draws itself."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,10 @@ from sophia_optax.curvature import (
     varying,
     widen,
 )
-from sophia_optax.likelihood import SAMPLED_LOSSES, logits_pass, user_pass
+from sophia_optax.likelihood import SAMPLED_LOSSES, gradient_pass, logits_pass, user_pass
+
+SIDE_BY_SIDE = "sophia_optax.gauss_newton_bartlett"
+"""Name of the axis of groups under `jax.vmap`."""
 
 
 def gauss_newton_bartlett(
@@ -33,6 +35,7 @@ def gauss_newton_bartlett(
     batch_fraction: float = 1.0,
     num_samples: int = 1,
     shards: int = 1,
+    spmd_axis_name: AxisName = None,
 ) -> Estimator:
     r"""Gauss-Newton-Bartlett estimator of the diagonal of the Gauss-Newton matrix.
 
@@ -47,13 +50,21 @@ def gauss_newton_bartlett(
       likelihood: "categorical" (softmax over the last axis, which B does not count), "bernoulli"
         (element-wise sigmoid, B counts elements), or "gaussian" (½ Σ (y-f)² over the last axis,
         unit variance, B counts the leading elements).
-      groups: number of equal sets of consecutive rows that are squared apart; needs `inputs`.
+      groups: number of equal sets of consecutive rows that are squared apart; needs `inputs`. The
+        mean of samples of M micro-batches of equal B is one of M times as many groups.
       batch_fraction: share of the rows of `inputs` that are used: every n-th row,
         n = round(1 / fraction).
       num_samples: independent draws of all labels, averaged in one sample; each costs a backward
         pass, after one forward pass.
-      shards: how many groups run side by side; set it to the number of devices over which the
-        batch is sharded. It changes where the work is done, never h.
+      shards: how many groups run side by side, `groups / shards` times one after the other; a
+        multiple of the number of devices over which the batch is sharded. It changes where and
+        when the work is done, never h. Each round reduces the squares over devices anew, so take
+        all groups at once where a device bears `shards / devices` gradients of one layer. Inside
+        `shard_map` it has no effect.
+      spmd_axis_name: as in `jax.vmap`: mesh axes over which the groups side by side are spread,
+        those of the batch. Sharding constraints inside `logits_fn` apply to the rows of one group
+        then, which lie on one device: they name no such axis (`PartitionSpec()` keeps activations
+        where their rows are).
 
     Extra arguments of `update`:
       logits_fn: `params -> float[B, ..., V]`, or `(params, inputs)` when `inputs` is passed.
@@ -65,12 +76,12 @@ def gauss_newton_bartlett(
         default all ones.
 
     Returns:
-      An estimator, which `value_grad_and_hessian` takes if `batch_fraction` is 1. Labels are
-      functions of (key, row), groups of rows: neither the mesh nor the number of groups changes
-      which labels are drawn (a `sampled_loss_fn` gets a key for each group instead). Under
-      `axis_name` each shard groups its own rows, and squares and B are summed over the shards. If
-      nothing is counted (B = 0) the sample is not finite and `hessian_estimate` rejects it. On a
-      mesh with explicit axes, wrap the call in `jax.sharding.auto_axes`.
+      An estimator, which `value_grad_and_hessian` takes. Labels are functions of (key, row),
+      groups of rows: neither the mesh nor the number of groups changes which labels are drawn (a
+      `sampled_loss_fn` gets a key for each group instead). Under `axis_name` each shard groups
+      its own rows, and squares and B are summed over the shards. If nothing is counted (B = 0)
+      the sample is not finite and `hessian_estimate` rejects it. On a mesh with explicit axes,
+      wrap the call in `jax.sharding.auto_axes`.
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
@@ -91,25 +102,44 @@ def gauss_newton_bartlett(
     for name, value in (("groups", groups), ("num_samples", num_samples), ("shards", shards)):
         _checks.positive_integer(name, value)
     check_fraction(batch_fraction)
+    stride = round(1 / batch_fraction)
     if groups % shards:
         raise ValueError(f"groups={groups} must be a multiple of shards={shards}.")
+    if spmd_axis_name is not None and shards == 1:
+        raise ValueError(
+            f"spmd_axis_name={spmd_axis_name!r} spreads groups that run side by side, but shards=1."
+            " Set `shards` to a multiple of the number of devices on these axes, or leave it out."
+        )
+
+    def check_aux(aux, rows):
+        if groups > 1 or stride > 1:
+            _leads_with_rows(aux, batch_size(rows), groups, batch_fraction)
 
     def differentiate(key, params, forward, rows, axis_name):
-        """(means of the true loss as in `Pass`, auxiliary output, h)."""
+        """(sums over groups of `Pass.true`, auxiliary output, h)."""
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        side_by_side = shards if axis_name is None else 1
+        beside = SIDE_BY_SIDE if side_by_side > 1 else None
 
         def group(rows):
             draw, true, aux = forward(params, rows)
+            check_aux(aux, rows)
 
             def square(key):
                 s, count = draw(key)
-                return jax.tree.map(lambda s: jnp.square(widen(s)), s), count
+                squares = jax.tree.map(lambda s: jnp.square(widen(s)), s)
+                return across(jax.lax.psum, (squares, count), beside)
 
-            return (true, mean_over_samples(square, key, num_samples, axis_name)), aux
+            squared = mean_over_samples(square, key, num_samples, axis_name)
+            return (across(jax.lax.psum, true, beside), squared), aux
 
-        sums, aux = _sum_over_groups(group, rows, groups, shards, axis_name)
-        true, (squares, count) = across(jax.lax.psum, sums, axis_name)
+        if side_by_side > 1:
+            group = jax.vmap(
+                group, out_axes=(None, 0), axis_name=beside, spmd_axis_name=spmd_axis_name
+            )
+        (true, squared), aux = _sum_over_groups(group, rows, groups, side_by_side, axis_name)
+        squares, count = across(jax.lax.psum, squared, axis_name)
         return true, aux, jax.tree.map(lambda s: s / count.astype(s.dtype), squares)
 
     def estimator(
@@ -152,14 +182,23 @@ def gauss_newton_bartlett(
         forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
         rows = _rows(inputs, weights, groups, batch_fraction)
         here = varying(params, axis_name)
-        (loss, weight, gradient), aux, h = differentiate(key, here, forward, rows, axis_name)
+        true, aux, h = differentiate(key, here, forward, rows, axis_name)
+        if stride > 1:
+            rest = _other_rows(inputs, weights, stride)
+            if spmd_axis_name is not None and axis_name is None:
+                logits_fn = _spread(logits_fn, shards, spmd_axis_name)
+            others, other_aux = gradient_pass(likelihood, logits_fn, loss_fn, has_aux)(here, rest)
+            check_aux(other_aux, rest)
+            true = _mean_of_parts(true, others, groups, stride)
+            aux = _join(aux, other_aux, batch_size(rows))
+        loss, weight, gradient = across(jax.lax.psum, true, axis_name)
 
         def mean(g, p):
             return (g / weight.astype(g.dtype)).astype(p.dtype)
 
         return (loss / weight, aux), jax.tree.map(mean, gradient, params), h
 
-    return SharingEstimator(estimator, with_gradient) if batch_fraction == 1 else estimator
+    return SharingEstimator(estimator, with_gradient)
 
 
 def _check_loss_fn(loss_fn: Any, sampled_loss_fn: Any) -> None:
@@ -197,6 +236,48 @@ def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tre
     return rows
 
 
+def _other_rows(inputs: Tree, weights: Any, stride: int) -> tuple[Tree, Any, Any]:
+    """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
+    number = batch_size((inputs, weights))
+    if number % stride:
+        raise ValueError(
+            f"batch_fraction=1/{stride} does not divide the {number} rows of `inputs`, which "
+            "value_grad_and_hessian needs to put the rows in order again. Choose a fraction that "
+            "divides them, or call `jax.value_and_grad` and let `update` take the sample."
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
+        (inputs, weights, jnp.arange(number)),
+    )
+
+
+def _mean_of_parts(true: Tree, others: Tree, groups: int, stride: int) -> Tree:
+    """Means over all rows, of sums over the groups and of means over the other rows."""
+    share = 1 / stride
+    return jax.tree.map(lambda s, m: s * (share / groups) + m * (1 - share), true, others)
+
+
+def _join(aux: Tree, others: Tree, number: int) -> Tree:
+    """Auxiliary output in the order of the rows, the sub-batch's `number` and the other rows'."""
+
+    def join(x, other):
+        parts = x.reshape(number, 1, *x.shape[1:]), other.reshape(number, -1, *x.shape[1:])
+        return jnp.concatenate(parts, 1).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(join, aux, others)
+
+
+def _spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
+    """`logits_fn` whose constraints apply to the rows of one shard, as in a group."""
+
+    def spread(params, inputs):
+        cut = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), inputs)
+        outputs = jax.vmap(logits_fn, (None, 0), spmd_axis_name=spmd_axis_name)(params, cut)
+        return outputs.reshape(-1, *outputs.shape[2:])
+
+    return spread
+
+
 def _sum_over_groups(
     function: Callable[[Tree], tuple[Tree, Tree]],
     rows: Tree,
@@ -204,24 +285,30 @@ def _sum_over_groups(
     shards: int,
     axis_name: AxisName,
 ) -> tuple[Tree, Tree]:
-    """Side by side over shards, one after the other inside a shard: (sums, outputs by row).
+    """(sums, outputs by row); `function` takes the rows of a group, or of `shards` of them.
 
-    A scan over all groups would gather every group onto every device.
+    The scan is outside: inside a shard its sums would be of the size of all parameters, however
+    these are sharded. A scan over all groups would gather every group onto every device.
     """
     if groups == 1:
         return function(rows)
-    cut = jax.tree.map(lambda x: x.reshape(shards, groups // shards, -1, *x.shape[1:]), rows)
-    sums, aux = jax.vmap(functools.partial(sum_over, function, axis_name=axis_name))(cut)
-    return jax.tree.map(lambda s: jnp.sum(s, 0), sums), _by_row(aux, batch_size(rows), groups)
+
+    def cut(x):
+        x = x.reshape(shards, groups // shards, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x if shards > 1 else x[:, 0]
+
+    def join(x):
+        x = x if shards > 1 else x[:, None]
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
+
+    sums, aux = sum_over(function, jax.tree.map(cut, rows), axis_name)
+    return sums, jax.tree.map(join, aux)
 
 
-def _by_row(aux: Tree, number: int, groups: int) -> Tree:
-    """Joins the groups, [shards, groups / shards, rows / groups, ...] to [rows, ...]."""
-    shapes = jax.tree.map(lambda x: x.shape[2:], aux)
-    if any(x.shape[2:3] != (number // groups,) for x in jax.tree.leaves(aux)):
+def _leads_with_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:
+    if any(jnp.shape(x)[:1] != (number,) for x in jax.tree.leaves(aux)):
         raise ValueError(
-            f"with groups={groups} the auxiliary output of `loss_fn` must lead with the rows of a "
-            f"group, {number // groups}, but its shapes are {shapes}: what is not of a row cannot "
-            "be joined."
+            f"with groups={groups} and batch_fraction={fraction} the auxiliary output of `loss_fn` "
+            f"must lead with the rows of its outputs, here {number}, but its shapes are "
+            f"{jax.tree.map(jnp.shape, aux)}: what is not of a row cannot be joined."
         )
-    return jax.tree.map(lambda x: x.reshape(number, *x.shape[3:]), aux)

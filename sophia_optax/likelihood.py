@@ -11,6 +11,9 @@ import optax
 from sophia_optax import _checks
 from sophia_optax.curvature import Tree, accumulation_dtype, widen
 
+BLOCK = 128
+"""Classes in a block of `sample_categorical`; vocabularies are padded to multiples of it."""
+
 
 class Pass(NamedTuple):
     """What one forward pass over a group of rows gives."""
@@ -60,9 +63,7 @@ def logits_pass(
 
     def forward(params, rows):
         inputs, weights, numbers = rows
-        inputs = () if inputs is None else (inputs,)
-        outputs, pullback = jax.vjp(lambda params: logits_fn(params, *inputs), params)
-        _check_outputs(outputs, likelihood, numbers)
+        outputs, pullback = jax.vjp(_outputs_of(likelihood, logits_fn, inputs, numbers), params)
 
         def sampled_loss(outputs, key):
             outputs = widen(outputs)
@@ -78,16 +79,58 @@ def logits_pass(
         if loss_fn is None:
             return Pass(draw)
 
-        def true_loss(outputs):
-            losses, aux = _losses(loss_fn(outputs, *inputs), outputs.shape[0], weights, has_aux)
-            loss, weight = _weighted_mean(widen(losses), weights)
-            return loss, (weight, aux)
-
+        true_loss = _true_loss(loss_fn, inputs, weights, has_aux)
         (loss, (weight, aux)), cotangent = jax.value_and_grad(true_loss, has_aux=True)(outputs)
         gradient = jax.tree.map(widen, pullback(cotangent)[0])
         return Pass(draw, (loss, weight, gradient), aux)
 
     return forward
+
+
+def gradient_pass(
+    likelihood: str, logits_fn: Any, loss_fn: Any, has_aux: bool
+) -> Callable[[Tree, Tree], tuple[tuple[jax.Array, jax.Array, Tree], Tree]]:
+    """`(params, (inputs, weights, row numbers)) -> (true, aux)` of `Pass`, sampling nothing."""
+
+    def forward(params, rows):
+        inputs, weights, numbers = rows
+        outputs_of = _outputs_of(likelihood, logits_fn, inputs, numbers)
+        true_loss = _true_loss(loss_fn, inputs, weights, has_aux)
+        value, gradient = jax.value_and_grad(lambda p: true_loss(outputs_of(p)), has_aux=True)(
+            params
+        )
+        loss, (weight, aux) = value
+        return (loss, weight, jax.tree.map(widen, gradient)), aux
+
+    return forward
+
+
+def _outputs_of(
+    likelihood: str, logits_fn: Callable, inputs: Tree, numbers: jax.Array | None
+) -> Callable[[Tree], jax.Array]:
+    """`params -> outputs`, of the form that the likelihood has."""
+    arguments = () if inputs is None else (inputs,)
+
+    def outputs_of(params):
+        outputs = logits_fn(params, *arguments)
+        _check_outputs(outputs, likelihood, numbers)
+        return outputs
+
+    return outputs_of
+
+
+def _true_loss(
+    loss_fn: Callable, inputs: Tree, weights: Any, has_aux: bool
+) -> Callable[[jax.Array], tuple[jax.Array, tuple[jax.Array, Tree]]]:
+    """`outputs -> (mean of w l, (mean of w, auxiliary output))`."""
+    arguments = () if inputs is None else (inputs,)
+
+    def true_loss(outputs):
+        losses, aux = _losses(loss_fn(outputs, *arguments), outputs.shape[0], weights, has_aux)
+        loss, weight = _weighted_mean(widen(losses), weights)
+        return loss, (weight, aux)
+
+    return true_loss
 
 
 def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> None:
@@ -144,8 +187,35 @@ def _weighted_mean(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Arra
     return jnp.mean(weights * losses), jnp.mean(weights)
 
 
+def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Labels drawn from softmax(logits), int32[...] for float[..., V].
+
+    Two uniform numbers a label, where `jax.random.categorical` draws one a class: the first picks
+    a block of classes, the second a class in it. Both resolve 2^-23 in float32, so a class of
+    probability p in a block of probability P has an error of about (P + p / P) 2^-23. A class of
+    probability 0 is never drawn; where logits are not finite, neither is the loss.
+    """
+    classes = logits.shape[-1]
+    block = min(BLOCK, classes)
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, -classes % block)]
+    blocks = jnp.pad(logits, padding, constant_values=-jnp.inf)
+    blocks = blocks.reshape(*logits.shape[:-1], -1, block)
+    top = jnp.max(logits, -1, keepdims=True)
+    first, second = jax.random.uniform(key, (2, *logits.shape[:-1]), logits.dtype)
+    chosen = _invert(first, jnp.sum(jnp.exp(blocks - top[..., None]), -1))
+    # Of the logits, not of their exponentials: those are then never stored.
+    inside = jnp.take_along_axis(blocks, chosen[..., None, None], -2)[..., 0, :]
+    return chosen * block + _invert(second, jnp.exp(inside - top))
+
+
+def _invert(u: jax.Array, masses: jax.Array) -> jax.Array:
+    """The class at which the distribution function exceeds u, which is in [0, 1)."""
+    cumulated = jnp.where(masses > 0, jnp.cumsum(masses, -1), 0)  # rounding may lift an empty class
+    return jnp.argmax(cumulated > u[..., None] * jnp.max(cumulated, -1, keepdims=True), -1)
+
+
 def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    labels = sample_categorical(key, jax.lax.stop_gradient(logits))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 

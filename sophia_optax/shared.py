@@ -21,16 +21,26 @@ def value_grad_and_hessian(
     one are two pullbacks of each group's outputs; with `hutchinson` loss and gradient are what
     H u is the derivative of. ĥ is what `estimator(key, θ, None, **extra)` returns, up to rounding.
 
+    Loss and gradient are always those of the whole batch. Where the estimator takes 1/n of it,
+    Gauss-Newton-Bartlett shares the forward pass of those rows, and the other rows get an ordinary
+    pass: about 1 + 2/(3n) gradients instead of 1 + 1/n. Hutchinson evaluates its rows apart, since
+    the mean that `obj_fn` returns may weigh them.
+
+    Micro-batches of gradient accumulation may be shared: call this on those that curvature is
+    sampled from, each with a key of its own, and `jax.value_and_grad` on the others. The mean of
+    the samples is a sample of all their rows, exactly where B is the same in each.
+
     In units of one `jax.value_and_grad`, such a step of a small GPT-2 takes 1.68 times the
     floating-point operations with Gauss-Newton-Bartlett instead of 2.02, and 3.02 with Hutchinson
-    instead of 3.71. Of separate calls in one program XLA merges what is equal by itself: all of
-    the forward pass with one group (1.68), some of it with Hutchinson (3.24), but nothing with
-    groups or several draws, or where parameters are sharded.
+    instead of 3.71, on the whole batch. Of separate calls in one program XLA merges what is equal
+    by itself: all of the forward pass with one group (1.68), some of it with Hutchinson (3.24),
+    but nothing with groups or several draws, or where parameters are sharded.
 
     Args:
-      estimator: of `hutchinson` or `gauss_newton_bartlett`, on the whole batch.
-      has_aux: the loss returns auxiliary output too, `(loss, aux)`; with groups its leaves lead
-        with the rows of a group, and come back with those of the batch.
+      estimator: of `hutchinson` or `gauss_newton_bartlett`.
+      has_aux: the loss returns auxiliary output too, `(loss, aux)`; with groups or a sub-batch of
+        `gauss_newton_bartlett` its leaves lead with the rows of the outputs at hand, and come back
+        with those of the batch.
 
     Returns:
       A function `(key, params, **extra) -> (loss, gradient, h)`, or `((loss, aux), gradient, h)`.
@@ -49,7 +59,7 @@ def value_grad_and_hessian(
     Raises:
       TypeError: the estimator shares no forward pass; `obj_fn` returns another form.
       ValueError: what the estimator raises; `loss_fn` is missing or returns another form;
-        `sampled_loss_fn` is passed.
+        `sampled_loss_fn` is passed; the n of Gauss-Newton-Bartlett does not divide the rows.
 
     Source: Liu et al. 2023 (arXiv 2305.14342) evaluate the two apart; the sharing is ours.
 
@@ -69,8 +79,8 @@ def value_grad_and_hessian(
     if not isinstance(estimator, SharingEstimator):
         raise TypeError(
             f"{estimator} shares no forward pass: only hutchinson(...) and "
-            "gauss_newton_bartlett(...) do, on the whole batch (batch_fraction=1). Call "
-            "`jax.value_and_grad`, and let `update` call the estimator."
+            "gauss_newton_bartlett(...) do. Call `jax.value_and_grad`, and let `update` call the "
+            "estimator."
         )
 
     def function(key: jax.Array, params: optax.Params, **extra: Any):

@@ -14,6 +14,7 @@ import pytest
 from exact import ExactLinear
 
 from sophia_optax import gauss_newton_bartlett, hessian_estimate, hutchinson
+from sophia_optax.likelihood import sample_categorical
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "conventions.md"
 STEPS, K = 32, 3
@@ -147,7 +148,7 @@ def test_the_page_follows_the_released_sophia_g(page, given):
         extra = {} if given else {"logits_fn": logits_fn}
         if due:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-            labels = jax.vmap(jax.random.categorical)(keys, logits_fn(ours))
+            labels = jax.vmap(sample_categorical)(keys, logits_fn(ours))
             oracle.refresh(o.squared_gradient(MODEL.gradient(theirs, np.asarray(labels))))
             g = MODEL.gradient(theirs, np.asarray(labels))
             extra = {"hessian": single(o.squared_gradient(g, B))} if given else extra

@@ -171,19 +171,21 @@ def by_hand(key, shards, groups):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "axis_name", "groups", "check_vma"),
+    ("mesh", "axis_name", "settings", "check_vma"),
     [
-        ("8", "data", 1, True),
-        ("8", "data", 2, True),
-        ("8", "data", 2, False),
-        ("2x4", ("data", "model"), 2, True),
+        ("8", "data", {}, True),
+        ("8", "data", {"groups": 2}, True),
+        ("8", "data", {"groups": 2}, False),
+        ("8", "data", {"groups": 2, "shards": 2}, True),
+        ("2x4", ("data", "model"), {"groups": 2}, True),
     ],
 )
-def test_gnb_in_shard_map_sums_squares_and_counts_over_shards(mesh, axis_name, groups, check_vma):
+def test_gnb_in_shard_map_sums_squares_and_counts_over_shards(mesh, axis_name, settings, check_vma):
     shards = MESHES[mesh][0] if axis_name == "data" else 8
-    gnb = gauss_newton_bartlett(groups=groups)
+    gnb = gauss_newton_bartlett(**settings)
     sample = in_shard_map(gnb, mesh=mesh, axis_name=axis_name, check_vma=check_vma)
-    close(jit(sample)(KEY, PARAMS, BATCH, WEIGHTS), by_hand(KEY, shards, groups))
+    want = by_hand(KEY, shards, settings.get("groups", 1))
+    close(jit(sample)(KEY, PARAMS, BATCH, WEIGHTS), want)
 
 
 def test_gnb_in_shard_map_is_unbiased():

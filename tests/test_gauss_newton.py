@@ -1,6 +1,7 @@
 """Gauss-Newton-Bartlett against exact Gauss-Newton diagonals and exact sampled gradients."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -218,10 +219,13 @@ def test_groups_of_sampled_loss_fn_draw_apart():
     assert len(np.unique(h)) == ROWS
 
 
-def test_shards_change_nothing():
-    one, two = (row_sample("categorical", groups=4, shards=n) for n in (1, 2))
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("number", [1, 3])
+def test_shards_change_nothing(number):
+    """Four groups one by one, two at once, all at once; with draws in a scan inside."""
+    arguments = {"groups": 4, "num_samples": number, "weights": W}
+    one, *others = (row_sample("categorical", **arguments, shards=n) for n in (1, 2, 4))
+    for other, name in itertools.product(others, one):
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-6, atol=1e-9)
 
 
 def test_rows_of_weight_zero_are_as_if_they_were_not_there():

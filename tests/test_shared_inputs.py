@@ -19,20 +19,14 @@ def refuses(match, estimate, error=ValueError, has_aux=False, params=PARAMS, wit
         jax.eval_shape(lambda: function(KEY, params, **extra))
 
 
-@pytest.mark.parametrize(
-    "estimate",
-    [
-        gauss_newton_bartlett(batch_fraction=0.5),
-        hutchinson(batch_fraction=0.25),
-        lambda key, params, updates, **extra: updates,
-    ],
-    ids=["gnb", "hutchinson", "of the user"],
-)
-def test_estimators_that_share_nothing_are_refused_at_once(estimate):
-    with pytest.raises(
-        TypeError, match=r"shares no forward pass.*batch_fraction=1.*let `update` c"
-    ):
-        value_grad_and_hessian(estimate)
+def test_estimators_that_share_nothing_are_refused_at_once():
+    with pytest.raises(TypeError, match=r"shares no forward pass.*let `update` c"):
+        value_grad_and_hessian(lambda key, params, updates, **extra: updates)
+
+
+def test_shares_that_do_not_divide_the_rows_are_refused():
+    third = gauss_newton_bartlett(batch_fraction=1 / 3)
+    refuses(r"batch_fraction=1/3 does not divide the 8 rows.*Choose a fraction", third)
 
 
 def test_missing_arguments_are_named():
@@ -79,7 +73,10 @@ def test_losses_are_shaped_as_their_weights():
 @pytest.mark.parametrize("aux", [lambda f: f.mean(), lambda f: f[:2]], ids=["a number", "two"])
 def test_auxiliary_output_that_belongs_to_no_row_cannot_be_joined(aux):
     pair = lambda f, batch: (loss_fn(f, batch), {"aux": aux(f)})  # noqa: E731
-    refuses("groups=2.*must lead with the rows of a group, 4", GROUPS, has_aux=True, loss_fn=pair)
+    half = gauss_newton_bartlett(batch_fraction=0.5)
+    for estimate, setting in ((GROUPS, "groups=2"), (half, "batch_fraction=0.5")):
+        match = f"{setting}.*must lead with the rows of its outputs, here 4"
+        refuses(match, estimate, has_aux=True, loss_fn=pair)
     params, extra = arguments(dtype="float32")
     one_group = gauss_newton_bartlett()
     (_, have), *_ = shared(one_group, params, extra | {"loss_fn": pair}, has_aux=True)

@@ -15,6 +15,7 @@ from sophia_optax.shared import value_grad_and_hessian
 ON_MESHES = {
     "one group": gauss_newton_bartlett(),
     "groups": gauss_newton_bartlett(groups=8, shards=8),
+    "groups of a half": gauss_newton_bartlett(groups=8, shards=8, batch_fraction=0.5),
     "hutchinson": hutchinson(),
 }
 TWICE = np.concatenate([X, X[::-1]])
@@ -69,6 +70,8 @@ def test_eight_devices_return_what_one_does(name, shape):
         (hutchinson(), False, True),
         (hutchinson(), False, False),
         (hutchinson(mode="reverse", num_samples=2), False, True),
+        (gauss_newton_bartlett(batch_fraction=0.5), True, True),
+        (hutchinson(batch_fraction=0.5), False, True),
     ],
 )
 def test_in_shard_map_loss_and_gradient_are_those_of_all_shards(estimate, weighted, check_vma):

@@ -1,0 +1,156 @@
+"""A step that samples curvature on sharded parameters: what it returns, moves and keeps."""
+
+import collections
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import models
+from models import DecoderConfig
+from sophia_optax import gauss_newton_bartlett, value_grad_and_hessian
+
+ROWS, LENGTH = 64, 16
+AXES = ("data", "fsdp")
+KEY = jax.random.key(3)
+MODEL = models.split(DecoderConfig(vocab_size=256, context=LENGTH, width=64, layers=2, heads=2))
+PARAMS = jax.tree.map(
+    lambda x: x + 0.05 * np.sin(np.arange(x.size)).reshape(x.shape).astype("float32"),
+    jax.jit(MODEL.init)(jax.random.key(0)),
+)
+BATCH = jnp.asarray(np.random.default_rng(0).integers(256, size=(ROWS, LENGTH + 1)))
+ALL = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
+LARGEST = max(x.nbytes for x in jax.tree.leaves(PARAMS))
+
+# (estimator, axes of its groups, axes of the rows of a group)
+SPREAD = {"spmd_axis_name": AXES}
+CASES = {
+    "one group": ({}, P(AXES)),
+    "one group of a quarter": ({"batch_fraction": 0.25}, P(AXES)),
+    "a group a device": ({"groups": 8, "shards": 8, "batch_fraction": 0.25} | SPREAD, P()),
+    "a group a row": ({"groups": 16, "shards": 16, "batch_fraction": 0.25} | SPREAD, P()),
+    "four rounds": ({"groups": 32, "shards": 8} | SPREAD, P()),
+    "a group on four devices": (
+        {"groups": 2, "shards": 2, "batch_fraction": 0.25, "spmd_axis_name": "data"},
+        P("fsdp"),
+    ),
+}
+
+
+def mesh():
+    return jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def losses(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+
+
+def logits(params, batch, spec=None):
+    """Activations sharded as `spec`, the embedding gathered; None on one device."""
+    if spec is None:
+        return MODEL.apply(params, batch[:, :-1])
+
+    def constrain(x, spec=spec):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh(), spec))
+
+    params = params | {"tokens": jax.tree.map(lambda x: constrain(x, P()), params["tokens"])}
+    return MODEL.apply(params, batch[:, :-1], constrain)
+
+
+def plain_step(params, batch, spec=None):
+    return jax.value_and_grad(lambda p: losses(logits(p, batch, spec), batch).mean())(params)
+
+
+def refresh_step(settings, spec):
+    """`(params, batch) -> (loss, gradient, h)`."""
+    function = value_grad_and_hessian(gauss_newton_bartlett(**settings))
+    logits_fn = functools.partial(logits, spec=spec)
+
+    def step(params, batch):
+        return function(KEY, params, inputs=batch, logits_fn=logits_fn, loss_fn=losses)
+
+    return step
+
+
+@functools.cache
+def compiled(name):
+    """The program on the mesh, and its arguments in their places."""
+    settings, spec = CASES.get(name, ({}, P(AXES)))
+    step = functools.partial(plain_step, spec=spec)
+    step = step if name == "plain" else refresh_step(settings, spec)
+    whole = NamedSharding(mesh(), P())
+    of_params = jax.tree.map(
+        lambda spec: NamedSharding(mesh(), spec), MODEL.specs, is_leaf=lambda x: isinstance(x, P)
+    )
+    placed = jax.device_put((PARAMS, BATCH), (of_params, NamedSharding(mesh(), P(AXES))))
+    results = (whole, of_params) if name == "plain" else (whole, of_params, of_params)
+    return jax.jit(step, out_shardings=results).lower(*placed).compile(), placed
+
+
+def collectives(name):
+    """Of each kind the bytes of the arrays that it makes; "in a loop" those in a loop's body."""
+    text = compiled(name)[0].as_text()
+    bodies, made = re.findall(r"body=%?([\w.\-]+)", text), collections.defaultdict(list)
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        inside = re.match(r"%?([\w.\-]*)", computation).group(1) in bodies
+        for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", computation):
+            sizes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", result)
+            size = [int(b) // 8 * np.prod([int(n) for n in s.split(",") if s]) for b, s in sizes]
+            made[kind] += size
+            made["in a loop"] += size * inside
+    return made
+
+
+def near(have, want):
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(check, have, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
+    """The decoder has layer norms: pullbacks under vmap and in a scan agree."""
+    program, placed = compiled(name)
+    loss, gradient, h = program(*placed)
+    near((loss, gradient), jax.jit(plain_step)(PARAMS, BATCH))
+    alone = {n: x for n, x in CASES[name][0].items() if n not in ("shards", "spmd_axis_name")}
+    gnb = gauss_newton_bartlett(**alone)
+    sample = jax.jit(lambda p, batch: gnb(KEY, p, None, logits_fn=logits, inputs=batch))
+    near(h, sample(PARAMS, BATCH))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_curvature_moves_what_another_gradient_would(name):
+    """No array of the size of all parameters, nor one with an axis of groups; no activations.
+
+    A pass gathers the parameters once, and reduces its gradient and the sample once.
+    """
+    plain, refresh = collectives("plain"), collectives(name)
+    passes = 2 if "batch_fraction" in CASES[name][0] else 1
+    for kind, sizes in refresh.items():
+        had, has = (sum(made) / ALL for made in (plain[kind], sizes))
+        print(f"{name}, {kind}: {has:.2f} parameters, in a plain step {had:.2f}")
+    assert max(itertools.chain(*refresh.values())) <= LARGEST < ALL / 2
+    assert sum(plain["all-gather"]) >= 0.95 * ALL  # they are in the count
+    assert sum(refresh["all-gather"]) <= 1.01 * passes * sum(plain["all-gather"])
+    # A group on several devices is reduced over these before it is squared, then over the others.
+    assert sum(refresh["all-reduce"]) <= 1.2 * (passes + 1) * sum(plain["all-reduce"])
+    moved = ("all-to-all", "collective-permute")
+    assert sum(sum(refresh[kind]) for kind in moved) <= sum(sum(plain[kind]) for kind in moved)
+    assert bool(refresh["in a loop"]) == (name == "four rounds")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_temporaries_are_not_those_of_a_gradient_for_each_group(name):
+    plain, refresh = (compiled(n)[0].memory_analysis().temp_size_in_bytes for n in ("plain", name))
+    print(f"{name}: {refresh / ALL:.2f} parameters of temporaries, plain {plain / ALL:.2f}")
+    assert refresh < 1.25 * plain
