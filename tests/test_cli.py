@@ -69,7 +69,7 @@ def test_the_help_of_an_optimizer_explains_it_and_each_flag(optimizer, capsys):
     explained = {
         flag.split()[0].rstrip(",").replace("-", "_")
         for flag in flags.replace("│", " ").split("--optim.")[1:]
-        if re.search(r"(\S+\s+){3,}\(default: ", flag)
+        if re.search(r"(\S+\s+){3,}\(default:\s", flag)
     }
     fields = {field.name for field in dataclasses.fields(kind)}
     assert fields == {name.removeprefix("no_") for name in explained}

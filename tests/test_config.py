@@ -11,7 +11,7 @@ from contract import assert_close
 
 import sophia_optax
 from models import PRESETS
-from train import config
+from train import config, reference
 from train.config import preset
 from train.optimizers import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
 from train.peers import matrices
@@ -196,7 +196,7 @@ def test_every_field_of_an_estimator_changes_the_sample(kind):
 
     before = sample(kind())
     for field in dataclasses.fields(kind):
-        if field.name in SAMPLING:
+        if field.name in SAMPLING | {"spread"}:
             change = {field.name: another(field, getattr(kind(), field.name))}
             assert not same(before, sample(kind(**change))), change
 
@@ -269,12 +269,55 @@ def test_the_radius_of_soaa_closes_in_over_the_steps_of_the_run():
         assert same(run, follow(sophia_optax.soaa(**fields, total_steps=total), optim))
 
 
-@pytest.mark.parametrize(("groups", "shards"), [(1, 8), (2, 2), (3, 2)])
-def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_shards(groups, shards):
+@pytest.mark.parametrize(
+    ("groups", "devices", "shards"), [(1, 8, 1), (2, 2, 2), (3, 2, 1), (0, 3, 3), (0, 8, 1)]
+)
+def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_devices(groups, devices, shards):
+    """Side by side go groups that use all devices; no groups are one a row."""
     optim = SophiaG(groups=groups, batch_fraction=1.0, num_samples=2)
-    direct = sophia_optax.gauss_newton_bartlett(groups=groups, num_samples=2)
+    assert optim.shards(devices, 6) == shards
+    direct = sophia_optax.gauss_newton_bartlett(groups=groups or 6, num_samples=2)
     samples = [
         estimator(jax.random.key(3), PARAMS, None, logits_fn=logits_fn, inputs=ROWS)
-        for estimator in (optim.estimator(shards), direct)
+        for estimator in (optim.estimator(shards, 6), direct)
     ]
     assert_close(*samples, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optim", "change", "message"),
+    [
+        ({}, {"accumulation": 0}, "accumulation=0 must be at least 1"),
+        ({}, {"accumulation": 3}, "batch_size=16 does not divide into accumulation=3"),
+        ({"batch_fraction": 1 / 3}, {}, "every 3-th row, which does not divide batch_size=16"),
+        ({"spread": True}, {}, "spread over 10 steps takes every 10-th row, .* or --optim.update"),
+        ({"batch_fraction": 0.0}, {}, r"batch_fraction=0.0 is outside \(0, 1\]"),
+        ({"batch_fraction": 0.25}, {"batch_size": 24, "accumulation": 6}, "one must divide the ot"),
+        ({"groups": 3}, {}, "16 rows, sampled of each of 1 micro-batches, do not divide into 3"),
+        ({"groups": 16, "batch_fraction": 0.5}, {}, "8 rows, sampled .* lower --optim.groups"),
+    ],
+)
+def test_rows_that_cannot_be_cut_are_refused_where_the_run_is_described(optim, change, message):
+    run = preset()
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(run, optim=dataclasses.replace(run.optim, **optim), **change)
+
+
+@pytest.mark.parametrize(
+    ("number", "accumulation", "strides"), [(1, 4, (1, 1)), (2, 4, (2, 1)), (8, 2, (2, 4))]
+)
+def test_the_rows_of_a_sample_are_every_nth_of_the_batch(number, accumulation, strides):
+    """Whether whole micro-batches are taken, or parts of one."""
+    every, stride = SophiaG(batch_fraction=1 / number).strides(48, accumulation)
+    assert (every, stride) == strides
+    taken = [
+        row
+        for first in range(0, accumulation, every)
+        for row in range(first, 48, accumulation * stride)
+    ]
+    assert sorted(taken) == list(range(0, 48, number))
+
+
+def test_the_reference_of_a_run_in_micro_batches_is_that_in_one_piece():
+    cut = dataclasses.replace(preset("tiny", "sophia-g"), accumulation=2)
+    assert reference.twin(cut) == preset("tiny", "adamw")

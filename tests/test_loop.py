@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 
 import jax
@@ -81,8 +82,12 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
 ):
     due, report, handler = loop.refresh_due, loop._Meter.report, signal.getsignal(number)
 
+    asked = []
+
     def before(optimizer, step):
-        if step == 7 and moment == "before the step":
+        asked.append(step)
+        # The first to ask is what compiles.
+        if asked.count(7) == 2 and step == 7 and moment == "before the step":
             os.kill(os.getpid(), number)
         return due(optimizer, step)
 
@@ -124,6 +129,65 @@ def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
     assert lines[-1] == command
     assert "bits a byte on held-out text" in "\n".join(lines)
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("HAMLET.")
+
+
+def test_programs_are_compiled_before_the_first_step_and_never_again(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """Both kinds of step for a run, the plain one alone for steps that sample nothing."""
+    events, made = [], []
+    make_step, assemble = program.step_lib.make_step, program.assemble
+
+    def watched(*args, **kwargs):
+        step = make_step(*args, **kwargs)
+
+        def traced(state, batch, refresh):
+            events.append(refresh)
+            return step(state, batch, refresh)
+
+        return traced
+
+    def kept(run):
+        made.append(assemble(run))
+        return made[-1]
+
+    monkeypatch.setattr(program.step_lib, "make_step", watched)
+    monkeypatch.setattr(program, "assemble", kept)
+    monkeypatch.setattr(loop._Meter, "report", lambda *args: events.append("step"))
+    run = small(tmp_path / "run", steps=5)
+    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
+    assert events == [True, False, *["step"] * 5]
+    shown = capsys.readouterr().out
+    for name in ("step that samples curvature", "plain step"):
+        assert re.search(rf"^compiling the {name}\ncompiled the {name} in \d+\.\d s$", shown, re.M)
+    events.clear()
+    train.resume(tmp_path / "run", steps=8)
+    assert events == [False, *["step"] * 3]
+    assert [programs.step._cache_size() for programs in made] == [0, 0]
+
+
+def test_a_program_that_does_not_compile_leaves_the_folder_free(tmp_path, monkeypatch):
+    def fails(*args):
+        raise ValueError("no such kernel")
+
+    run = small(tmp_path / "run", "adamw", steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_compile", fails)
+        with pytest.raises(ValueError, match="no such kernel"):
+            train.train(run)
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert max(losses(train.train(run))) == 3
+
+
+def test_a_run_in_micro_batches_is_the_run_in_one_piece(tmp_path):
+    """End to end, eight devices of which four share each parameter."""
+    mesh = program.mesh.MeshConfig(fsdp=4)
+    runs = (
+        train.train(small(tmp_path / str(k), "adamw", batch_size=16, accumulation=k, mesh=mesh))
+        for k in (1, 2)
+    )
+    whole, cut = (list(losses(history).values()) for history in runs)
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
 
 
 def test_a_taken_folder_is_refused(finished):

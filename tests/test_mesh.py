@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -51,6 +52,27 @@ def test_eight_devices_follow_one(optimizer, changes, fsdp):
     assert programs.step._cache_size() == 2, "one program for plain steps, one for refreshes"
     placed = jax.tree.map(lambda x: x.sharding, state)
     assert placed == jax.tree.map(lambda x: x.sharding, programs.abstract)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "refresh", "changes"),
+    [
+        ("adamw", None, {}),
+        ("sophia-g", True, {}),
+        ("sophia-g", True, {"groups": 8}),
+        ("sophia-g", True, {"groups": 0}),
+        ("sophia-g", True, {"groups": 8, "batch_fraction": 0.5}),
+        ("sophia-h", True, {}),
+    ],
+)
+def test_parameters_move_and_rows_stay(optimizer, refresh, changes):
+    """Each matrix is gathered for its use, as in a plain step; activations never are exchanged."""
+    text = run_on(optimizer, MeshConfig(fsdp=4), **changes)[1].compile(refresh).as_text()
+    gathers = len(re.findall(r" all-gather\(", text))
+    matrices = 8  # embedding, positions and six of the block
+    passes = 2 if optimizer == "sophia-h" or "batch_fraction" in changes else 1
+    assert 0 < gathers <= matrices * passes + 1
+    assert "all-to-all(" not in text and "collective-permute(" not in text
 
 
 @pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "adamw", "lion", "muon"])

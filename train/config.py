@@ -15,6 +15,7 @@ from models import PRESETS, DecoderConfig
 from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS, Optimizer, name_of
 from train.presets import GPT2, TINY
+from train.sophia import SophiaG, SophiaH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,9 @@ class Config:
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences a step, over all devices."""
+    accumulation: int = 1
+    """Micro-batches that a step evaluates one after the other, for less memory: of batch_size
+    sequences together, which they and the devices must divide."""
     sequence_length: int = 64
     """Tokens a sequence."""
     warmup_steps: int = 100
@@ -80,9 +84,16 @@ class Config:
     """The model's name, before any flag changed it."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "sequence_length", "evaluate_every"):
+        for name in ("steps", "batch_size", "accumulation", "sequence_length", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide into accumulation="
+                f"{self.accumulation} micro-batches; choose a multiple of {self.accumulation}."
+            )
+        if isinstance(self.optim, SophiaG | SophiaH):
+            self.optim.estimator(1, self.batch_size, self.accumulation)
         if self.gradient_clip < 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
         if self.sequence_length > self.model.context:

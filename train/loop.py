@@ -97,10 +97,13 @@ def _run(
     checkpoints: checkpoint.Checkpoints,
 ) -> History:
     """Trains from `state` to the last step, or until a signal, then reports."""
-    config.save(run, folder)
     first = done = int(state.step)
     measured, heldout = {}, {}
-    with metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet) as log, _signals() as stop:
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet))
+        step = _compiled(run, programs, range(first, run.steps), log)
+        config.save(run, folder)  # only now: a run that does not compile leaves its folder free
+        stop = stack.enter_context(_signals())
         meter = _Meter(run, log, checkpoints, first)
 
         def save(force: bool) -> None:
@@ -109,8 +112,7 @@ def _run(
                 checkpoints.save(done, state, metrics=heldout or None, force=force)
 
         while done < run.steps and not stop.is_set():
-            refresh = refresh_due(run.optim, done)
-            state, measured = programs.step(state, programs.batch(done), refresh=refresh)
+            state, measured = step[refresh_due(run.optim, done)](state, programs.batch(done))
             done, heldout = done + 1, {}
             meter.report(done, measured)
             if done % run.evaluate_every == 0 or done == run.steps:
@@ -127,6 +129,18 @@ def _run(
     if done < run.steps:
         raise KeyboardInterrupt(f"stopped at step {done}, which is saved")
     return history
+
+
+def _compiled(
+    run: Config, programs: program.Program, steps: range, log: metrics.RunLog
+) -> dict[bool | None, Any]:
+    """The programs that these steps need, by `refresh`: what does not compile fails before them."""
+    compiled = {}
+    names = {True: "step that samples curvature", False: "plain step", None: "step"}
+    for refresh in dict.fromkeys(refresh_due(run.optim, step) for step in steps):
+        with log.compiling(names[refresh]):
+            compiled[refresh] = programs.compile(refresh)
+    return compiled
 
 
 @contextlib.contextmanager

@@ -52,6 +52,28 @@ def constrain_activations(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES)))
 
 
+def constrain_group(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Keeps the activations of a group of rows where these are: on one device.
+
+    For groups side by side under a vmap over the mesh (`gauss_newton_bartlett(spmd_axis_name=)`).
+    """
+    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+
+def gather_embedding(mesh: Mesh, apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A model's `apply` that gathers the embedding before it reads rows of it.
+
+    XLA would look up rows of what each device holds, and move activations (all-to-all) instead.
+    """
+
+    def gathered(params, *args, **kwargs):
+        table = params["tokens"]["embedding"]
+        table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P()))
+        return apply(params | {"tokens": {"embedding": table}}, *args, **kwargs)
+
+    return gathered
+
+
 def parameter_shardings(mesh: Mesh, specs: Any) -> Any:
     """A `NamedSharding` for each `PartitionSpec`."""
     return jax.tree.map(

@@ -1,17 +1,25 @@
 """What a run reports: `metrics.jsonl` for programs, a progress line for people, a figure."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 FILE = "metrics.jsonl"
 _PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
@@ -64,6 +72,17 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
         self._file.close()
+
+    @contextlib.contextmanager
+    def compiling(self, name: str) -> Iterator[None]:
+        """Show that a program is being compiled, and then how long it took."""
+        self._progress.update(self._task, loss=f"compiling the {name}")
+        if not self._bar:
+            self.print(f"compiling the {name}")
+        start = time.perf_counter()
+        yield
+        self._progress.update(self._task, loss="")
+        self.print(f"compiled the {name} in {time.perf_counter() - start:.1f} s")
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one training step: `loss`, `tokens_per_second`, and whatever else there is."""
@@ -198,6 +217,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _progress(console: Console, *, shown: bool) -> Progress:
     return Progress(
+        SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

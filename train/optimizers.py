@@ -1,127 +1,17 @@
 """The optimizers of the command line: each a config that knows how to make its transformation.
 
-Ours are here, optax's in `train.peers`. All take the same schedule, and weight decay on matrices
-alone, so that a comparison compares optimizers.
+Ours are here and in `train.sophia`, optax's in `train.peers`. All take the same schedule, and
+weight decay on matrices alone, so that a comparison compares optimizers.
 """
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
 import sophia_optax
-from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3, matrices
-
-StateDtype = Literal["float32", "bfloat16"]
-
-
-def _arguments(fields: dict[str, Any], learning_rate: optax.Schedule) -> dict[str, Any]:
-    """Fields have the names of the arguments that they become."""
-    return fields | {"learning_rate": learning_rate, "weight_decay_mask": matrices}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sophia:
-    """What Sophia-G and Sophia-H share: all but the estimator."""
-
-    learning_rate: float = 6e-4
-    """Peak learning rate: the step of a clipped coordinate."""
-    b1: float = 0.965
-    """Decay of m, which averages 1 / (1 - b1) steps; short runs with small batches want .8."""
-    b2: float = 0.99
-    """Decay of h at each sample, so it averages update_interval / (1 - b2) steps."""
-    gamma: float = 0.05
-    """Factor on h; raise it if win_rate stays under .1, lower it if over .5."""
-    eps: float = 1e-12
-    """Floor of the denominator; a coordinate at it takes a sign step."""
-    clip_threshold: float = 1.0
-    """Bound on each coordinate of the step, in learning rates."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
-    update_interval: int = 10
-    """Steps between samples of curvature."""
-    debias_momentum: bool = True
-    """Correct m for its start at 0; the paper does not."""
-    debias_hessian: bool = True
-    """Correct h for its start at 0; the paper does not, and clips nearly all at first."""
-    mu_dtype: StateDtype = "float32"
-    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
-    hessian_dtype: StateDtype = "float32"
-    """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
-    statistics: bool = True
-    """Measure win_rate, clipped_fraction and floored_fraction at each sample."""
-
-    def _make(self, learning_rate: optax.Schedule, seed: int, estimator: sophia_optax.Estimator):
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Sophia)}
-        arguments = _arguments(shared, learning_rate)
-        return sophia_optax.sophia_h(**arguments, seed=seed, estimator=estimator)
-
-
-@dataclasses.dataclass(frozen=True)
-class SophiaG(_Sophia):
-    """Sophia with the Gauss-Newton-Bartlett estimate of curvature.
-
-        step = -lr (clip(m / max(gamma h, eps)) + weight_decay p)
-
-    m averages gradients, h samples of the Gauss-Newton diagonal: squared gradients on labels drawn
-    from the model's own predictions. A sample costs about a gradient. Tune the learning rate
-    first, then gamma by `win_rate`, the share of coordinates that are not clipped, which the
-    metrics hold. The state takes 8 bytes a parameter, as AdamW's.
-    """
-
-    groups: int = 1
-    """Sets of rows squared apart, for less variance at equal cost; must divide the rows."""
-    batch_fraction: float = 1.0
-    """Share of the batch that a sample is taken of: less is cheaper and noisier."""
-    num_samples: int = 1
-    """Draws of all labels averaged in one sample; each costs a gradient."""
-
-    def estimator(self, shards: int) -> sophia_optax.Estimator:
-        """What samples curvature, as many groups side by side as divide the `shards` devices."""
-        return sophia_optax.gauss_newton_bartlett(
-            groups=self.groups,
-            batch_fraction=self.batch_fraction,
-            num_samples=self.num_samples,
-            shards=math.gcd(self.groups, shards),
-        )
-
-    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int, **unused):
-        """The transformation."""
-        return self._make(learning_rate, seed, self.estimator(shards))
-
-
-@dataclasses.dataclass(frozen=True)
-class SophiaH(_Sophia):
-    """Sophia with Hutchinson's estimate of curvature.
-
-        step = -lr (clip(m / max(gamma h, eps)) + weight_decay p)
-
-    m averages gradients, h samples of the Hessian diagonal: Hessian-vector products with random
-    signs. A sample costs about 2.5 gradients. Tune the learning rate first, then gamma by
-    `win_rate`, the share of coordinates that are not clipped, which the metrics hold. The state
-    takes 8 bytes a parameter, as AdamW's.
-    """
-
-    gamma: float = 0.01
-    """Factor on h; raise it if win_rate stays under .1, lower it if over .5."""
-    probe: Literal["rademacher", "normal"] = "rademacher"
-    """Random vector of the product; normal is the paper's, of larger variance."""
-    batch_fraction: float = 1.0
-    """Share of the batch that a sample is taken of: less is cheaper and noisier."""
-    num_samples: int = 1
-    """Products averaged in one sample."""
-
-    def estimator(self, shards: int) -> sophia_optax.Estimator:
-        """What samples curvature; it is the same on any number of `shards`."""
-        del shards
-        return sophia_optax.hutchinson(
-            probe=self.probe, num_samples=self.num_samples, batch_fraction=self.batch_fraction
-        )
-
-    def make(self, learning_rate: optax.Schedule, *, shards: int, seed: int, **unused):
-        """The transformation."""
-        return self._make(learning_rate, seed, self.estimator(shards))
+from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
+from train.sophia import SophiaG, SophiaH, StateDtype, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +50,11 @@ class SophiaLite:
     hessian_dtype: StateDtype = "float32"
     """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
     statistics: bool = False
-    """Measure win_rate and its kin at each sample, which costs more than the update."""
+    """Measure win_rate and its kin at each sample, on a 64th of the coordinates."""
 
     def make(self, learning_rate: optax.Schedule, *, seed: int, **unused):
         """The transformation."""
-        arguments = _arguments(dataclasses.asdict(self), learning_rate)
+        arguments = arguments_of(dataclasses.asdict(self), learning_rate)
         return sophia_optax.sophia_lite(**arguments, seed=seed)
 
 
@@ -204,11 +94,11 @@ class SophiaGeometric:
     hessian_dtype: StateDtype = "float32"
     """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
     statistics: bool = False
-    """Measure win_rate and its kin on each step, which costs more than the update."""
+    """Measure win_rate and its kin at each step, on a 64th of the coordinates."""
 
     def make(self, learning_rate: optax.Schedule, *, seed: int, **unused):
         """The transformation."""
-        arguments = _arguments(dataclasses.asdict(self), learning_rate)
+        arguments = arguments_of(dataclasses.asdict(self), learning_rate)
         return sophia_optax.sophia_geometric(**arguments, seed=seed)
 
 
@@ -253,7 +143,7 @@ class OrthoSoph:
 
     def make(self, learning_rate: optax.Schedule, **unused):
         """The transformation."""
-        return sophia_optax.orthosoph(**_arguments(dataclasses.asdict(self), learning_rate))
+        return sophia_optax.orthosoph(**arguments_of(dataclasses.asdict(self), learning_rate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +178,7 @@ class Soaa:
 
     def make(self, learning_rate: optax.Schedule, *, total_steps: int, **unused):
         """The transformation; the bounds of its radius close in over `total_steps`."""
-        arguments = _arguments(dataclasses.asdict(self), learning_rate)
+        arguments = arguments_of(dataclasses.asdict(self), learning_rate)
         return sophia_optax.soaa(**arguments, total_steps=total_steps)
 
 
@@ -335,9 +225,9 @@ def name_of(optimizer: Optimizer) -> str:
 def refresh_due(optimizer: Optimizer, step: int) -> bool | None:
     """Whether the program of a step renews curvature: static, so that the other has no trace of it.
 
-    None, for one program that serves all steps, without an interval or where it is 1: the
-    transformation then decides by itself, and refuses what is not finite by coordinate, which
-    moves fewer bytes than the test of the whole tree that True asks for.
+    None, for one program that serves all steps, without an interval or where it is 1 or spread:
+    the transformation then decides by itself. What is not finite in a sample that it makes it
+    refuses by coordinate, which moves 4 bytes a parameter less than the test of a whole sample.
     """
-    interval = getattr(optimizer, "update_interval", 1)
+    interval = getattr(optimizer, "update_interval", 1) // getattr(optimizer, "slices", 1)
     return None if interval == 1 else step % interval == 0

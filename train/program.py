@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +16,7 @@ import models
 from train import data, evaluate, mesh
 from train import step as step_lib
 from train.config import Config
+from train.sophia import SophiaG, SophiaH
 
 
 class Program(NamedTuple):
@@ -23,6 +25,7 @@ class Program(NamedTuple):
     apply: step_lib.Apply
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
+    compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
     evaluate: Any  # params -> dict of floats
     batch: Any  # step number -> int32[B, T + 1] on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
@@ -35,31 +38,35 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
       ValueError: the mesh does not fit the devices, or the batch or the width not the mesh.
     """
     placed = mesh.make_mesh(run.mesh, devices)
-    if run.batch_size % placed.size:
+    parts = placed.size * run.accumulation
+    if run.batch_size % parts:
+        cut = f" in {run.accumulation} micro-batches" * (run.accumulation > 1)
         raise ValueError(
-            f"batch_size={run.batch_size} does not divide over {placed.size} devices; choose a "
-            f"multiple of {placed.size}."
+            f"batch_size={run.batch_size} does not divide over {placed.size} devices{cut}; choose "
+            f"a multiple of {parts}."
         )
     if run.model.width % run.mesh.fsdp:
         raise ValueError(
             f"--mesh.fsdp {run.mesh.fsdp} does not divide the model's width of {run.model.width}, "
             "along which parameters are sharded; choose a factor of it."
         )
-    model = models.split(run.model)
-    tx = _optimizer(run, placed.size)
+    model = _split(run.model, placed)
+    tx = _optimizer(run)
     init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
     abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     batch, heldout = _batches(run, mesh.batch_sharding(placed))
+    step = jax.jit(
+        _step(run, model, tx, placed),
+        static_argnames="refresh",
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
     return Program(
         apply=model.apply,
         init=jax.jit(init, out_shardings=shardings),
-        step=jax.jit(
-            _step(run, model, tx, placed),
-            static_argnames="refresh",
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        ),
+        step=step,
+        compile=functools.partial(_compile, step, abstract, _abstract_batch(run, placed)),
         evaluate=evaluate.make_evaluate(
             model.apply,
             heldout,
@@ -77,8 +84,10 @@ def use_compile_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
-def _optimizer(run: Config, shards: int) -> optax.GradientTransformation:
-    optimizer = run.optim.make(run.schedule, shards=shards, seed=run.seed, total_steps=run.steps)
+def _optimizer(run: Config) -> optax.GradientTransformation:
+    optimizer = run.optim.make(
+        run.schedule, seed=run.seed, total_steps=run.steps, batch_size=run.batch_size
+    )
     if not run.gradient_clip:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(run.gradient_clip), optimizer)
@@ -94,18 +103,39 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
     )
 
 
+def _abstract_batch(run: Config, placed: Mesh) -> jax.ShapeDtypeStruct:
+    shape = (run.batch_size, run.sequence_length + 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.batch_sharding(placed))
+
+
+def _compile(step, state: step_lib.TrainState, batch: jax.ShapeDtypeStruct, refresh: bool | None):
+    return step.lower(state, batch, refresh=refresh).compile()
+
+
+def _split(config: models.DecoderConfig, placed: Mesh) -> models.Functional:
+    model = models.split(config)
+    return model._replace(apply=mesh.gather_embedding(placed, model.apply))
+
+
 def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, placed: Mesh):
     # cuDNN attention has no second derivative.
     twice_differentiable = dataclasses.replace(run.model, attention="xla")
-    estimator = getattr(run.optim, "estimator", None)
+    sampling = {}
+    if isinstance(run.optim, SophiaG | SophiaH):
+        cut = run.batch_size, run.accumulation
+        shards = run.optim.shards(placed.size, *cut)
+        sampling["estimator"] = run.optim.estimator(shards, *cut)
+        sampling["sample_every"] = run.optim.strides(*cut)[0]
+        if shards > 1:
+            sampling["constrain_group"] = mesh.constrain_group(placed)
     return step_lib.make_step(
         model.apply,
         tx,
-        estimator=estimator and estimator(placed.size),
         seed=run.seed,
-        hessian_apply=models.split(twice_differentiable).apply,
+        hessian_apply=_split(twice_differentiable, placed).apply,
         constrain=mesh.constrain_activations(placed),
-        grouped=getattr(run.optim, "groups", 1) > 1,
+        accumulation=run.accumulation,
+        **sampling,
     )
 
 

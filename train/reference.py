@@ -23,8 +23,11 @@ class Reference(NamedTuple):
 
 
 def twin(run: Config) -> Config:
-    """The same model, data and budget with AdamW at its defaults for that model."""
-    return dataclasses.replace(run, optim=config.preset(run.base, "adamw").optim)
+    """The same model, data and budget with AdamW at its defaults for that model.
+
+    In one piece: cutting its batch changes nothing but rounding.
+    """
+    return dataclasses.replace(run, optim=config.preset(run.base, "adamw").optim, accumulation=1)
 
 
 def find(run: Config) -> Reference | None:

@@ -1,5 +1,6 @@
 """One training step: loss, gradient, update. No input or output, no schedule of its own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 
 import sophia_optax
 from models.decoder import Constrain, identity
-from sophia_optax.curvature import SharingEstimator
+from sophia_optax.curvature import sum_over
 from sophia_optax.shared import value_grad_and_hessian
 
 Apply = Callable[..., jax.Array]  # (params, tokens[B, T], constrain) -> logits[B, T, V]
@@ -48,19 +49,26 @@ def make_step(
     seed: int = 0,
     hessian_apply: Apply | None = None,
     constrain: Constrain = identity,
-    grouped: bool = False,
+    constrain_group: Constrain | None = None,
+    accumulation: int = 1,
+    sample_every: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step of any optimizer; those that sample curvature find what they need.
 
     Args:
       apply: the model.
       tx: the optimizer.
-      estimator: what `tx` samples curvature with, if it does. One that can share a forward pass
-        is evaluated with the gradient, and `tx` is given the sample.
-      seed: of the samples, as in `tx`, which would draw the same.
+      estimator: what curvature is sampled with, if `tx` uses any: it is evaluated with the
+        gradient (`value_grad_and_hessian`), and `tx` is given the sample.
+      seed: of the samples; from a batch in one piece `tx` would draw the same with its own.
       hessian_apply: the model with attention that can be differentiated twice; default `apply`.
       constrain: sharding of activations.
-      grouped: curvature is sampled under vmap, where activations must not be constrained.
+      constrain_group: the same where the estimator takes groups of rows under vmap, of which each
+        has its own device; default `constrain`.
+      accumulation: K, micro-batches that are evaluated one after the other. Each has every K-th
+        row, so that a shard of the batch is cut and never moved.
+      sample_every: n, a divisor of K: curvature is sampled from every n-th micro-batch, each with
+        a key of its own, and the samples are averaged.
 
     Returns:
       `(state, batch, refresh) -> (state, metrics)` with batch int32[B, T + 1] and refresh a
@@ -70,11 +78,9 @@ def make_step(
     """
     tx = optax.with_extra_args_support(tx)
     hessian_apply = hessian_apply or apply
-    shares = isinstance(estimator, SharingEstimator)
-    shared = value_grad_and_hessian(estimator) if shares else None
 
     def logits_fn(params, batch):
-        return apply(params, batch[:, :-1], **({} if grouped else {"constrain": constrain}))
+        return apply(params, batch[:, :-1], constrain=constrain_group or constrain)
 
     def obj_fn(params, batch):
         return mean_loss(hessian_apply, params, batch, constrain=constrain)
@@ -82,16 +88,25 @@ def make_step(
     def loss_fn(logits, batch):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
 
+    model = {"obj_fn": obj_fn, "logits_fn": logits_fn}
+
+    def gradient(params, batch):
+        loss = functools.partial(mean_loss, apply, batch=batch, constrain=constrain)
+        return jax.value_and_grad(loss)(params)
+
+    both = None
+    if estimator:
+        shared = functools.partial(value_grad_and_hessian(estimator), loss_fn=loss_fn, **model)
+        both = functools.partial(_sums_and_sample, gradient, shared, sample_every)
+
     def step(state: TrainState, batch: jax.Array, refresh: bool):
-        model = {"obj_fn": obj_fn, "logits_fn": logits_fn, "inputs": batch}
-        if shared and refresh is not False:
+        batches = micro_batches(batch, accumulation)
+        if both and refresh is not False:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            loss, grads, hessian = shared(key, state.params, loss_fn=loss_fn, **model)
+            sums, hessian = both(key, state.params, batches)
         else:
-            hessian = None
-            loss, grads = jax.value_and_grad(
-                lambda params: mean_loss(apply, params, batch, constrain=constrain)
-            )(state.params)
+            sums, hessian = _sum(gradient, state.params, batches), None
+        loss, grads = optax.tree.scale(1 / accumulation, sums)
         updates, opt_state = tx.update(
             grads,
             state.opt_state,
@@ -99,6 +114,7 @@ def make_step(
             hessian=hessian,
             refresh=refresh,
             value=loss,
+            inputs=batch,
             **model,
         )
         params = optax.apply_updates(state.params, updates)
@@ -107,3 +123,36 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def micro_batches(batch: jax.Array, number: int) -> jax.Array:
+    """[B, ...] to [K, B / K, ...]: micro-batch i has the rows i, i + K, i + 2 K, ..."""
+    return jnp.swapaxes(batch.reshape(-1, number, *batch.shape[1:]), 0, 1)
+
+
+def _sums_and_sample(gradient, shared, every: int, key, params, batches_KxBxT):
+    """((sum of losses, of gradients), mean of the samples of every n-th micro-batch)."""
+    cut = batches_KxBxT.reshape(-1, every, *batches_KxBxT.shape[1:])
+    keys = jax.random.split(key, len(cut)) if len(cut) > 1 else key[None]
+
+    def sample(params, key, batch):
+        return shared(key, params, inputs=batch)
+
+    loss, grads, h = _sum(sample, params, keys, cut[:, 0])
+    if every > 1:
+        others = cut[:, 1:].reshape(-1, *batches_KxBxT.shape[1:])
+        loss, grads = optax.tree.add((loss, grads), _sum(gradient, params, others))
+    return (loss, grads), optax.tree.scale(1 / len(cut), h)
+
+
+def _sum(function: Callable[..., Any], params: Any, *xs: jax.Array) -> Any:
+    """The sum of `function(params, *x)` over the rows of `xs`, one after the other."""
+    if len(xs[0]) == 1:
+        return function(params, *(x[0] for x in xs))
+
+    def part(x):
+        # Else XLA gathers parameters before the loop, and keeps the whole model on each device.
+        params_here, x = jax.lax.optimization_barrier((params, x))
+        return function(params_here, *x), None
+
+    return sum_over(part, xs)[0]

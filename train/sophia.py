@@ -1,0 +1,196 @@
+"""Sophia-G and Sophia-H on the command line: what they sample, and of which rows."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import optax
+
+import sophia_optax
+from sophia_optax.curvature import check_fraction
+from train.mesh import AXES
+from train.peers import matrices
+
+StateDtype = Literal["float32", "bfloat16"]
+
+
+def arguments_of(fields: dict[str, Any], learning_rate: optax.Schedule) -> dict[str, Any]:
+    """Of an alias: fields have the names of the arguments that they become."""
+    return fields | {"learning_rate": learning_rate, "weight_decay_mask": matrices}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sophia:
+    """What Sophia-G and Sophia-H share: all but the estimator."""
+
+    learning_rate: float = 6e-4
+    """Peak learning rate: the step of a clipped coordinate."""
+    b1: float = 0.965
+    """Decay of m, which averages 1 / (1 - b1) steps; short runs with small batches want .8."""
+    b2: float = 0.99
+    """Decay of h at each sample, so it averages update_interval / (1 - b2) steps."""
+    gamma: float = 0.05
+    """Factor on h; raise it if win_rate stays under .1, lower it if over .5."""
+    eps: float = 1e-12
+    """Floor of the denominator; a coordinate at it takes a sign step."""
+    clip_threshold: float = 1.0
+    """Bound on each coordinate of the step, in learning rates."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, times the learning rate; 0 turns it off."""
+    update_interval: int = 10
+    """Steps between samples of curvature."""
+    spread: bool = False
+    """Sample a part of the share at every step, instead of all of it every update_interval steps:
+    all steps cost the same, and h remembers as many steps, but more samples. Better where steps
+    must keep time, or a whole sample needs too much memory; worse where the update is a large part
+    of a step, which then moves 44 bytes a parameter instead of 28."""
+    batch_fraction: float = 1.0
+    """Share of the batch that a sample is taken of: less is cheaper and noisier."""
+    debias_momentum: bool = True
+    """Correct m for its start at 0; the paper does not."""
+    debias_hessian: bool = True
+    """Correct h for its start at 0; the paper does not, and clips nearly all at first."""
+    mu_dtype: StateDtype = "float32"
+    """Dtype of m; bfloat16 rounds to nearest: changes under a 256th of m are lost."""
+    hessian_dtype: StateDtype = "float32"
+    """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
+    statistics: bool = True
+    """Measure win_rate, clipped_fraction and floored_fraction at each sample, on a 64th of the
+    coordinates."""
+
+    @property
+    def slices(self) -> int:
+        """Steps over which a sample is spread."""
+        return self.update_interval if self.spread else 1
+
+    def strides(self, batch_size: int, accumulation: int = 1) -> tuple[int, int]:
+        """What a step samples: every a-th of its micro-batches, and of these every b-th row.
+
+        Together that is every (a b)-th row of the batch, whatever the accumulation.
+
+        Returns:
+          (a, b)
+
+        Raises:
+          ValueError: `batch_fraction` is no n-th, or rows and micro-batches cannot be cut so.
+        """
+        check_fraction(self.batch_fraction)
+        stride = round(1 / self.batch_fraction) * self.slices
+        if batch_size % stride:
+            over = f" spread over {self.slices} steps" * self.spread
+            raise ValueError(
+                f"batch_fraction={self.batch_fraction}{over} takes every {stride}-th row, which "
+                f"does not divide batch_size={batch_size}. Choose a multiple of {stride} rows, or "
+                f"another --optim.batch-fraction{' or --optim.update-interval' * self.spread}."
+            )
+        if stride % accumulation and accumulation % stride:
+            raise ValueError(
+                f"accumulation={accumulation} cuts the batch into every {accumulation}-th row, "
+                f"curvature is sampled of every {stride}-th: one must divide the other."
+            )
+        return min(stride, accumulation), max(stride // accumulation, 1)
+
+    def _make(self, learning_rate: optax.Schedule, seed: int, estimator: sophia_optax.Estimator):
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Sophia)}
+        del shared["spread"], shared["batch_fraction"]
+        shared["update_interval"] //= self.slices
+        shared["b2"] **= 1 / self.slices
+        arguments = arguments_of(shared, learning_rate)
+        return sophia_optax.sophia_h(**arguments, seed=seed, estimator=estimator)
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaG(_Sophia):
+    """Sophia with the Gauss-Newton-Bartlett estimate of curvature.
+
+        step = -lr (clip(m / max(gamma h, eps)) + weight_decay p)
+
+    m averages gradients, h samples of the Gauss-Newton diagonal: squared gradients on labels drawn
+    from the model's own predictions. A sample costs about a gradient. Tune the learning rate
+    first, then gamma by `win_rate`, the share of coordinates that are not clipped, which the
+    metrics hold. The state takes 8 bytes a parameter, as AdamW's.
+    """
+
+    groups: int = 1
+    """Sets of a sample's rows that are squared apart, for less variance at equal cost, at least
+    one a micro-batch; must divide the rows. 0 squares each row apart, for the least."""
+    num_samples: int = 1
+    """Draws of all labels averaged in one sample; each costs a gradient."""
+
+    def estimator(
+        self, shards: int, batch_size: int = 0, accumulation: int = 1
+    ) -> sophia_optax.Estimator:
+        """What samples curvature of one micro-batch, which is the batch unless that is cut.
+
+        Args:
+          shards: groups side by side; more than 1 lie one a device.
+          batch_size: rows of the batch; 0 for any number, if `groups` is not 0.
+          accumulation: micro-batches of the batch.
+        """
+        return sophia_optax.gauss_newton_bartlett(
+            groups=self._groups(batch_size, accumulation),
+            batch_fraction=1 / self.strides(batch_size, accumulation)[1],
+            num_samples=self.num_samples,
+            shards=shards,
+            spmd_axis_name=AXES if shards > 1 else None,
+        )
+
+    def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
+        """Groups side by side: a group a device; 1, all devices to a group, if these do not fit."""
+        return 1 if self._groups(batch_size, accumulation) % devices else devices
+
+    def make(self, learning_rate: optax.Schedule, *, seed: int, batch_size: int = 0, **unused):
+        """The transformation."""
+        return self._make(learning_rate, seed, self.estimator(1, batch_size))
+
+    def _groups(self, batch_size: int, accumulation: int) -> int:
+        """Groups of each micro-batch that is sampled."""
+        every, stride = self.strides(batch_size, accumulation)
+        rows = batch_size // (accumulation * stride)
+        groups = math.ceil(self.groups * every / accumulation) or rows
+        if not groups or rows % groups:
+            raise ValueError(
+                f"{rows} rows, sampled of each of {accumulation // every} micro-batches, do not "
+                f"divide into {groups} groups; lower --optim.groups, or set it to 0."
+            )
+        return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class SophiaH(_Sophia):
+    """Sophia with Hutchinson's estimate of curvature.
+
+        step = -lr (clip(m / max(gamma h, eps)) + weight_decay p)
+
+    m averages gradients, h samples of the Hessian diagonal: Hessian-vector products with random
+    signs. A sample costs about 2.5 gradients. Tune the learning rate first, then gamma by
+    `win_rate`, the share of coordinates that are not clipped, which the metrics hold. The state
+    takes 8 bytes a parameter, as AdamW's.
+    """
+
+    gamma: float = 0.01
+    """Factor on h; raise it if win_rate stays under .1, lower it if over .5."""
+    probe: Literal["rademacher", "normal"] = "rademacher"
+    """Random vector of the product; normal is the paper's, of larger variance."""
+    num_samples: int = 1
+    """Products averaged in one sample."""
+
+    def estimator(
+        self, shards: int, batch_size: int = 0, accumulation: int = 1
+    ) -> sophia_optax.Estimator:
+        """What samples curvature of one micro-batch, as for Sophia-G; `shards` change nothing."""
+        del shards
+        return sophia_optax.hutchinson(
+            probe=self.probe,
+            num_samples=self.num_samples,
+            batch_fraction=1 / self.strides(batch_size, accumulation)[1],
+        )
+
+    def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
+        """1: all devices share a product."""
+        del devices, batch_size, accumulation
+        return 1
+
+    def make(self, learning_rate: optax.Schedule, *, seed: int, batch_size: int = 0, **unused):
+        """The transformation."""
+        return self._make(learning_rate, seed, self.estimator(1, batch_size))
