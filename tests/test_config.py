@@ -270,7 +270,7 @@ def test_the_radius_of_soaa_closes_in_over_the_steps_of_the_run():
 
 
 @pytest.mark.parametrize(
-    ("groups", "devices", "shards"), [(1, 8, 1), (2, 2, 2), (3, 2, 1), (0, 3, 3), (0, 8, 1)]
+    ("groups", "devices", "shards"), [(1, 8, 1), (2, 2, 2), (3, 2, 1), (0, 3, 6), (0, 8, 1)]
 )
 def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_devices(groups, devices, shards):
     """Side by side go groups that use all devices; no groups are one a row."""
@@ -282,6 +282,11 @@ def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_devices(groups, 
         for estimator in (optim.estimator(shards, 6), direct)
     ]
     assert_close(*samples, rtol=1e-6)
+
+
+def test_above_eight_groups_a_device_they_go_in_rounds():
+    assert SophiaG(groups=0).shards(2, 16) == 16
+    assert SophiaG(groups=0).shards(2, 18) == 2
 
 
 @pytest.mark.parametrize(

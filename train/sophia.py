@@ -123,7 +123,7 @@ class SophiaG(_Sophia):
         """What samples curvature of one micro-batch, which is the batch unless that is cut.
 
         Args:
-          shards: groups side by side; more than 1 lie one a device.
+          shards: groups side by side, over all axes of the mesh; 1 for one after the other.
           batch_size: rows of the batch; 0 for any number, if `groups` is not 0.
           accumulation: micro-batches of the batch.
         """
@@ -136,8 +136,15 @@ class SophiaG(_Sophia):
         )
 
     def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
-        """Groups side by side: a group a device; 1, all devices to a group, if these do not fit."""
-        return 1 if self._groups(batch_size, accumulation) % devices else devices
+        """Groups side by side: a multiple of the devices; 1, all devices to a group, if none fits.
+
+        All, for one reduction of their squares; above 8 a device, whose gradients of a layer all
+        live at once, a group a device.
+        """
+        groups = self._groups(batch_size, accumulation)
+        if devices == 1 or groups % devices:
+            return 1
+        return groups if groups <= 8 * devices else devices
 
     def make(self, learning_rate: optax.Schedule, *, seed: int, batch_size: int = 0, **unused):
         """The transformation."""
