@@ -1,7 +1,7 @@
 """Curvature-aware optimizers as composable optax gradient transformations.
 
 Five words: an estimator makes one sample of the diagonal of the curvature, `hessian_estimate`
-averages samples, `optax.ema` averages gradients, `clip_by_ratio` lets the two meet, and an alias
+averages samples, `first_moment` averages gradients, `clip_by_ratio` lets the two meet, and an alias
 is a composition of these.
 """
 
@@ -22,7 +22,12 @@ from sophia_optax.gradient import (
     squared_gradient,
     weighted_squared_gradient,
 )
-from sophia_optax.moments import CenteredMomentState, centered_second_moment, second_moment
+from sophia_optax.moments import (
+    CenteredMomentState,
+    centered_second_moment,
+    first_moment,
+    second_moment,
+)
 from sophia_optax.ratio import ClipByRatioState, clip_by_ratio, floor, rms_floor, shift
 from sophia_optax.region import TrustRegionState, trust_region
 from sophia_optax.shared import value_grad_and_hessian
@@ -52,6 +57,7 @@ __all__ = [
     "TrustRegionState",
     "centered_second_moment",
     "clip_by_ratio",
+    "first_moment",
     "floor",
     "hessian_estimate",
     "rms_floor",

@@ -1,5 +1,7 @@
 """How momentum meets curvature."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,13 +143,14 @@ def clip_by_ratio(
     clip_threshold: ArrayLike | None = 1.0,
     two_sided: bool = True,
     statistics: bool = True,
+    share: float = 1 / 64,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum over curvature, bounded: u = clip(m / denominator(h, v), clip_threshold).
 
     All transformations are fed the same incoming gradient.
 
     Args:
-      momentum: gradients in, m out, such as `optax.ema(.9, debias=False, accumulator_dtype=None)`.
+      momentum: gradients in, m out, such as `first_moment(.9)` or `optax.ema`.
       curvature: gradients in, h out, such as `hessian_estimate(hutchinson())`.
       denominator: a pure function of h and v, such as `floor(gamma, eps)`.
       second_moment: gradients in, v out, such as `second_moment(.95)` for `rms_floor`; None takes
@@ -155,8 +158,13 @@ def clip_by_ratio(
       gain: a function of the trees (m, h), a factor on h in the denominator; None is 1.
       clip_threshold: bound on each coordinate, > 0; None is no bound.
       two_sided: bound from both sides; False only from above.
-      statistics: take the clipped and floored fractions on refreshes of h. They cost a pass over
-        m and h there, and with a dynamic `refresh` also a `lax.cond`.
+      statistics: take the clipped and floored fractions on refreshes of h; with a dynamic
+        `refresh` that is a `lax.cond`.
+      share: of the coordinates that they are taken on, in (0, 1], as a number of Python: every
+        n-th along each axis, always the same; leaves with axes under 128 are taken whole. The
+        standard error is about that of as many drawn at random, sqrt(p (1 - p) / n): .0004 for
+        p = .5 and 125 M parameters, and up to twice that was seen. 1 takes all, in three times
+        the time of the update.
 
     Extra arguments of `update`:
       radius: r, a scalar from an enclosing `trust_region`. The step is then
@@ -170,7 +178,7 @@ def clip_by_ratio(
       and what `trust_region` predicts the gain of a step with.
 
     Raises:
-      ValueError: `clip_threshold` is not above 0.
+      ValueError: `clip_threshold` is not above 0; `share` is not in (0, 1].
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, line 13; SOAA, lines 8 to 10 and 19,
     for the gain, the radius and the sums.
@@ -191,6 +199,8 @@ def clip_by_ratio(
         _checks.nonzero(
             "clip_threshold", clip_threshold, "it stops all movement; None turns clipping off."
         )
+    _checks.in_range("share", share, 0, 1)
+    _checks.nonzero("share", share, "nothing would be counted; statistics=False takes none.")
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
     second = optax.with_extra_args_support(second_moment or optax.identity())
@@ -217,15 +227,18 @@ def clip_by_ratio(
         m = jax.tree.map(lambda m, h: m.astype(h.dtype), m, h)
         r = 1.0 if radius is None else radius
         scaled = _times(r if gain is None else r * gain(m, h), h)
-        ratio = jax.tree.map(lambda m, h, v: m / denominator(h, v), _times(r, m), scaled, v)
+        moved = _times(r, m)
+        ratio = jax.tree.map(lambda m, h, v: m / denominator(h, v), moved, scaled, v)
         bound = None if clip_threshold is None else clip_threshold * r
-
-        def measure():
-            return _fractions(ratio, scaled, v, denominator, bound, two_sided)
-
         measured = (state.clipped, state.floored)
-        if statistics:
-            due = refresh_due(extra.get("refresh"), extra.get("hessian"))
+        due = refresh_due(extra.get("refresh"), extra.get("hessian"))
+        if statistics and due is not False:
+            part = functools.partial(jax.tree.map, lambda x: _every_nth(x, share))
+            parts = (part(moved), part(scaled), part(v), jax.tree.map(jnp.size, h))
+
+            def measure():
+                return _fractions(*parts, denominator, bound, two_sided)
+
             measured = _at_refresh(due, curvature_state, measure, measured)
         step = jax.tree.map(lambda u: _clip(u, bound, two_sided), ratio)
         sums = (state.linear, state.quadratic)
@@ -260,11 +273,9 @@ def _clip(u: jax.Array, threshold: ArrayLike | None, two_sided: bool) -> jax.Arr
     return jnp.clip(u, -bound, bound) if two_sided else jnp.minimum(u, bound)
 
 
-def _at_refresh(due: bool | jax.Array | None, curvature_state: Any, measure: Callable, old: Any):
+def _at_refresh(due: jax.Array | bool | None, curvature_state: Any, measure: Callable, old: Any):
     """`measure()` if h took a sample in this update, or does not say; else `old`."""
     age = getattr(curvature_state, "age", None)
-    if due is False:
-        return old
     if age is None:
         return measure()
     if due is True:  # the sample may still have been rejected
@@ -272,18 +283,49 @@ def _at_refresh(due: bool | jax.Array | None, curvature_state: Any, measure: Cal
     return jax.lax.cond(age == 0, measure, lambda: old)
 
 
-def _fractions(ratio, h, v, denominator, bound, two_sided) -> tuple[jax.Array, jax.Array]:
-    """(clipped / live, floored / all); a coordinate is live if its curvature lifts it off zero's.
+def _every_nth(x: jax.Array, share: float) -> jax.Array:
+    """About `share` of the coordinates: every n-th along each axis, n a power of 2.
 
-    On dead coordinates, such as unused embedding rows, being clipped or not means nothing.
+    Strides grow on all axes alike, since rows are words or neurons and columns are channels, and
+    stop at 64 places an axis, so small leaves are whole. They divide the axis into a multiple of
+    8, so that a shard, one of 8 or a divisor of it, holds its own: a slice x[:n] would move data.
+    """
+    strides = [1] * x.ndim
+    while math.prod(strides) * share <= 1 / 2:
+        halves = [
+            axis
+            for axis, (n, stride) in enumerate(zip(x.shape, strides, strict=True))
+            if n // stride >= 128 and n % (2 * stride * math.lcm(8, _shards(x, axis))) == 0
+        ]
+        if not halves:
+            break
+        strides[min(halves, key=lambda axis: (strides[axis], -x.shape[axis]))] *= 2
+    return jax.lax.slice(x, [0] * x.ndim, x.shape, strides)
+
+
+def _shards(x: jax.Array, axis: int) -> int:
+    """How many pieces an axis is known to be in: of meshes, only explicit axes say."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+
+
+def _fractions(m, h, v, sizes, denominator, bound, two_sided) -> tuple[jax.Array, jax.Array]:
+    """(clipped / live, floored / all) from parts of leaves that have these sizes.
+
+    A coordinate is live if its curvature lifts it off zero's. On dead ones, such as unused
+    embedding rows, being clipped or not means nothing.
     """
 
-    def count(u, h, v):
-        live = denominator(h, v) > denominator(jnp.zeros_like(h), v)
+    def count(m, h, v, size):
+        d = denominator(h, v)
+        live, u = d > denominator(jnp.zeros_like(h), v), m / d
         hit = (jnp.abs(u) if two_sided else u) >= jnp.asarray(bound, u.dtype)
-        return jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in (live, live & hit)])
+        counts = jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in (live, live & hit)])
+        return counts * jnp.float32(size / max(m.size, 1))
 
-    counts = jax.tree.map(count, ratio, h, v)
+    counts = jax.tree.map(count, m, h, v, sizes)
     live, clipped = jax.tree.reduce(jnp.add, counts, jnp.zeros([2], jnp.float32))
-    size = jnp.asarray(max(optax.tree.size(h), 1), jnp.float32)
-    return clipped / jnp.maximum(live, 1), (size - live) / size
+    size = jnp.asarray(max(sum(jax.tree.leaves(sizes)), 1), jnp.float32)
+    return clipped / jnp.maximum(live, 1), jnp.maximum(size - live, 0) / size

@@ -180,20 +180,22 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
 
     # Cast before the test: a float64 sample can be finite where its float32 is not.
     sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
-    finite = jax.tree.map(jnp.isfinite, sample)
-    averaged = round_to(state.h, jax.tree.map(average, state.h, sample), key)
     if by_coordinate:
-        ok = jnp.asarray(True)
+        ok, finite = jnp.asarray(True), jax.tree.map(jnp.isfinite, sample)
     else:
-        ok = jax.tree.reduce(jnp.logical_and, jax.tree.map(jnp.all, finite), jnp.asarray(True))
-        finite = jax.tree.map(lambda _: ok, finite)
+        # x - x is 0 or NaN. XLA on CPU fuses it with a sum; before `all` it would write an array.
+        whole = jax.tree.map(lambda x: jnp.isfinite(jnp.sum(x - x)), sample)
+        ok = jax.tree.reduce(jnp.logical_and, whole, jnp.asarray(True))
+        finite = jax.tree.map(lambda _: ok, sample)
+    old = jax.tree.map(widen, state.h)
+    h = jax.tree.map(jnp.where, finite, jax.tree.map(average, old, sample), old)
     return HessianEstimateState(
         count=state.count,
         accepted=jnp.where(ok, optax.safe_increment(state.accepted), state.accepted),
         rejected=jnp.where(ok, state.rejected, optax.safe_increment(state.rejected)),
         age=jnp.where(ok, 0, optax.safe_increment(state.age)),
         mass=jnp.where(ok, average(state.mass, jnp.ones_like(state.mass)), state.mass),
-        h=jax.tree.map(jnp.where, finite, averaged, state.h),
+        h=round_to(state.h, h, key),  # keeps to the bit what was rounded before
     )
 
 
@@ -206,15 +208,28 @@ def _corrected(state: HessianEstimateState) -> optax.Updates:
 
 def round_to(like: optax.Updates, tree: optax.Updates, key: jax.Array) -> optax.Updates:
     """Casts to the dtypes of `like`, to bfloat16 stochastically: the mean is then kept."""
+    leaves, structure = jax.tree.flatten(tree)
+    seeds = structure.unflatten(list(jax.random.bits(key, (len(leaves),), jnp.uint32)))
 
-    def cast(key, x, like):
+    def cast(seed, x, like):
         if like.dtype != jnp.bfloat16:
             return x.astype(like.dtype)
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-        rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
+        rounded = (bits + _noise(seed, x.shape)) & jnp.uint32(0xFFFF0000)
         return jax.lax.bitcast_convert_type(rounded, jnp.float32).astype(jnp.bfloat16)
 
-    leaves, structure = jax.tree.flatten(tree)
-    keys = structure.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
-    return jax.tree.map(cast, keys, tree, like)
+    return jax.tree.map(cast, seeds, tree, like)
+
+
+def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 below 2^16, another one for each place: a hash of its index and the seed.
+
+    Threefry is a loop of its own on CPU, which keeps all its numbers: 13 bytes a parameter.
+    """
+    x = jnp.uint32(0)
+    for axis, n in enumerate(shape):
+        x = x * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = x + seed
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x >> 16

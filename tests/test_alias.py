@@ -27,6 +27,7 @@ from paths import (
 )
 
 from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
+from sophia_optax.likelihood import sample_categorical
 
 FACTORIES = {"sophia_h": sophia_h, "sophia_g": sophia_g}
 LETTER = {"debias_momentum": False, "debias_hessian": False, "weight_decay": 0.0}
@@ -157,7 +158,7 @@ def label_sample(seed, groups):
         key = jax.random.fold_in(jax.random.key(seed), count)
         keys = [jax.random.fold_in(key, i) for i in range(ROWS)]
         f = jnp.asarray(MODEL.outputs(params))
-        labels = np.array([jax.random.categorical(k, f[i]) for i, k in enumerate(keys)])
+        labels = np.array([sample_categorical(k, f[i]) for i, k in enumerate(keys)])
         cuts = np.split(np.arange(ROWS), groups)
         models = [ExactLinear("categorical", X[cut]) for cut in cuts]
         sums = [m.summed_sample(params, labels[c]) for m, c in zip(models, cuts, strict=True)]

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from sophia_optax import hessian_estimate, sophia_h, squared_gradient
+from sophia_optax.transform import _noise, round_to
 
 PARAMS = {"a": jnp.zeros(()), "b": jnp.zeros((2, 3))}
 
@@ -202,6 +203,68 @@ def test_stochastic_rounding_is_unbiased_and_between_the_neighbours():
         assert low <= np.float32(x) <= high and high - low <= abs(x) * 2**-7
         assert abs(float((h == high).mean()) - share) < 5 * 0.5 / np.sqrt(n) or low == high
     assert low == high == 1.0  # what bfloat16 holds is kept
+
+
+def rounded_up(key, shape=(64, 128)):
+    """Which of equal numbers halfway between two of bfloat16 were rounded up, leaf by leaf."""
+    tree = {"a": jnp.full(shape, 1 + 2.0**-8), "b": jnp.full(shape, 1 + 2.0**-8)}
+    like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    up = jax.tree.map(lambda x: np.asarray(x > 1, float), round_to(like, tree, key))
+    return up["a"], up["b"]
+
+
+def test_noise_is_another_one_for_each_coordinate_leaf_and_key():
+    """No correlation above 5 standard errors: of neighbours, rows, leaves, keys, and bits."""
+    keys = [jax.random.key(0), jax.random.fold_in(jax.random.key(0), 1), jax.random.key(1)]
+    (a, b), (c, _), (d, _) = (rounded_up(key) for key in keys)
+    assert abs(a.mean() - 0.5) < 5 * 0.5 / 2**6.5
+    pairs = [(a, b), (a, c), (a, d), (c, d), (a, a.T.reshape(a.shape))]
+    pairs += [(a[:, n:], a[:, :-n]) for n in (1, 2, 3, 64)]
+    pairs += [(a[n:], a[:-n]) for n in (1, 2, 32)]
+    for x, y in pairs:
+        r = np.mean((2 * x - 1) * (2 * y - 1))
+        assert abs(r) < 5 / np.sqrt(x.size)
+    for axis in (0, 1):  # χ² of columns, of rows
+        chi = (4 * a.shape[axis] * (a.mean(axis) - 0.5) ** 2).mean()
+        assert abs(chi - 1) < 5 * np.sqrt(2 / a.shape[1 - axis])
+
+
+def test_noise_has_every_one_of_its_values_alike():
+    """χ² of the upper and of the lower 8 of 16 bits, against its standard error."""
+    noise = np.asarray(_noise(jnp.uint32(5), (256, 1024)))
+    assert noise.max() < 2**16
+    for part in (noise >> 8, noise & 255):
+        counts = np.bincount(part.ravel(), minlength=256)
+        chi = ((counts - 1024) ** 2 / 1024).sum()
+        assert abs(chi - 255) < 5 * np.sqrt(2 * 255)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_bfloat16_h_that_takes_no_sample_stays_to_the_bit(refused):
+    tx = estimate(given_sample, dtype="bfloat16")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 30)), jnp.float32)
+    _, state = tx.update(x, tx.init(x), sample=x, refresh=True)
+    bad = x.at[3, 4].set(jnp.inf)
+    _, after = tx.update(x, state, sample=bad, refresh=refused)
+    assert after.rejected == refused and after.accepted == 1
+    np.testing.assert_array_equal(after.h.astype(np.float32), state.h.astype(np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 4095, 2000])
+def test_one_number_in_a_large_leaf_is_seen_by_the_program_that_users_run(bad, place):
+    """With the optimizations that the other tests go without."""
+    tx = estimate(given_sample)
+    x = jnp.ones((64, 64))
+
+    def update(state, sample):
+        return tx.update(x, state, sample=sample, refresh=True)[1]
+
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    program = jax.jit(update).lower(tx.init(x), x).compile(compiler_options=options)
+    assert program(tx.init(x), jnp.full_like(x, 3e38)).accepted == 1
+    spoilt = x.ravel().at[place].set(bad).reshape(x.shape)
+    assert program(tx.init(x), spoilt).rejected == 1
 
 
 def test_rounding_is_independent_of_keys_that_an_estimator_derives():

@@ -162,6 +162,56 @@ def test_the_arguments_of_one_alone_are_checked_too():
         sophia_lite(0.1, update_interval=0)
     with pytest.raises(ValueError, match=r"rho=-0.1 is outside"):
         sophia_geometric(0.1, rho=-0.1)
+    with pytest.raises(ValueError, match=r"max_norm=-1.0 is outside"):
+        sophia_geometric(0.1, max_norm=-1.0)
+    with pytest.raises(ValueError, match="max_norm=0: it stops all movement"):
+        sophia_geometric(0.1, max_norm=0.0)
+
+
+# ---------------------------------------------------------------- the norm of the gradient
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e9])
+def test_a_bound_on_the_norm_is_that_of_a_clip_in_front(max_norm):
+    """The gradients have norms on both sides of the middle one."""
+    rng = np.random.default_rng(3)
+    grads = [
+        {"a": scale * rng.normal(size=(3, 4)), "b": scale * rng.normal()} for scale in (0.1, 3)
+    ]
+    norms = [float(optax.tree.norm(g)) for g in grads]
+    assert norms[0] < 3.0 < norms[1]
+    arguments = {"clip_threshold": None, "eps": 1e-3}
+    before = optax.chain(optax.clip_by_global_norm(max_norm), sophia_geometric(0.1, **arguments))
+    within = sophia_geometric(0.1, max_norm=max_norm, **arguments)
+    traced = optax.inject_hyperparams(sophia_geometric, hyperparam_dtype=jnp.float32)(
+        0.1, max_norm=max_norm, **arguments
+    )
+    paths = []
+    for tx in (before, within, traced):
+        state, path = tx.init(single(grads[0])), []
+        for g in grads * 2:
+            updates, state = tx.update(single(g), state, single(g))
+            path.append(updates)
+        paths.append(path)
+    for other in paths[1:]:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5), other, paths[0])
+
+
+def single(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def test_an_infinite_coordinate_spoils_its_own_momentum_alone_under_a_bound():
+    """As with a clip in front, and no curvature."""
+    tx, g = sophia_geometric(0.1, max_norm=1.0), jnp.array([1.0, jnp.inf])
+    _, state = tx.update(g, tx.init(g), g)
+    assert np.isfinite(state[0].momentum[1].ema[0]) and not state[0].curvature.h.any()
+
+
+def test_no_gradient_has_no_curvature_under_a_bound():
+    tx, zero = sophia_geometric(0.1, max_norm=1.0), jnp.zeros(3)
+    updates, state = tx.update(zero, tx.init(zero), zero)
+    assert not updates.any() and not state[0].curvature.h.any()
 
 
 @pytest.mark.parametrize("factory", [sophia_lite, sophia_geometric])
@@ -170,6 +220,7 @@ def test_every_argument_changes_the_program(factory):
     others = {"learning_rate": 0.2, "b1": 0.5, "b2": 0.5, "eps": 0.5, "clip_threshold": 0.5}
     others |= {"update_interval": 2, "weight_decay": 0.5, "mu_dtype": "bfloat16", "seed": 5}
     others |= {"hessian_dtype": "bfloat16", "statistics": True, "two_sided": False, "rho": 0.5}
+    others["max_norm"] = 0.5
     others["weight_decay_mask"] = {"a": True, "b": False}
     params = {"a": jnp.ones((), jnp.float32), "b": jnp.ones((2, 2))}
     signature = inspect.signature(factory).parameters

@@ -17,6 +17,8 @@ from sophia_optax import (
     shift,
     squared_gradient,
 )
+from sophia_optax.moments import first_moment
+from sophia_optax.ratio import _every_nth
 
 TINY = np.finfo(np.float32).tiny
 RNG = np.random.default_rng(0)
@@ -223,7 +225,7 @@ def test_above_the_root_of_the_second_moment_coordinates_are_live():
 
 
 def test_without_a_radius_no_sums_are_taken():
-    tx = ratio(floor(1.0), statistics=False)
+    tx = ratio(floor(1.0), curvature=identity(), statistics=False)
     _, state = updated(tx)
     assert (state.linear, state.quadratic) == (0, 0)
     assert "reduce_sum[" not in program(tx)()
@@ -343,11 +345,13 @@ def test_a_static_yes_reduces_without_a_cond():
 
 @pytest.mark.parametrize("off", [{"statistics": False}, {"clip_threshold": None}])
 def test_statistics_that_are_off_take_no_memory_and_no_work(off):
-    tx = ratio(floor(1.0), **off)
+    tx = ratio(floor(1.0), curvature=identity(), **off)  # a sample is tested by a sum
     state = tx.init(single(M))
     assert (state.clipped, state.floored) == ((), ())
     assert "reduce_sum[" not in program(tx, refresh=True)()
-    on = ratio(floor(1.0), clip_threshold=off.get("clip_threshold", 1.0))
+    threshold = off.get("clip_threshold", 1.0)
+    on = ratio(floor(1.0), curvature=identity(), clip_threshold=threshold)
+    assert ("reduce_sum[" in program(on, refresh=True)()) == (threshold is not None)
     np.testing.assert_array_equal(updated(tx)[0]["b"], updated(on)[0]["b"])
 
 
@@ -358,6 +362,117 @@ def test_counts_above_two_to_the_24_are_exact_enough():
     m, h = jnp.ones(n, jnp.bfloat16), jnp.full(n, 0.5, jnp.bfloat16)
     _, state = jax.jit(lambda m, h: tx.update(m, tx.init(m), hessian=h))(m, h)
     np.testing.assert_allclose((state.clipped, state.floored), (1, 0), atol=1e-6)
+
+
+# ---------------------------------------------------------------- a share of the coordinates
+
+
+SHARES = {  # shape: strides at 1/64
+    (256, 512): (4, 8),
+    (1024, 2048): (8, 8),
+    (128, 128): (2, 2),
+    (127, 4096): (1, 64),
+    (5120, 384): (16, 4),  # 384 has room for 4: 192 and 96 places are left
+    (3, 256, 12, 64): (1, 4, 1, 1),
+    (1000,): (1,),
+    (4096,): (64,),
+    (): (),
+}
+
+
+@pytest.mark.parametrize("shape", SHARES)
+def test_the_fractions_are_those_of_every_nth_coordinate_along_each_axis(shape):
+    """Weighted by what a coordinate stands for, beside a leaf that is whole."""
+    rng = np.random.default_rng(1)
+    m = {"x": rng.normal(size=shape), "y": rng.normal(size=(5, 3))}
+    h = {n: rng.normal(1.0, 0.5, size=x.shape) for n, x in m.items()}
+    some = tuple(slice(None, None, n) for n in SHARES[shape])
+    weights = {"x": m["x"].size / m["x"][some].size, "y": 1.0}
+    live = clipped = size = 0.0
+    for n, part in (("x", some), ("y", ...)):
+        mine, curvature = m[n][part].astype(np.float32), 0.5 * h[n][part].astype(np.float32)
+        live += weights[n] * (curvature > 0.1).sum()
+        clipped += weights[n] * ((curvature > 0.1) & (abs(mine) >= curvature)).sum()
+        size += m[n].size
+    _, state = updated(ratio(floor(0.5, 0.1)), m, h)
+    expected = clipped / live, 1 - live / size
+    np.testing.assert_allclose((state.clipped, state.floored), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [1 / 64, 1 / 4, 1.0])
+def test_a_share_estimates_the_whole_within_its_standard_error(share):
+    """Coordinate by coordinate; with all of them there is no error."""
+    m, h = ({"x": RNG.normal(size=(512, 1024))} for _ in range(2))
+    _, part = updated(ratio(floor(1.0, 0.2), share=share), m, h)
+    whole = expected_whole(m["x"], h["x"], 0.2)
+    n = share * m["x"].size
+    for mine, p in zip((part.clipped, part.floored), whole, strict=True):
+        assert abs(mine - p) <= (1e-6 if share == 1 else 5 * np.sqrt(p * (1 - p) / (n / 4)))
+        assert share == 1 or mine != pytest.approx(p, abs=1e-7)
+
+
+def expected_whole(m, h, eps):
+    live = h > eps
+    return (live & (np.abs(m) >= h)).sum() / live.sum(), 1 - live.mean()
+
+
+def test_a_share_sees_words_and_channels_alike():
+    """Of 2048 words one in 3 is dead; of 512 channels one in 3 is clipped."""
+    words, channels = np.arange(2048), np.arange(512)
+    h = np.where(words % 3 == 0, 0.0, 1.0)[:, None] * np.ones(512)
+    m = np.where(channels % 3 == 0, 2.0, 0.5) * np.ones((2048, 1))
+    _, state = updated(ratio(floor(1.0, 0.1)), {"x": m}, {"x": h})
+    np.testing.assert_allclose((state.clipped, state.floored), 1 / 3, atol=0.02)
+
+
+AXES = [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
+SPECS = {
+    "table": ((1024, 768), (None, "fsdp")),
+    "matrix": ((768, 1024), ("data", "fsdp")),
+    "rows": ((1024, 256), (("data", "fsdp"), None)),
+    "stack": ((2, 768, 4, 64), (None, "fsdp", None, None)),
+    "vector": ((768,), ("fsdp",)),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_on_a_mesh_a_refresh_moves_scalars_alone_and_changes_nothing(axes, dtype):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(axes,) * 2)
+    specs = {n: jax.P(*spec) for n, (_, spec) in SPECS.items()}
+    rng = np.random.default_rng(2)
+    m, h = ({n: rng.normal(size=s) for n, (s, _) in SPECS.items()} for _ in range(2))
+    tx = ratio(floor(0.5, 0.1), first_moment(0.9), given_curvature(dtype=dtype))
+
+    def one(m, h):
+        return tx.update(m, tx.init(m), hessian=h)
+
+    alone, _ = expected = jax.jit(one)(single(m), single(h))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs)
+        compiled = (
+            jax.jit(one).lower(*(jax.device_put(single(x), placed) for x in (m, h))).compile()
+        )
+        got = compiled(*(jax.device_put(single(x), placed) for x in (m, h)))
+    moved = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    results = re.findall(rf"= (\(?[^=]*?) (?:{moved})\(", compiled.as_text())
+    shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(results))
+    assert shapes and set(shapes) == {""}
+    for n, x in alone.items():
+        np.testing.assert_allclose(got[0][n], x, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(got[1].curvature.h[n], expected[1].curvature.h[n])
+    for name in ("clipped", "floored"):
+        np.testing.assert_allclose(getattr(got[1], name), getattr(expected[1], name), rtol=1e-5)
+
+
+def test_of_an_axis_in_more_than_8_shards_each_shard_keeps_its_own():
+    """64 shards of 12 places: a stride of 8 would leave 96 places, which 64 do not divide."""
+    mesh = jax.sharding.AbstractMesh((64,), ("fsdp",), axis_types=(AXES[1],))
+    for n, stride in ((768, 4), (8192, 64)):
+        x = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+        with jax.sharding.use_abstract_mesh(mesh):
+            part = jax.eval_shape(lambda x: _every_nth(x, 1 / 64), x)
+        assert part.shape == (n // stride,) and n // stride % 64 == 0
 
 
 # ---------------------------------------------------------------- arguments
@@ -375,6 +490,9 @@ def test_counts_above_two_to_the_24_are_exact_enough():
         (lambda: rms_floor(0.1, -1.0), "eps=-1.0 is outside"),
         (lambda: ratio(floor(1.0), clip_threshold=-1.0), "clip_threshold=-1.0 is outside"),
         (lambda: ratio(floor(1.0), clip_threshold=0), "None turns clipping off"),
+        (lambda: ratio(floor(1.0), share=1.5), "share=1.5 is outside"),
+        (lambda: ratio(floor(1.0), share=-0.1), "share=-0.1 is outside"),
+        (lambda: ratio(floor(1.0), share=0), "statistics=False takes none"),
     ],
 )
 def test_arguments_out_of_range_are_named(build, message):
