@@ -1,0 +1,258 @@
+"""What curvature costs a training step: `python -m benchmarks.curvature_cost` (five minutes).
+
+Operations are XLA's count for a whole step at the paper's batch, 480 x 1024 tokens, lowered and not
+compiled: nothing is allocated, and nothing merged that the program does not share. Layers are
+unrolled and groups stand side by side, so that no loop's body is counted once; the ratio to the
+count by hand is printed. Temporaries are those of programs compiled for CPU on few rows, where
+attention keeps its T x T scores; they are never run. Times are of a small batch, run interleaved.
+
+A sample is taken of every n-th row; the paper takes half of them for Sophia-G, 32 of 480 for
+Sophia-H. The overhead at k is what one sample in k steps adds to all. "lax.cond" is the route of
+those who call `tx.update` in one program and leave it to the transformation when to sample; XLA's
+figures for it hold as if each step did.
+
+The larger models want ten minutes: `--models --time --compile gpt2-355m gpt2-770m`.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import sophia_optax
+from models import PRESETS, DecoderConfig, split
+from train.step import init_state, make_step
+
+MODELS = ("gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m")
+DENOMINATORS = (1, 2, 4, 8, 10, 15, 16, 20)
+FEW = (1, 8, 16)
+INTERVALS = (1, 5, 10, 20)
+SHARE = 8  # a sample is taken of an 8th of the rows, where only one share is shown
+GROUPS = 4
+# Buffers are assigned before code is generated; this is for speed alone.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+Figures = dict[str, dict[str, float]]
+
+
+def decoder_flops(config: DecoderConfig, rows: int, length: int) -> float:
+    """Operations of loss and gradient by hand: products of matrices alone, each one thrice.
+
+    Forward, a token takes 2 (12 L D² + V D) in its matrices and 4 L T D in attention, which masks
+    half of its T x T scores and computes all.
+    """
+    D, L, V = config.width, config.layers, config.vocab_size
+    return 3 * rows * length * (2 * (12 * L * D * D + V * D) + 4 * L * length * D)
+
+
+class Sampler(NamedTuple):
+    """An optimizer, and what it samples curvature with."""
+
+    tx: optax.GradientTransformation
+    estimator: sophia_optax.Estimator | None = None
+
+
+def gauss_newton(n: int = 1, groups: int = 1, interval: int = 10) -> Sampler:
+    """Sophia-G on every n-th row, all groups side by side."""
+    estimator = sophia_optax.gauss_newton_bartlett(
+        batch_fraction=1 / n, groups=groups, shards=groups
+    )
+    return Sampler(
+        sophia_optax.sophia_g(1e-3, estimator=estimator, update_interval=interval), estimator
+    )
+
+
+def hutchinson(n: int = 1) -> Sampler:
+    """Sophia-H on every n-th row."""
+    estimator = sophia_optax.hutchinson(batch_fraction=1 / n)
+    return Sampler(sophia_optax.sophia_h(1e-3, estimator=estimator), estimator)
+
+
+def lower(
+    config: DecoderConfig, sampler: Sampler, refresh: bool | None, rows: int, length: int
+) -> jax.stages.Lowered:
+    """The trainer's step, lowered for shapes alone; with `refresh` None it decides for itself."""
+    model, estimator = split(config), None if refresh is None else sampler.estimator
+    step = make_step(model.apply, sampler.tx, estimator=estimator)
+    state = jax.eval_shape(functools.partial(init_state, model.init, sampler.tx, 0))
+    batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+    return jax.jit(step, static_argnums=2, donate_argnums=0).lower(state, batch, refresh)
+
+
+def flops(program: Any) -> float:
+    return program.cost_analysis()["flops"]
+
+
+def amortised(refresh: float, plain: float, interval: int) -> float:
+    """What one refresh step in `interval` steps adds to all, as a share of plain steps."""
+    return (refresh / plain - 1) / interval
+
+
+def operations(config: DecoderConfig, rows: int, length: int, denominators: Sequence[int]):
+    """A row for the plain step, and for a step with each kind of sample."""
+    plain = flops(lower(config, gauss_newton(), False, rows, length))
+    by_hand = decoder_flops(config, rows, length)
+    figures: Figures = {"plain": {"flops": plain, "over_by_hand": plain / by_hand}}
+    for name, sampler in samplers(denominators).items():
+        refresh = flops(lower(config, sampler, True, rows, length))
+        figures[name] = {"flops": refresh, "plain_steps": refresh / plain}
+        for k in INTERVALS:
+            figures[name][f"overhead_at_{k}"] = amortised(refresh, plain, k)
+    return figures
+
+
+def samplers(denominators: Sequence[int]) -> dict[str, Sampler]:
+    return (
+        {f"Sophia-G, {_share(n)}": gauss_newton(n) for n in denominators}
+        | {f"Sophia-G, {_share(1)}, {GROUPS} groups": gauss_newton(groups=GROUPS)}
+        | {f"Sophia-H, {_share(n)}": hutchinson(n) for n in denominators}
+    )
+
+
+def _share(n: int) -> str:
+    return "all rows" if n == 1 else f"1/{n}"
+
+
+def compiled(config: DecoderConfig, rows: int, length: int) -> Figures:
+    """XLA's figures for the two programs of the trainer, and for the one with a lax.cond."""
+    sampler = gauss_newton(SHARE)
+    cases = {"plain": False, f"refresh, 1/{SHARE}": True, f"lax.cond, 1/{SHARE}": None}
+    figures = {}
+    for name, refresh in cases.items():
+        program = lower(config, sampler, refresh, rows, length).compile(compiler_options=QUICK)
+        memory = program.memory_analysis()
+        assert memory is not None  # the CPU has it
+        figures[name] = {
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "bytes": (program.cost_analysis() or {})["bytes accessed"],
+            "flops": flops(program),
+        }
+    return figures
+
+
+def wall_times(config: DecoderConfig, rows: int, length: int, rounds: int) -> Figures:
+    """Seconds of a plain step, and the others' in plain steps, all meeting the same noise."""
+    share = gauss_newton(SHARE, interval=2)
+    cases = {
+        "plain": (share, False),
+        "Sophia-G, all rows": (gauss_newton(), True),
+        f"Sophia-G, 1/{SHARE}": (share, True),
+        f"Sophia-H, 1/{SHARE}": (hutchinson(SHARE), True),
+        "lax.cond": (share, None),
+    }
+    batch = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocab_size)
+    init = jax.jit(functools.partial(init_state, split(config).init, share.tx, 0))
+    programs, states = {}, {}
+    for name, (sampler, refresh) in cases.items():
+        programs[name] = lower(config, sampler, refresh, rows, length).compile()
+        states[name] = init()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            states[name], _metrics = jax.block_until_ready(program(states[name], batch))
+            times[name].append(time.perf_counter() - start)
+    return _in_plain_steps({name: seconds[1:] for name, seconds in times.items()})
+
+
+def _in_plain_steps(times: dict[str, list[float]]) -> Figures:
+    """Medians of ratios; the first of the times is that of a step at which no sample is due."""
+    ratios = {
+        name: [t / p for t, p in zip(seconds, times["plain"], strict=True)]
+        for name, seconds in times.items()
+    }
+    alone = ratios.pop("lax.cond")
+    ratios |= {"lax.cond, no sample due": alone[::2], f"lax.cond, 1/{SHARE}": alone[1::2]}
+    figures = {name: {"plain_steps": statistics.median(r)} for name, r in ratios.items()}
+    figures["plain"]["seconds"] = statistics.median(times["plain"])
+    return figures
+
+
+def show_operations(model: str, figures: Figures, rows: int, length: int) -> None:
+    plain = figures["plain"]
+    table = Table(
+        title=f"{model}, {rows} x {length} tokens: a plain step takes {plain['flops'] / 1e15:.3f} "
+        f"PFLOP, {plain['over_by_hand']:.4f} of the count by hand"
+    )
+    table.add_column("a sample of curvature", no_wrap=True)
+    for column in ("its step in plain ones", *(f"at k = {k}" for k in INTERVALS)):
+        table.add_column(column, justify="right")
+    for name, row in figures.items():
+        if name != "plain":
+            overheads = (f"{row[f'overhead_at_{k}']:.2%}" for k in INTERVALS)
+            table.add_row(name, f"{row['plain_steps']:.4f}", *overheads)
+    Console(width=105).print(table)
+
+
+def show_programs(model: str, figures: Figures, rows: int, length: int) -> None:
+    table = Table(title=f"{model}, compiled for {rows} x {length} tokens, not run")
+    table.add_column("program")
+    columns = ("temporaries (GB)", "over plain (GB)", "a row (GB)", "bytes (GB)", "TFLOP")
+    for column in columns:
+        table.add_column(column, justify="right")
+    least = figures["plain"]["temporary_bytes"]
+    for name, row in figures.items():
+        temporary = row["temporary_bytes"]
+        gigabytes = (temporary, temporary - least, temporary / rows, row["bytes"])
+        cells = (f"{x / 1e9:.2f}" for x in gigabytes)
+        table.add_row(name, *cells, f"{row['flops'] / 1e12:.2f}")
+    Console(width=105).print(table)
+
+
+def show_times(model: str, figures: Figures, rows: int, length: int) -> None:
+    seconds = figures["plain"]["seconds"]
+    table = Table(
+        title=f"{model}, {rows} x {length} tokens: a plain step takes {1e3 * seconds:.0f} ms"
+    )
+    table.add_column("step")
+    table.add_column("time in plain steps", justify="right")
+    for name, row in figures.items():
+        table.add_row(name, f"{row['plain_steps']:.2f}")
+    Console(width=105).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = {"nargs": "*", "choices": list(PRESETS)}
+    parser.add_argument("--models", **names, default=MODELS, help="count operations")
+    parser.add_argument("--shares", **names, default=MODELS[1:2], help="with all shares of rows")
+    parser.add_argument("--compile", **names, default=MODELS[:2], help="count temporaries")
+    parser.add_argument("--time", **names, default=["tiny"], help="run")
+    parser.add_argument("--batch", type=int, default=480, help="rows whose operations are counted")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--time-batch", type=int, default=64, help="rows of 64 tokens that are run")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+    if args.batch % GROUPS:
+        parser.error(f"--batch {args.batch} does not divide into {GROUPS} groups.")
+    result: dict[str, dict[str, Figures]] = {"operations": {}, "programs": {}, "times": {}}
+    for model in args.models:
+        shares = DENOMINATORS if model in args.shares else FEW
+        divisors = [n for n in shares if args.batch % n == 0]
+        figures = operations(PRESETS[model], args.batch, args.length, divisors)
+        show_operations(model, figures, args.batch, args.length)
+        result["operations"][model] = figures
+    for model in args.compile:
+        figures = compiled(PRESETS[model], SHARE, args.length)
+        show_programs(model, figures, SHARE, args.length)
+        result["programs"][model] = figures
+    for model in args.time:
+        figures = wall_times(PRESETS[model], args.time_batch, 64, args.rounds)
+        show_times(model, figures, args.time_batch, 64)
+        result["times"][model] = figures
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

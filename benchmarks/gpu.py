@@ -1,0 +1,275 @@
+"""Updates and training steps on one GPU: `benchmarks/gpu.sh --json gpu.json`.
+
+Updates alone, against the time in which a copy moves the bytes that they must read and write;
+steps of a GPT-2 that computes in bfloat16, with and without a sample of curvature: tokens a second,
+MFU by the operations of `benchmarks.curvature_cost.decoder_flops`, of which a sample has none, and
+memory. Each measurement is a process of its own, so that peaks of memory are apart and one that
+fails takes no other along; the file is written after each. `--small` is a test of the script.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+if importlib.util.find_spec("tyro") is None:
+    # `train` imports the command line, which needs tyro, and the step does not.
+    sys.modules["train"] = types.ModuleType("train")
+    sys.modules["train"].__path__ = [str(Path(__file__).parents[1] / "train")]
+
+import sophia_optax
+from benchmarks.curvature_cost import SHARE, Sampler, decoder_flops, gauss_newton, hutchinson
+from benchmarks.update_cost import compile_update
+from models import PRESETS, DecoderConfig, split
+from train.step import init_state, make_step
+
+RATE = 1e-4
+INTERVAL = 10
+# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by part of `device_kind`; the first that fits.
+PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 312.0}
+SOPHIA = sophia_optax.sophia_g(RATE)
+# (optimizer, extra arguments, whether a sample is an input, bytes a parameter: p and state read and
+# written, g and the sample read; h is written on refreshes alone, OrthoSoph's momentum is bfloat16)
+UPDATES: dict[str, tuple[Any, dict[str, Any], bool, int]] = {
+    "adamw": (optax.adamw(RATE), {}, False, 28),
+    "sophia-g": (SOPHIA, {"refresh": False}, False, 24),
+    "sophia-g, refresh": (SOPHIA, {"refresh": True}, True, 32),
+    "orthosoph": (sophia_optax.orthosoph(RATE), {}, False, 16),
+}
+STEPS: dict[str, tuple[Sampler, bool]] = {
+    "adamw": (Sampler(optax.adamw(RATE)), False),
+    "sophia-g": (gauss_newton(SHARE), False),
+    f"sophia-g, sample of 1/{SHARE}": (gauss_newton(SHARE), True),
+    "sophia-g, sample of all rows": (gauss_newton(), True),
+    f"sophia-h, sample of 1/{SHARE}": (hutchinson(SHARE), True),
+    "orthosoph": (Sampler(sophia_optax.orthosoph(RATE)), False),
+}
+CASES = ("copy", *(f"update {name}" for name in UPDATES), *(f"step {name}" for name in STEPS))
+Row = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """What is measured, and how often."""
+
+    config: DecoderConfig
+    rows: int
+    copied: int  # float32 numbers
+    calls: int  # between two looks at the clock
+    rounds: int  # of which the median is taken
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    if args.small:
+        return Size(dataclasses.replace(PRESETS["tiny"], dtype="bfloat16"), SHARE, 2**20, 2, 2)
+    config = dataclasses.replace(PRESETS[args.model], dtype="bfloat16", attention=args.attention)
+    return Size(config, args.rows, 2**28, 10, 7)
+
+
+def seconds(call: Callable[[Any], Any], state: Any, size: Size) -> float:
+    """Of one call; each is given what the last returned."""
+    times = []
+    for _ in range(size.rounds + 1):
+        start = time.perf_counter()
+        for _ in range(size.calls):
+            state = call(state)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - start) / size.calls)
+    return statistics.median(times[1:])
+
+
+def copy(size: Size) -> Row:
+    """What a copy moves in a second, and on what."""
+    x = jnp.ones(size.copied, jnp.float32)
+    elapsed = seconds(jax.jit(lambda x: -x, donate_argnums=0), x, size)
+    device = jax.devices()[0]
+    where = {"platform": device.platform, "device": device.device_kind, "jax": jax.__version__}
+    return where | {"seconds": elapsed, "bytes_per_second": 2 * 4 * size.copied / elapsed}
+
+
+def update(name: str, size: Size) -> Row:
+    tx, extra, sampled, bytes_per_parameter = UPDATES[name]
+    params = jax.jit(split(size.config).init)(jax.random.key(0))
+    number = optax.tree.size(params)
+    program, (*state, grads, sample) = compile_update(tx, extra, sampled, params)
+    del params  # the program donates them
+    elapsed = seconds(lambda state: program(*state, grads, sample), state, size)
+    return {"seconds": elapsed, "parameters": number, "bytes": number * bytes_per_parameter}
+
+
+def step(name: str, size: Size) -> Row:
+    (tx, estimator), refresh = STEPS[name]
+    config = size.config
+    model = split(config)
+    twice_differentiable = split(dataclasses.replace(config, attention="xla")).apply
+    one = make_step(model.apply, tx, estimator=estimator, hessian_apply=twice_differentiable)
+    state = jax.jit(functools.partial(init_state, model.init, tx, 0))()
+    shape = size.rows, config.context + 1
+    batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+    program = jax.jit(one, static_argnums=2, donate_argnums=0).lower(state, batch, refresh)
+    program = program.compile()
+    memory = program.memory_analysis()
+    row = {
+        "seconds": seconds(lambda state: program(state, batch)[0], state, size),
+        "tokens": size.rows * config.context,
+        "flops": decoder_flops(config, size.rows, config.context),
+    }
+    if memory:
+        row["program_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return row | ({"peak_bytes": peak} if peak else {})
+
+
+def measure(case: str, size: Size) -> Row:
+    """A row of figures, or what went wrong."""
+    kind, _, name = case.partition(" ")
+    try:
+        return copy(size) if kind == "copy" else {"update": update, "step": step}[kind](name, size)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def in_own_process(case: str, argv: Sequence[str], timeout: float) -> Row:
+    """What a process that measures this case alone writes, or how it ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", *argv, "--case", case, "--json", path]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result after {timeout:.0f} s; --timeout gives it more."}
+        if path.exists():
+            return json.loads(path.read_text())
+        last = done.stderr.strip().splitlines()[-3:]
+        return {"error": f"the process ended with {done.returncode}: " + " ".join(last)}
+
+
+def peak_flops(kind: str, given: float | None) -> float | None:
+    """Operations a second that the device could do, None if nobody has told."""
+    known = (value for name, value in PEAKS.items() if name in kind)
+    teraflops = given or next(known, None)
+    return teraflops and 1e12 * teraflops
+
+
+def complete(rows: dict[str, Row], peak: float | None) -> None:
+    """Adds to each row what others are needed for."""
+    bandwidth = rows.get("copy", {}).get("bytes_per_second")
+    plain = rows.get("step sophia-g", {}).get("seconds")
+    for name, row in rows.items():
+        elapsed = row.get("seconds")
+        if elapsed and bandwidth and "bytes" in row:
+            row["over_floor"] = elapsed * bandwidth / row["bytes"]
+        if elapsed and "tokens" in row:
+            row["tokens_per_second"] = row["tokens"] / elapsed
+            if peak:
+                row["mfu"] = row["flops"] / elapsed / peak
+        if elapsed and plain and "sample" in name:
+            row["overhead"] = (elapsed / plain - 1) / INTERVAL
+
+
+def show(rows: dict[str, Row], console: Console) -> None:
+    updates = Table(title="one update")
+    steps = Table(title="one step; overhead on all if it is one of ten")
+    for table, columns in (
+        (updates, ("ms", "must move (MB)", "time / floor")),
+        (steps, ("ms", "tokens / s", "MFU", "overhead", "peak (MB)", "program (MB)")),
+    ):
+        table.add_column("optimizer", no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="right")
+    for case, row in rows.items():
+        kind, _, name = case.partition(" ")
+        if "error" in row:
+            continue
+        if kind == "update":
+            updates.add_row(name, *_cells(row, ("bytes",), ("over_floor", ".2f")))
+        if kind == "step":
+            keys = ("tokens_per_second", ",.0f"), ("mfu", ".1%"), ("overhead", ".1%")
+            steps.add_row(name, *_cells(row, *keys, ("peak_bytes",), ("program_bytes",)))
+    console.print(updates, steps)
+
+
+def _cells(row: Row, *keys: tuple[str, ...]) -> list[str]:
+    """Milliseconds, then each figure that there is: megabytes, or as its format says."""
+    cells = [f"{1e3 * row['seconds']:.3f}"]
+    for key, *spec in keys:
+        value = row.get(key)
+        if value is None:
+            cells.append("")
+        else:
+            cells.append(f"{value:{spec[0]}}" if spec else f"{value / 1e6:,.1f}")
+    return cells
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a tiny model on whatever there is")
+    parser.add_argument("--model", choices=list(PRESETS), default="gpt2-125m")
+    parser.add_argument("--rows", type=int, default=16, help=f"of a batch; a multiple of {SHARE}")
+    parser.add_argument("--attention", choices=["cudnn", "xla"], default="cudnn")
+    parser.add_argument("--peak", type=float, help="bfloat16 TFLOP/s of the device, for the MFU")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES, metavar="CASE")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of each measurement")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # in its own process
+    args = parser.parse_args(argv)
+    if args.case:
+        args.json.write_text(json.dumps(measure(args.case, size_of(args))))
+    else:
+        run(args, argv)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    console = Console(width=105)
+    rows: dict[str, Row] = {}
+    for case in dict.fromkeys(("copy", *args.cases)):
+        row = rows[case] = in_own_process(case, argv, args.timeout)
+        if case == "copy":
+            _say_where(row, args, console)
+        if "error" in row:
+            console.print(f"{case} failed: {row['error']}", style="red", markup=False)
+        complete(rows, peak_flops(rows["copy"].get("device", ""), args.peak))
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, console)
+    if failed := sum("error" in row for row in rows.values()):
+        raise SystemExit(f"{failed} of {len(rows)} measurements failed, with the messages above.")
+
+
+def _say_where(row: Row, args: argparse.Namespace, console: Console) -> None:
+    if "error" in row:
+        return
+    if row["platform"] != "gpu" and not args.small:
+        raise SystemExit(
+            f"JAX sees no GPU but {row['device']}: install jax[cuda13], or pass --small."
+        )
+    config, rows, *_ = size_of(args)
+    console.print(
+        f"Ran on {row['device']} ({row['platform']}), jax {row['jax']}; a copy moves "
+        f"{row['bytes_per_second'] / 1e9:.1f} GB/s. {rows} x {config.context} tokens, width "
+        f"{config.width}, {config.layers} layers, {config.attention} attention."
+        + " Sizes are small: these times say nothing."
+        * args.small
+    )
+    if not peak_flops(row["device"], args.peak):
+        console.print("No MFU: the peak of this device is not known; --peak tells it.")
+
+
+if __name__ == "__main__":
+    main()
