@@ -10,14 +10,12 @@ fails takes no other along; the file is written after each. `--small` is a test 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +25,6 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 from rich.table import Table
-
-if importlib.util.find_spec("tyro") is None:
-    # `train` imports the command line, which needs tyro, and the step does not.
-    sys.modules["train"] = types.ModuleType("train")
-    sys.modules["train"].__path__ = [str(Path(__file__).parents[1] / "train")]
 
 import sophia_optax
 from benchmarks.curvature_cost import SHARE, Sampler, decoder_flops, gauss_newton, hutchinson

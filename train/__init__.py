@@ -1,6 +1,18 @@
 """Training on a mesh of devices: `python -m train`, or `train(preset("tiny", "sophia-g"))`."""
 
-from train.config import Config, preset
-from train.loop import resume, train
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.config import Config, preset
+    from train.loop import resume, train
 
 __all__ = ["Config", "preset", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # At first use: the command line needs tyro, `train.step` does not.
+    if name not in __all__:
+        raise AttributeError(f"module 'train' has no attribute {name!r}")
+    home = "train.config" if name in ("Config", "preset") else "train.loop"
+    return getattr(importlib.import_module(home), name)
