@@ -1,7 +1,22 @@
-"""Language models as Flax NNX modules; imports jax and flax only."""
+"""Language models as Flax NNX modules; imports jax, numpy and flax only."""
 
-from models.decoder import Decoder, DecoderConfig
+from models.config import DecoderConfig, EncoderConfig
+from models.decoder import Decoder
+from models.encoder import Encoder
 from models.functional import Functional, split
-from models.presets import PRESETS
+from models.masking import mask_tokens
+from models.presets import BERT, LLAMA, PRESETS, QWEN3
 
-__all__ = ["PRESETS", "Decoder", "DecoderConfig", "Functional", "split"]
+__all__ = [
+    "PRESETS",
+    "LLAMA",
+    "QWEN3",
+    "BERT",
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "Functional",
+    "mask_tokens",
+    "split",
+]

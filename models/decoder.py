@@ -1,92 +1,34 @@
 """The decoder: one NNX module driven by one frozen config."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import jax
 from flax import nnx
 
+from models.attention import Attention, separate
+from models.config import DecoderConfig
 from models.layers import (
     INIT_STDDEV,
-    Attention,
+    Embedding,
     GeluMlp,
     LayerNorm,
     LearnedPositions,
-    TiedEmbedding,
+    RMSNorm,
+    SwigluMlp,
 )
 
 Constrain = Callable[[jax.Array], jax.Array]
-AttentionName = Literal["xla", "cudnn"]
-DtypeName = Literal["float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and arithmetic of a decoder; the defaults are GPT-2 small without biases.
-
-    Pre-LN blocks (eps 1e-5, scale only), tanh GELU, a feed-forward layer four times the width,
-    learned positions and a tied head. Matrices start N(0, 0.02), those that write to the residual
-    stream N(0, 0.02 / sqrt(2 layers)).
-
-    Raises:
-      ValueError: for sizes below one, a width the heads do not divide, an unknown name, or cuDNN
-        attention in float32.
-
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section
-    2.3; without biases and with a padded vocabulary as in nanoGPT.
-
-    >>> DecoderConfig(width=384, layers=6, heads=6).head_width
-    64
-    """
-
-    vocab_size: int = 50304
-    """Rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 128 for the hardware."""
-    context: int = 1024
-    """Longest sequence, in tokens: one learned position each."""
-    width: int = 768
-    """Width of the residual stream."""
-    layers: int = 12
-    """Number of blocks, each attention then feed-forward."""
-    heads: int = 12
-    """Attention heads; must divide the width."""
-    attention_layer_scale: bool = False
-    """Also divide the attention scores of layer i = 0, 1, ... by i + 1."""
-    attention: AttentionName = "xla"
-    """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
-    dtype: DtypeName = "float32"
-    """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
-
-    def __post_init__(self):
-        for name in ("vocab_size", "context", "width", "layers", "heads"):
-            if (size := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {size}, but counts something: set it to 1 or more.")
-        if self.width % self.heads:
-            raise ValueError(
-                f"width {self.width} cannot be cut into {self.heads} heads of equal width: choose "
-                f"heads that divide it, or width {self.width // self.heads * self.heads}."
-            )
-        _check_name("attention", self.attention, get_args(AttentionName))
-        _check_name("dtype", self.dtype, get_args(DtypeName))
-        if self.attention == "cudnn" and self.dtype == "float32":
-            raise ValueError(
-                "cuDNN attention has no float32 kernel: set dtype='bfloat16' or attention='xla'."
-            )
-
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.heads
-
-
-def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{field} {value!r} is unknown: choose one of {', '.join(known)}.")
 
 
 def identity(x: jax.Array) -> jax.Array:
     """The constraint that constrains nothing."""
     return x
+
+
+def _norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, config.norm_eps)
+    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
 class Block(nnx.Module):
@@ -95,20 +37,29 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
         out_stddev = INIT_STDDEV / (2 * config.layers) ** 0.5
         depth = layer + 1 if config.attention_layer_scale else 1
-        self.attention_norm = LayerNorm(config.width)
+        self.attention_norm = _norm(config)
         self.attention = Attention(
             config.width,
             config.heads,
+            kv_heads=config.kv_heads or config.heads,
+            head_width=config.head_width,
             scale=config.head_width**-0.5 / depth,
             out_stddev=out_stddev,
+            bias=config.bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            rope_theta=config.rope_theta if config.positions == "rope" else None,
             implementation=config.attention,
             rngs=rngs,
         )
-        self.mlp_norm = LayerNorm(config.width)
-        self.mlp = GeluMlp(config.width, 4 * config.width, out_stddev=out_stddev, rngs=rngs)
+        self.mlp_norm = _norm(config)
+        mlp = {"gelu": GeluMlp, "swiglu": SwigluMlp}[config.mlp]
+        hidden = config.ffn_width or 4 * config.width
+        self.mlp = mlp(config.width, hidden, out_stddev=out_stddev, bias=config.bias, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+    def __call__(
+        self, x_BxTxD: jax.Array, mask: jax.Array | None = None, places: jax.Array | None = None
+    ) -> jax.Array:
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask, places)
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
 
@@ -127,13 +78,22 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.tokens = TiedEmbedding(config.vocab_size, config.width, rngs=rngs)
-        self.positions = LearnedPositions(config.context, config.width, rngs=rngs)
-        blocks = {_name(layer): Block(config, layer, rngs=rngs) for layer in range(config.layers)}
+        self.tokens = Embedding(config.vocab_size, config.width, rngs=rngs)
+        learned = config.positions == "learned"
+        self.positions = (
+            LearnedPositions(config.context, config.width, rngs=rngs) if learned else None
+        )
+        blocks = {block_name(i): Block(config, i, rngs=rngs) for i in range(config.layers)}
         self.blocks = nnx.Dict(blocks)
-        self.norm = LayerNorm(config.width)
+        self.norm = _norm(config)
+        self.head = None if config.tied else Embedding(config.vocab_size, config.width, rngs=rngs)
 
-    def __call__(self, tokens_BxT: jax.Array, constrain: Constrain = identity) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        constrain: Constrain = identity,
+        segments_BxT: jax.Array | None = None,
+    ) -> jax.Array:
         """Logits of the token after each position, which depend on no later token.
 
         Args:
@@ -144,6 +104,8 @@ class Decoder(nnx.Module):
             fails under the vmap of a curvature estimator, which passes none, and one read from a
             context variable is invisible to jit's cache, which would serve a program traced with
             the other.
+          segments_BxT: int[B, T], a number for each sequence packed into a row, and one more for
+            padding. A token sees, and counts its position from the start of, its own alone.
 
         Returns:
           float32[B, T, V], whatever the compute dtype.
@@ -151,19 +113,30 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: if T exceeds the context.
         """
-        length, context = tokens_BxT.shape[-1], self.config.context
-        if length > context:
-            raise ValueError(
-                f"{length} tokens, but there are positions for {context}: crop the tokens to the "
-                f"last {context}, or make the model with context={length}."
-            )
-        x_BxTxD = constrain(self.positions(self.tokens(tokens_BxT)).astype(self.config.dtype))
+        check_length(tokens_BxT, self.config.context)
+        mask, places = separate(segments_BxT)
+        x_BxTxD = self.tokens(tokens_BxT)
+        if self.positions is not None:
+            x_BxTxD = self.positions(x_BxTxD, places)
+        x_BxTxD = constrain(x_BxTxD.astype(self.config.dtype))
         for layer in range(self.config.layers):
-            x_BxTxD = constrain(self.blocks[_name(layer)](x_BxTxD))
-        return self.tokens.logits(self.norm(x_BxTxD))
+            x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask, places))
+        head = self.tokens if self.head is None else self.head
+        return head.logits(self.norm(x_BxTxD))
 
 
-def _name(layer: int) -> str:
+def check_length(tokens_BxT: jax.Array, context: int) -> None:
+    """T is at most the context."""
+    length = tokens_BxT.shape[-1]
+    if length > context:
+        raise ValueError(
+            f"{length} tokens, but there are positions for {context}: crop the tokens to the "
+            f"last {context}, or make the model with context={length}."
+        )
+
+
+def block_name(layer: int) -> str:
+    """The key of a block among the parameters."""
     # A string, since checkpoints turn integer keys into strings. Looked up by name, since a
     # pytree's dicts come back sorted, and "10" sorts before "2".
     return f"{layer:02d}"

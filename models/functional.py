@@ -1,4 +1,4 @@
-"""A decoder as pure functions of a plain dict: what jit, grad and optimizers see."""
+"""A model as pure functions of a plain dict: what jit, grad and optimizers see."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from models.decoder import Constrain, Decoder, DecoderConfig, identity
+from models.config import DecoderConfig, EncoderConfig
+from models.decoder import Constrain, Decoder, identity
+from models.encoder import Encoder
 
 
 class Functional(NamedTuple):
@@ -24,8 +26,8 @@ class Functional(NamedTuple):
     specs: Any  # PartitionSpec for each leaf of params, in the same nested dict
 
 
-def split(config: DecoderConfig) -> Functional:
-    """Separates a decoder's definition from its parameters.
+def split(config: DecoderConfig | EncoderConfig) -> Functional:
+    """Separates a model's definition from its parameters.
 
     The module is traced once for its structure; nothing is allocated. After that parameters are
     an ordinary nested dict for `jax.jit`, which walks no module graph at each call as `nnx.jit`
@@ -39,8 +41,9 @@ def split(config: DecoderConfig) -> Functional:
       A `Functional`:
         init: `key -> params`; jit it with `out_shardings` made from `specs` to create each shard
           in place, or pass it to `jax.eval_shape` for shapes alone.
-        apply: `(params, tokens, constrain=identity) -> logits`, float32[B, T, V]; arguments and
-          errors are those of `Decoder.__call__`.
+        apply: `(params, tokens, constrain=identity, ...) -> logits`, float32[B, T, V] or
+          float32[B, classes]; arguments and errors are those of `Decoder.__call__` and
+          `Encoder.__call__`.
         specs: a `jax.sharding.PartitionSpec` for each leaf, structured as params.
 
     >>> import jax, jax.numpy as jnp
@@ -52,14 +55,19 @@ def split(config: DecoderConfig) -> Functional:
     ((16, 64), P('fsdp', None))
     """
 
-    def make(key: jax.Array) -> Decoder:
-        return Decoder(config, rngs=nnx.Rngs(key))
+    def make(key: jax.Array) -> Decoder | Encoder:
+        rngs = nnx.Rngs(key)
+        if isinstance(config, EncoderConfig):
+            return Encoder(config, rngs=rngs)
+        return Decoder(config, rngs=rngs)
 
     def init(key: jax.Array):
         return nnx.to_pure_dict(nnx.state(make(key)))
 
-    def apply(params, tokens_BxT: jax.Array, constrain: Constrain = identity) -> jax.Array:
-        return nnx.merge(graph, params)(tokens_BxT, constrain)
+    def apply(
+        params, tokens_BxT: jax.Array, constrain: Constrain = identity, **inputs: jax.Array | None
+    ) -> jax.Array:
+        return nnx.merge(graph, params)(tokens_BxT, constrain, **inputs)
 
     graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
     return Functional(init, apply, nnx.to_pure_dict(nnx.get_partition_spec(state)))

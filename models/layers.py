@@ -1,22 +1,18 @@
-"""The layers of a decoder: what a block, a position scheme and a head are made of.
+"""The layers of a model: what a block, a position scheme and a head are made of.
 
 Every class is a small NNX module that knows sizes and a mesh-axis name, never a mesh. A
 parameter's sharding is stated where it is made: the model-width dimension of each matrix is
 split over the mesh axis `"fsdp"`, vectors are replicated. Parameters are float32; a layer
 computes in the dtype of its input.
 
-Dimensions: B batch, T time, D model width, F feed-forward width, N heads, H head width, V
-vocabulary, C context.
+Dimensions: B batch, T time, D model width, F feed-forward width, V vocabulary, C context.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 INIT_STDDEV = 0.02
-NORM_EPS = 1e-5
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], sharding, stddev: float = INIT_STDDEV):
@@ -32,14 +28,22 @@ def in_projection(rngs: nnx.Rngs, width: int, features: int) -> nnx.Param:
     return _matrix(rngs, (width, features), ("fsdp", None))
 
 
-def out_projection(rngs: nnx.Rngs, features: int, width: int, *, stddev: float) -> nnx.Param:
+def out_projection(
+    rngs: nnx.Rngs, features: int, width: int, *, stddev: float = INIT_STDDEV
+) -> nnx.Param:
     """A float32[features, width] matrix into the residual stream, N(0, stddev)."""
     return _matrix(rngs, (features, width), (None, "fsdp"), stddev)
 
 
-def apply_matrix(x: jax.Array, matrix: nnx.Param) -> jax.Array:
-    """`x @ matrix` in the dtype of x."""
-    return x @ matrix[...].astype(x.dtype)
+def bias_vector(size: int, wanted: bool = True) -> nnx.Param | None:
+    """A float32[size] vector that starts at zero, or None."""
+    return nnx.Param(jnp.zeros(size, jnp.float32)) if wanted else None
+
+
+def affine(x: jax.Array, matrix: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+    """`x @ matrix + bias` in the dtype of x."""
+    y = x @ matrix[...].astype(x.dtype)
+    return y if bias is None else y + bias[...].astype(x.dtype)
 
 
 def tied_logits(x_BxTxD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
@@ -58,8 +62,8 @@ def tied_logits(x_BxTxD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
     )
 
 
-class TiedEmbedding(nnx.Module):
-    """One table that reads tokens and, transposed, writes logits."""
+class Embedding(nnx.Module):
+    """A table that reads tokens or, transposed, writes logits; a tied model has one for both."""
 
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = _matrix(rngs, (vocab_size, width), (None, "fsdp"))
@@ -83,67 +87,90 @@ class LearnedPositions(nnx.Module):
     def __init__(self, context: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = _matrix(rngs, (context, width), (None, "fsdp"))
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        return x_BxTxD + self.embedding[: x_BxTxD.shape[1]]
+    def __call__(self, x_BxTxD: jax.Array, positions_BxT: jax.Array | None = None) -> jax.Array:
+        if positions_BxT is None:
+            return x_BxTxD + self.embedding[: x_BxTxD.shape[1]]
+        return x_BxTxD + self.embedding[positions_BxT]
 
 
 class LayerNorm(nnx.Module):
-    """Zero mean and unit variance over the width, then a learned scale; computed in float32."""
+    """Zero mean and unit variance over the width, then a learned scale and, if wanted, bias.
 
-    def __init__(self, width: int):
+    Computed in float32.
+    """
+
+    def __init__(self, width: int, eps: float, *, bias: bool = False):
+        self.eps = eps
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = bias_vector(width, bias)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         x = x_BxTxD.astype(jnp.float32)
         centered = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centered).mean(axis=-1, keepdims=True)
-        normed = centered * jax.lax.rsqrt(variance + NORM_EPS) * self.scale[...]
+        normed = centered * jax.lax.rsqrt(variance + self.eps) * self.scale[...]
+        if self.bias is not None:
+            normed = normed + self.bias[...]
         return normed.astype(x_BxTxD.dtype)
 
 
-class Attention(nnx.Module):
-    """Causal multi-head self-attention, without biases; the softmax is in float32.
+class RMSNorm(nnx.Module):
+    """Unit root mean square over the last axis, then a learned scale; computed in float32.
 
-    `scale` multiplies the scores. `implementation="cudnn"` is faster on a GPU and has no second
-    derivative; "xla" may be differentiated any number of times, in either mode.
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
     """
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        x = x_BxTxD.astype(jnp.float32)
+        square = jnp.square(x).mean(axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(square + self.eps) * self.scale[...]).astype(x_BxTxD.dtype)
+
+
+class GeluMlp(nnx.Module):
+    """Two matrices around a GELU: `approximate` by a tanh (GPT-2), or exact (BERT)."""
 
     def __init__(
         self,
         width: int,
-        heads: int,
+        hidden: int,
         *,
-        scale: float,
         out_stddev: float,
-        implementation: Literal["xla", "cudnn"],
+        bias: bool = False,
+        approximate: bool = True,
         rngs: nnx.Rngs,
     ):
-        self.heads, self.scale = heads, scale
-        self.implementation: Literal["xla", "cudnn"] = implementation
-        self.query = in_projection(rngs, width, width)
-        self.key = in_projection(rngs, width, width)
-        self.value = in_projection(rngs, width, width)
-        self.out = out_projection(rngs, width, width, stddev=out_stddev)
-
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        projections = (self.query, self.key, self.value)
-        heads = [self._heads(apply_matrix(x_BxTxD, matrix)) for matrix in projections]
-        mixed_BxTxNxH = jax.nn.dot_product_attention(
-            *heads, scale=self.scale, is_causal=True, implementation=self.implementation
-        )
-        return apply_matrix(mixed_BxTxNxH.reshape(x_BxTxD.shape), self.out)
-
-    def _heads(self, x_BxTxD: jax.Array) -> jax.Array:
-        return x_BxTxD.reshape(*x_BxTxD.shape[:-1], self.heads, -1)
-
-
-class GeluMlp(nnx.Module):
-    """Two matrices around a tanh GELU, without biases."""
-
-    def __init__(self, width: int, hidden: int, *, out_stddev: float, rngs: nnx.Rngs):
+        self.approximate = approximate
         self.up = in_projection(rngs, width, hidden)
         self.down = out_projection(rngs, hidden, width, stddev=out_stddev)
+        self.up_bias, self.down_bias = bias_vector(hidden, bias), bias_vector(width, bias)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        hidden_BxTxF = jax.nn.gelu(apply_matrix(x_BxTxD, self.up), approximate=True)
-        return apply_matrix(hidden_BxTxF, self.down)
+        up_BxTxF = affine(x_BxTxD, self.up, self.up_bias)
+        hidden_BxTxF = jax.nn.gelu(up_BxTxF, approximate=self.approximate)
+        return affine(hidden_BxTxF, self.down, self.down_bias)
+
+
+class SwigluMlp(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, *, out_stddev: float, bias: bool = False, rngs: nnx.Rngs
+    ):
+        self.gate = in_projection(rngs, width, hidden)
+        self.up = in_projection(rngs, width, hidden)
+        self.down = out_projection(rngs, hidden, width, stddev=out_stddev)
+        self.gate_bias, self.up_bias = bias_vector(hidden, bias), bias_vector(hidden, bias)
+        self.down_bias = bias_vector(width, bias)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        gate_BxTxF = jax.nn.silu(affine(x_BxTxD, self.gate, self.gate_bias))
+        return affine(
+            gate_BxTxF * affine(x_BxTxD, self.up, self.up_bias), self.down, self.down_bias
+        )

@@ -1,6 +1,8 @@
-"""Named decoder configs."""
+"""Named configs, family by family."""
 
-from models.decoder import DecoderConfig
+import dataclasses
+
+from models.config import DecoderConfig, EncoderConfig
 
 PRESETS: dict[str, DecoderConfig] = {
     "tiny": DecoderConfig(vocab_size=256, context=64, layers=2, heads=4, width=64),
@@ -12,3 +14,69 @@ PRESETS: dict[str, DecoderConfig] = {
 }
 """Byte-level `tiny`, and GPT-2 at five sizes; counts without positions are .115, 29.9, 123.6,
 353.6, 535.8 and 772.3 million parameters."""
+
+_LLAMA = DecoderConfig(
+    vocab_size=32_000,
+    context=4096,
+    width=4096,
+    layers=32,
+    heads=32,
+    ffn_width=11_008,
+    norm="rmsnorm",
+    positions="rope",
+    mlp="swiglu",
+    tied=False,
+)
+_SMALL_LLAMA = dataclasses.replace(_LLAMA, context=1024, norm_eps=1e-6)
+
+LLAMA: dict[str, DecoderConfig] = {
+    "llama-60m": dataclasses.replace(_SMALL_LLAMA, layers=8, width=512, heads=8, ffn_width=1376),
+    "llama-130m": dataclasses.replace(_SMALL_LLAMA, layers=12, width=768, heads=12, ffn_width=2048),
+    "llama-350m": dataclasses.replace(
+        _SMALL_LLAMA, layers=24, width=1024, heads=16, ffn_width=2736
+    ),
+    "llama-1b": dataclasses.replace(_SMALL_LLAMA, layers=24, width=2048, heads=32, ffn_width=5461),
+    "llama2-7b": _LLAMA,
+}
+"""The small Llamas of GaLore's release (Zhao et al. 2024) and Llama-2 (Touvron et al. 2023): 58.07,
+134.11, 367.97, 1339.08 and 6738.42 million parameters."""
+
+_QWEN3 = dataclasses.replace(
+    _LLAMA,
+    vocab_size=151_936,
+    context=40_960,
+    width=1024,
+    layers=28,
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    ffn_width=3072,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    qk_norm=True,
+    tied=True,
+)
+_SMALL_QWEN3 = dataclasses.replace(_QWEN3, context=1024, kv_heads=0, head_dim=0, ffn_width=0)
+
+QWEN3: dict[str, DecoderConfig] = {
+    "qwen3-134m": dataclasses.replace(_SMALL_QWEN3, layers=32, width=512, heads=8),
+    "qwen3-134m-gqa": dataclasses.replace(
+        _SMALL_QWEN3,
+        vocab_size=49_152,
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        ffn_width=1536,
+    ),
+    "qwen3-0.6b": _QWEN3,
+}
+"""Two readings of "Qwen 3 architecture, 134M", without embeddings and with (134.26 and 134.52
+million parameters), and the smallest published Qwen3 (596.05)."""
+
+BERT: dict[str, EncoderConfig] = {
+    "bert-small": EncoderConfig(layers=4, width=512, heads=8),
+    "bert-base": EncoderConfig(),
+}
+"""Devlin et al. 2019, and Turc et al. 2019 for `bert-small`: 28.76 and 109.48 million parameters
+with the pooler and without a head."""

@@ -1,0 +1,159 @@
+"""What a model is: two frozen configs, of decoders and of encoders."""
+
+import dataclasses
+from typing import Any, Literal, get_args, get_origin
+
+AttentionName = Literal["xla", "cudnn"]
+DtypeName = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and arithmetic of a decoder; the defaults are GPT-2 small without biases.
+
+    Pre-LN blocks (eps 1e-5, scale only), tanh GELU, a feed-forward layer four times the width,
+    learned positions and a tied head. Matrices start N(0, 0.02), those that write to the residual
+    stream N(0, 0.02 / sqrt(2 layers)). Llama-2 and Qwen3 are such configs in `models.presets`.
+
+    Raises:
+      ValueError: for sizes below one, a width the heads do not divide, heads that the key/value
+        heads do not divide, an odd head under rotary positions, an unknown name, or cuDNN
+        attention in float32.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section
+    2.3; without biases and with a padded vocabulary as in nanoGPT.
+
+    >>> DecoderConfig(width=384, layers=6, heads=6).head_width
+    64
+    """
+
+    vocab_size: int = 50304
+    """Rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 128 for the hardware."""
+    context: int = 1024
+    """Longest sequence, in tokens; learned positions have one vector for each."""
+    width: int = 768
+    """Width of the residual stream."""
+    layers: int = 12
+    """Number of blocks, each attention then feed-forward."""
+    heads: int = 12
+    """Attention heads; must divide the width unless head_dim is given."""
+    kv_heads: int = 0
+    """Key/value heads, each shared by heads / kv_heads queries; 0 for as many as heads."""
+    head_dim: int = 0
+    """Width of one attention head; 0 for width / heads."""
+    ffn_width: int = 0
+    """Hidden width of the feed-forward layer; 0 for four times the width."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, before the feed-forward layer, and before the head."""
+    norm_eps: float = 1e-5
+    """Added to the variance or mean square before a norm takes its root."""
+    positions: Literal["learned", "rope"] = "learned"
+    """Vectors added to the embeddings, or queries and keys rotated by their position."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths, 2 pi theta^(2i / head width)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Feed-forward layer: two matrices around a tanh GELU, or three with a SiLU gate."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head (RMSNorm) before they are rotated."""
+    tied: bool = True
+    """Logits are inner products with the token embeddings; otherwise with a table of their own."""
+    bias: bool = False
+    """Every projection has a bias, and every LayerNorm, as in OpenAI's GPT-2."""
+    attention_layer_scale: bool = False
+    """Also divide the attention scores of layer i = 0, 1, ... by i + 1."""
+    attention: AttentionName = "xla"
+    """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
+    dtype: DtypeName = "float32"
+    """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
+
+    def __post_init__(self):
+        _check(self, derived=("kv_heads", "head_dim", "ffn_width"))
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} heads cannot share {self.kv_heads} key/value heads equally: choose "
+                "kv_heads that divide heads, or 0 for as many."
+            )
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(
+                f"a head of width {self.head_width} cannot be rotated, which pairs coordinates: "
+                "make head_dim, or width / heads, even."
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and arithmetic of an encoder with its head; the defaults are BERT base.
+
+    Post-LN blocks with biases, exact GELU, learned positions. Matrices start N(0, 0.02), biases
+    at zero. There is no dropout.
+
+    Raises:
+      ValueError: for sizes below one, a width the heads do not divide, an unknown name, or cuDNN
+        attention in float32.
+
+    Source: Devlin et al. 2019, "BERT", section 3 and appendix A.
+
+    >>> EncoderConfig(width=512, layers=4, heads=8).head_width
+    64
+    """
+
+    vocab_size: int = 30522
+    """Rows of the embedding."""
+    context: int = 512
+    """Longest sequence, in tokens: one learned position each."""
+    width: int = 768
+    """Width of the residual stream."""
+    layers: int = 12
+    """Number of blocks, each attention then feed-forward."""
+    heads: int = 12
+    """Attention heads; must divide the width."""
+    ffn_width: int = 0
+    """Hidden width of the feed-forward layer; 0 for four times the width."""
+    token_types: int = 2
+    """Rows of the table that tells a first sentence from a second."""
+    classes: int = 0
+    """Classes of a head on the first token; 0 for a masked-language-model head on every token."""
+    norm_eps: float = 1e-12
+    """Added to the variance before a norm takes its root."""
+    attention: AttentionName = "xla"
+    """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
+    dtype: DtypeName = "float32"
+    """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
+
+    def __post_init__(self):
+        _check(self, counts=("token_types",), derived=("ffn_width", "classes"))
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+
+def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...]) -> None:
+    """Sizes, of which those `derived` may be 0, then what any config needs."""
+    for name in ("vocab_size", "context", "width", "layers", "heads", *counts, *derived):
+        size, least = getattr(config, name), 0 if name in derived else 1
+        if size < least:
+            raise ValueError(f"{name} is {size}, but counts something: set it to {least} or more.")
+    if not getattr(config, "head_dim", 0) and config.width % config.heads:
+        raise ValueError(
+            f"width {config.width} cannot be cut into {config.heads} heads of equal width: choose "
+            f"heads that divide it, or width {config.width // config.heads * config.heads}."
+        )
+    for field in dataclasses.fields(config):
+        value, known = getattr(config, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in known:
+            raise ValueError(
+                f"{field.name} {value!r} is unknown: choose one of {', '.join(known)}."
+            )
+        if field.type is float and not value > 0:
+            raise ValueError(f"{field.name} is {value}: set it above 0.")
+    if config.attention == "cudnn" and config.dtype == "float32":
+        raise ValueError(
+            "cuDNN attention has no float32 kernel: set dtype='bfloat16' or attention='xla'."
+        )

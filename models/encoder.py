@@ -1,0 +1,140 @@
+"""The encoder: BERT, with a head for masked tokens or one for classes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.attention import Attention, separate
+from models.config import EncoderConfig
+from models.decoder import Constrain, block_name, check_length, identity
+from models.layers import (
+    INIT_STDDEV,
+    Embedding,
+    GeluMlp,
+    LayerNorm,
+    LearnedPositions,
+    affine,
+    bias_vector,
+    in_projection,
+)
+
+
+class EncoderBlock(nnx.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)): float[B, T, D] to the same."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            kv_heads=config.heads,
+            head_width=config.head_width,
+            scale=config.head_width**-0.5,
+            out_stddev=INIT_STDDEV,
+            causal=False,
+            bias=True,
+            implementation=config.attention,
+            rngs=rngs,
+        )
+        self.attention_norm = LayerNorm(config.width, config.norm_eps, bias=True)
+        self.mlp = GeluMlp(
+            config.width,
+            config.ffn_width or 4 * config.width,
+            out_stddev=INIT_STDDEV,
+            bias=True,
+            approximate=False,
+            rngs=rngs,
+        )
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps, bias=True)
+
+    def __call__(self, x_BxTxD: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x_BxTxD = self.attention_norm(x_BxTxD + self.attention(x_BxTxD, mask))
+        return self.mlp_norm(x_BxTxD + self.mlp(x_BxTxD))
+
+
+class MaskedTokenHead(nnx.Module):
+    """A layer, then inner products with the token embeddings plus a bias for each token."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.dense = in_projection(rngs, config.width, config.width)
+        self.dense_bias = bias_vector(config.width)
+        self.norm = LayerNorm(config.width, config.norm_eps, bias=True)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32))
+
+    def __call__(self, x_BxTxD: jax.Array, tokens: Embedding) -> jax.Array:
+        hidden_BxTxD = jax.nn.gelu(affine(x_BxTxD, self.dense, self.dense_bias), approximate=False)
+        return tokens.logits(self.norm(hidden_BxTxD)) + self.bias[...]
+
+
+class ClassHead(nnx.Module):
+    """A tanh layer on the first token (the pooler), then one on top, in float32."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.dense = in_projection(rngs, config.width, config.width)
+        self.dense_bias = bias_vector(config.width)
+        self.out = in_projection(rngs, config.width, config.classes)
+        self.out_bias = bias_vector(config.classes)
+
+    def __call__(self, x_BxTxD: jax.Array, tokens: Embedding) -> jax.Array:
+        del tokens  # what the other head writes with
+        pooled_BxD = jnp.tanh(affine(x_BxTxD[:, 0], self.dense, self.dense_bias))
+        return affine(pooled_BxD.astype(jnp.float32), self.out, self.out_bias)
+
+
+class Encoder(nnx.Module):
+    """Logits from tokens that all see each other.
+
+    Parameters are one dict but for `head`, so a pretrained encoder is fine-tuned from
+    `{**pretrained, "head": fresh["head"]}`.
+
+    Args:
+      config: shape, arithmetic and head.
+      rngs: the source of the initial parameters. They are float32, and made without a mesh.
+
+    >>> config = EncoderConfig(vocab_size=256, context=8, width=16, layers=2, heads=2)
+    >>> Encoder(config, rngs=nnx.Rngs(0))(jnp.zeros((3, 8), int)).shape
+    (3, 8, 256)
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.tokens = Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.positions = LearnedPositions(config.context, config.width, rngs=rngs)
+        self.types = Embedding(config.token_types, config.width, rngs=rngs)
+        self.norm = LayerNorm(config.width, config.norm_eps, bias=True)
+        self.blocks = nnx.Dict(
+            {block_name(layer): EncoderBlock(config, rngs=rngs) for layer in range(config.layers)}
+        )
+        head = ClassHead if config.classes else MaskedTokenHead
+        self.head = head(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        constrain: Constrain = identity,
+        segments_BxT: jax.Array | None = None,
+        types_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of each token, or of each row's class.
+
+        Args:
+          tokens_BxT: int[B, T], T at most the context. A token of V or above makes NaN.
+          constrain: applied to the residual stream; see `Decoder.__call__`.
+          segments_BxT: int[B, T], a number for each sequence packed into a row, and one more for
+            padding. A token sees, and counts its position from the start of, its own alone. Class
+            logits are those of the first.
+          types_BxT: int[B, T], 0 for a first sentence and 1 for a second; default 0.
+
+        Returns:
+          float32[B, T, V], or float32[B, classes], whatever the compute dtype.
+
+        Raises:
+          ValueError: if T exceeds the context.
+        """
+        check_length(tokens_BxT, self.config.context)
+        mask, places = separate(segments_BxT)
+        types = jnp.zeros_like(tokens_BxT) if types_BxT is None else types_BxT
+        x_BxTxD = self.positions(self.tokens(tokens_BxT) + self.types(types), places)
+        x_BxTxD = constrain(self.norm(x_BxTxD).astype(self.config.dtype))
+        for layer in range(self.config.layers):
+            x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask))
+        return self.head(x_BxTxD, self.tokens)

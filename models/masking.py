@@ -1,0 +1,57 @@
+"""What a masked language model is trained on."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mask_tokens(
+    key: jax.Array,
+    tokens: jax.Array,
+    *,
+    mask_token: int,
+    vocab_size: int,
+    rate: float = 0.15,
+    maskable: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Hides tokens that the model must name: `tokens` are the labels, weighted by the weights.
+
+    A share `rate` is chosen, each token by itself. Of the chosen, .8 become the mask token, .1 a
+    token drawn uniformly, and .1 stay as they are.
+
+    Args:
+      key: of the draws.
+      tokens: int[B, T].
+      mask_token: the number of [MASK], 103 in BERT's vocabulary.
+      vocab_size: tokens to draw from.
+      rate: the share chosen, above 0 and at most 1.
+      maskable: bool[B, T], False for padding and for tokens such as [CLS]; default all.
+
+    Returns:
+      (int[B, T], float32[B, T]): the input of the model, and 1 where the loss counts.
+
+    Raises:
+      ValueError: a rate or a mask token out of range.
+
+    Source: Devlin et al. 2019, "BERT", section 3.1; each token by itself, where their data has a
+    fixed number a row.
+
+    >>> tokens = jnp.full((1, 8), 7)
+    >>> inputs, weights = mask_tokens(jax.random.key(0), tokens, mask_token=3, vocab_size=9, rate=1)
+    >>> inputs, weights.sum()
+    (Array([[3, 3, 3, 3, 3, 3, 3, 3]], dtype=int32), Array(8., dtype=float32))
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate={rate} is no share of tokens: choose one above 0, at most 1.")
+    if not 0 <= mask_token < vocab_size:
+        raise ValueError(
+            f"mask_token={mask_token} is outside a vocabulary of {vocab_size}: pass the number "
+            "that [MASK] has in it."
+        )
+    choose, kind, draw = jax.random.split(key, 3)
+    chosen = jax.random.uniform(choose, tokens.shape) < rate
+    chosen = chosen if maskable is None else chosen & maskable
+    share = jax.random.uniform(kind, tokens.shape)
+    random = jax.random.randint(draw, tokens.shape, 0, vocab_size, tokens.dtype)
+    hidden = jnp.where(share < 0.8, mask_token, jnp.where(share < 0.9, random, tokens))
+    inputs = jnp.where(chosen, hidden.astype(tokens.dtype), tokens)
+    return inputs, chosen.astype(jnp.float32)
