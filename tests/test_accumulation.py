@@ -30,7 +30,7 @@ def make(optim, accumulation):
     if hasattr(optim, "estimator"):
         sampling["estimator"] = optim.estimator(1, ROWS, accumulation)
         sampling["sample_every"] = optim.strides(ROWS, accumulation)[0]
-    tx = optim.make(lambda _: 1e-2, shards=1, seed=SEED, total_steps=5, batch_size=ROWS)
+    tx = optim.make(lambda _: 1e-2, seed=SEED, total_steps=5, batch_size=ROWS)
     step = make_step(MODEL.apply, tx, seed=SEED, accumulation=accumulation, **sampling)
     state = jax.jit(functools.partial(init_state, MODEL.init, tx, 0))()
     return jax.jit(step, static_argnames="refresh"), state

@@ -133,7 +133,7 @@ def gradient(random):
 
 
 def updates_of(optim, *, steps=3, rate=0.5, total_steps=8, by_host=True):
-    made = optim.make(lambda _: rate, shards=1, seed=0, total_steps=total_steps)
+    made = optim.make(lambda _: rate, seed=0, total_steps=total_steps, batch_size=len(ROWS))
     return follow(made, optim, steps, by_host)
 
 
@@ -171,8 +171,8 @@ def another(field, value):
 
 # Where presets clip or floor every coordinate, nothing else would show.
 UNCLIPPED = {
-    "sophia-g": {"gamma": 20.0},
-    "sophia-h": {"gamma": 20.0},
+    "sophia-g": {"gamma": 20.0, "update_interval": 6},  # a spread sample needs 6 rows then
+    "sophia-h": {"gamma": 20.0, "update_interval": 6},
     "sophia-geometric": {"rho": 200.0},
 }
 SAMPLING = {"groups", "num_samples", "batch_fraction", "probe"}
@@ -204,7 +204,7 @@ def test_every_field_of_an_estimator_changes_the_sample(kind):
 @pytest.mark.parametrize("optimizer", DECAYING)
 def test_weight_decay_is_times_the_learning_rate_and_moves_matrices_only(optimizer):
     optim = dataclasses.replace(preset("tiny", optimizer).optim, weight_decay=0.5)
-    made = optim.make(lambda _: 0.25, shards=1, seed=0, total_steps=10)
+    made = optim.make(lambda _: 0.25, seed=0, total_steps=10, batch_size=len(ROWS))
     tx = optax.with_extra_args_support(made)
     zeros = optax.tree.zeros_like(PARAMS)
     updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS, hessian=PARAMS, refresh=True)
@@ -242,7 +242,7 @@ def test_there_are_two_programs_where_an_interval_is_longer_than_one_step(optimi
 def test_state_dtypes_reach_every_moment(optimizer):
     flags = {"mu_dtype": "bfloat16", "hessian_dtype": "bfloat16"}
     optim = dataclasses.replace(preset("tiny", optimizer).optim, **flags)
-    state = optim.make(lambda _: 1.0, shards=1, seed=0, total_steps=10).init(PARAMS)
+    state = optim.make(lambda _: 1.0, seed=0, total_steps=10, batch_size=len(ROWS)).init(PARAMS)
     moments = [x.dtype for x in jax.tree.leaves(state) if x.shape == PARAMS["matrix"].shape]
     assert moments == [jnp.bfloat16] * 2
 
@@ -253,7 +253,7 @@ def test_the_seed_decides_what_is_random(optimizer):
     extra = {"obj_fn": obj_fn, "logits_fn": logits_fn, "inputs": ROWS}
 
     def state(seed):
-        tx = optim.make(lambda _: 1.0, shards=1, seed=seed, total_steps=10)
+        tx = optim.make(lambda _: 1.0, seed=seed, total_steps=10, batch_size=len(ROWS))
         return jax.tree.leaves(tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)[1])
 
     assert not same(state(0), state(1))

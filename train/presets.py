@@ -20,8 +20,12 @@ from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
 
 def _gpt2(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Optimizer]:
     return {
-        "sophia-g": SophiaG(learning_rate=rate, gamma=gamma, weight_decay=0.2),  # published
-        "sophia-h": SophiaH(learning_rate=rate, weight_decay=0.2),  # published
+        "sophia-g": SophiaG(  # published, but for its rows: half of them, squared at once
+            learning_rate=rate, gamma=gamma, weight_decay=0.2, batch_fraction=1 / 10, groups=0
+        ),
+        "sophia-h": SophiaH(  # published, 32 of 480 rows too
+            learning_rate=rate, weight_decay=0.2, batch_fraction=1 / 15
+        ),
         "sophia-lite": SophiaLite(learning_rate=adamw_rate),  # guess
         "sophia-geometric": SophiaGeometric(learning_rate=adamw_rate / 4),  # guess: Lion's
         "orthosoph": OrthoSoph(learning_rate=adamw_rate),  # guess
@@ -48,7 +52,7 @@ GPT2: dict[str, dict[str, Optimizer]] = {
 
 # At 1,200 steps of 16 x 64 bytes, where long momentum hurts sign-like steps.
 TINY: dict[str, Optimizer] = {
-    "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, gamma=0.1),  # measured
+    "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.1, groups=0),  # measured
     "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, gamma=0.02),  # measured
     "sophia-lite": SophiaLite(learning_rate=2.5e-3, b1=0.8),  # measured at 400 steps
     "sophia-geometric": SophiaGeometric(learning_rate=2e-3, b1=0.8),  # measured at 400 steps
