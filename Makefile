@@ -27,6 +27,8 @@ bench: install  ## the tables that the README quotes
 	$(BIN)/python -m benchmarks.update_cost
 	$(BIN)/python -m benchmarks.matrix_cost
 	$(BIN)/python -m benchmarks.estimator_variance
+	$(BIN)/python -m benchmarks.curvature_cost
+	$(BIN)/python -m benchmarks.scaling
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
