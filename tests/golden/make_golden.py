@@ -2,7 +2,7 @@
 
 Run by hand, in an environment with torch 2.13.0 and transformers 5.23.0, never by the tests:
 
-    python tests/golden/make.py
+    python tests/golden/make_golden.py
 
 A file NAME.npz has the config.json that transformers wrote, the name and shape of each tensor that
 it saved, the inputs, and float32 logits. The weights are not stored: `weights` draws them again.
