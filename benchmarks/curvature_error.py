@@ -43,7 +43,10 @@ Flat = jax.Array  # float[P], all parameters
 Row = dict[str, Any]
 FRACTIONS = (1, 2, 4, 8, 10, 16, 24, 48)  # every n-th row
 GROUPS = (1, 4, 8, 16, None)  # None: one for each row
-HUTCHINSON_FRACTIONS = (1, 10, 20, 24, 30)
+HUTCHINSON = (  # every n-th row, groups; first what the scale of all is taken from
+    *((1, None), (1, 1), (1, 16)),
+    *((n, groups) for n in (10, 15, 30) for groups in (1, 4, None)),
+)
 UPDATE_INTERVAL = 10
 PAPER, DEFAULT = (2, 1), (10, None)
 
@@ -161,17 +164,19 @@ def hutchinson_rows(p: Problem, number: int, coordinates: int, probes: int) -> l
     chosen = jax.random.choice(jax.random.key(2), p.theta.size, (coordinates,), replace=False)
     exact = moments(some_of_the_diagonal(p, chosen, probes))
     rows, scale = [], None
-    for fraction in track(HUTCHINSON_FRACTIONS, "Hutchinson"):
-        if len(p.rows) % fraction:
+    for fraction, groups in track(HUTCHINSON, "Hutchinson"):
+        used = len(p.rows) // fraction
+        if len(p.rows) % fraction or used % (groups or 1):
             continue
-        estimator = hutchinson(batch_fraction=1 / fraction)
+        estimator = hutchinson(batch_fraction=1 / fraction, groups=groups or used)
         sampled = moments(draws(p, estimator, number, seed=3))
         scale = scale or sampled.squared_mean.sum()  # of the whole batch, the least noisy
         of_chosen = sampled.variance[chosen] / exact.mean**2
         rows.append(
             {
                 "fraction": fraction,
-                "rows": len(p.rows) // fraction,
+                "rows": used,
+                "groups": groups,
                 "total_error": float(sampled.variance.sum() / scale),
                 "median_error": float(np.median(of_chosen)),
             }
@@ -270,11 +275,11 @@ def show(found: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(title="Hutchinson: relative squared error of one sample")
-    for column in ("rows", "overhead", "total", "median coordinate", "its reference's own"):
+    for column in ("rows", "groups", "overhead", "total", "median", "its reference's own"):
         table.add_column(column, justify="right")
     for row in found["hutchinson"]:
         errors = (f"{row[key]:.3g}" for key in ("total_error", "median_error", "reference_error"))
-        table.add_row(_rows(row), f"{row['overhead']:.2%}", *errors)
+        table.add_row(_rows(row), str(row["groups"] or "a row"), f"{row['overhead']:.2%}", *errors)
     console.print(table)
 
 

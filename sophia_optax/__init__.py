@@ -14,7 +14,7 @@ from sophia_optax.alias import (
     sophia_lite,
 )
 from sophia_optax.blocks import ScaleByBlocksState, scale_by_blocks
-from sophia_optax.curvature import Estimator, hutchinson
+from sophia_optax.curvature import Estimator
 from sophia_optax.diagnostics import diagnostics
 from sophia_optax.gauss_newton import gauss_newton_bartlett
 from sophia_optax.gradient import (
@@ -22,6 +22,7 @@ from sophia_optax.gradient import (
     squared_gradient,
     weighted_squared_gradient,
 )
+from sophia_optax.hessian import hutchinson
 from sophia_optax.moments import (
     CenteredMomentState,
     centered_second_moment,

@@ -8,9 +8,10 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax.blocks import scale_by_blocks
-from sophia_optax.curvature import AxisName, Estimator, hutchinson
+from sophia_optax.curvature import AxisName, Estimator
 from sophia_optax.gauss_newton import gauss_newton_bartlett
 from sophia_optax.gradient import bounded, gradient_magnitude, weighted_squared_gradient
+from sophia_optax.hessian import hutchinson
 from sophia_optax.moments import (
     centered_second_moment,
     first_moment,

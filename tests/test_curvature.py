@@ -11,7 +11,12 @@ import pytest
 from exact import ExactTanh, central_difference
 from moments import assert_mean, draw, flops, jit, standard_error
 
-from sophia_optax import hessian_estimate, hutchinson, squared_gradient
+from sophia_optax import (
+    hessian_estimate,
+    hutchinson,
+    squared_gradient,
+    value_grad_and_hessian,
+)
 
 ROWS, D, K, V = 6, 2, 3, 3
 PROBES = ("rademacher", "normal")
@@ -41,10 +46,10 @@ def flat(tree):
 
 
 @functools.cache
-def exact_hessian(step=1):
+def exact_hessian(step=1, first=0):
     """[P, P] by central differences of the oracle's gradient, on every `step`-th row."""
-    model = ExactTanh("categorical", X[::step])
-    return central_difference(lambda p: flat(model.gradient(p, Y[::step])), PARAMS)
+    model = ExactTanh("categorical", X[first::step])
+    return central_difference(lambda p: flat(model.gradient(p, Y[first::step])), PARAMS)
 
 
 @functools.cache
@@ -93,6 +98,43 @@ def test_num_samples_divides_the_variance():
     one, four = samples("rademacher", "forward"), samples("rademacher", "forward", num_samples=4)
     for name in PARAMS:
         np.testing.assert_allclose(4 * four[name].var(0), one[name].var(0), rtol=0.1)
+
+
+def test_groups_leave_the_mean_and_average_the_variance_of_their_own_hessians():
+    """Var h = (1/G²) Σ_g Σ_{j≠i} (H_g)_ij², with sets g, g + G, ... of the rows."""
+    h = samples("rademacher", "forward", groups=3)
+    assert_mean(h, oracles.unflatten(np.diag(exact_hessian()), PARAMS), power=0.1)
+    flattened = np.concatenate([h[name].reshape(NUMBER, -1) for name in PARAMS], -1)
+    squares = (flattened - np.diag(exact_hessian())) ** 2
+    parts = [exact_hessian(3, first) for first in range(3)]
+    want = sum((H**2).sum(1) - np.diag(H) ** 2 for H in parts) / 9
+    assert np.all(np.abs(squares.mean(0) - want) < 5 * standard_error(squares))
+
+
+def test_loss_and_gradient_beside_grouped_samples_are_those_of_the_whole_batch():
+    key, params, grouped = jax.random.key(0), f32(PARAMS), hutchinson(groups=3)
+    extra = {"obj_fn": mean_loss, "inputs": BATCH}
+    loss, grads, h = jit(lambda key, params: value_grad_and_hessian(grouped)(key, params, **extra))(
+        key, params
+    )
+    want, gradient = jax.value_and_grad(mean_loss)(params, BATCH)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    for name, sample in one_sample(groups=3).items():
+        np.testing.assert_allclose(grads[name], gradient[name], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(h[name], sample, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inputs", "message"),
+    [
+        ({"groups": 0}, BATCH, "groups"),
+        ({"groups": 4}, BATCH, r"6 rows \(of 6, batch_fraction=1.0\) do not divide into groups=4"),
+        ({"groups": 2}, None, r"hutchinson\(groups=2\) cuts rows from `inputs`"),
+    ],
+)
+def test_groups_that_cannot_be_cut_are_refused(arguments, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        one_sample(inputs=inputs, **arguments)
 
 
 def test_every_sample_of_a_diagonal_hessian_is_exact():

@@ -45,7 +45,7 @@ def test_the_noise_of_the_reference_is_no_error_of_the_samples():
 
 
 def test_hutchinson_needs_no_reference_for_its_total_error():
-    """On ½ xᵀAx a coordinate's variance is Σ_{j≠i} A_ij², and the reference's next to nothing."""
+    """On ½ xᵀAx a coordinate's variance is Σ_{j≠i} A_ij² over groups, the reference's nothing."""
     P = 400
     A = np.random.default_rng(1).normal(0, 0.2, (P, P))
     A = (A + A.T) / 2 + np.diag(np.linspace(1, 2, P))
@@ -60,10 +60,13 @@ def test_hutchinson_needs_no_reference_for_its_total_error():
     variance = squares.sum(1) - diagonal**2
     # The products' mean is right to 2 sqrt(2 error / draws / P), 1.3% here; pairs i, j count once.
     for row in found:
-        assert row["total_error"] == pytest.approx(variance.sum() / (diagonal**2).sum(), rel=0.05)
-        assert row["median_error"] == pytest.approx(np.median(variance / diagonal**2), rel=0.2)
+        groups = row["groups"] or row["rows"]
+        total, median = variance.sum() / (diagonal**2).sum(), np.median(variance / diagonal**2)
+        assert groups * row["total_error"] == pytest.approx(total, rel=0.05)
+        assert groups * row["median_error"] == pytest.approx(median, rel=0.2)
         assert row["reference_error"] < 0.01
-    assert [row["rows"] for row in found] == [40, 4, 2]
+    cut = [(row["rows"], row["groups"]) for row in found]
+    assert cut == [(40, None), (40, 1), (4, 1), (4, 4), (4, None)]
 
 
 def test_rows_are_shuffled_between_draws():
@@ -133,7 +136,7 @@ def test_the_table_charges_rows_and_marks_the_default(tmp_path, monkeypatch, cap
     monkeypatch.setattr(curvature_error.program, "use_compile_cache", lambda folder: None)
     monkeypatch.setattr(curvature_error, "FRACTIONS", (10,))
     monkeypatch.setattr(curvature_error, "GROUPS", (1, None))
-    monkeypatch.setattr(curvature_error, "HUTCHINSON_FRACTIONS", (10,))
+    monkeypatch.setattr(curvature_error, "HUTCHINSON", ((10, 1),))
     path = tmp_path / "figures.json"
     sizes = {"steps": 12, "rows": 20, "reference": 4, "draws": 3, "coordinates": 8, "probes": 4}
     flags = [f"--{name}={value}" for name, value in sizes.items()]

@@ -1,4 +1,4 @@
-"""Parity with `transformers` on stored logits (golden/make_golden.py), and its files read and written."""
+"""Parity with `transformers` on stored logits (golden/make_golden.py); its files, both ways."""
 
 import dataclasses
 import json

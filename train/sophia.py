@@ -46,6 +46,9 @@ class _Sophia:
     of a step, which then moves 44 bytes a parameter instead of 28."""
     batch_fraction: float = 1.0
     """Share of the batch that a sample is taken of: less is cheaper and noisier."""
+    groups: int = 1
+    """Sets of a sample's rows that are sampled apart, for less variance at equal cost, at least
+    one a micro-batch; must divide the rows. 0 takes each row apart, for the least."""
     debias_momentum: bool = True
     """Correct m for its start at 0; the paper does not."""
     debias_hessian: bool = True
@@ -90,9 +93,21 @@ class _Sophia:
             )
         return min(stride, accumulation), max(stride // accumulation, 1)
 
+    def _groups(self, batch_size: int, accumulation: int) -> int:
+        """Groups of each micro-batch that is sampled."""
+        every, stride = self.strides(batch_size, accumulation)
+        rows = batch_size // (accumulation * stride)
+        groups = math.ceil(self.groups * every / accumulation) or rows
+        if not groups or rows % groups:
+            raise ValueError(
+                f"{rows} rows, sampled of each of {accumulation // every} micro-batches, do not "
+                f"divide into {groups} groups; lower --optim.groups, or set it to 0."
+            )
+        return groups
+
     def _make(self, learning_rate: optax.Schedule, seed: int, estimator: sophia_optax.Estimator):
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Sophia)}
-        del shared["spread"], shared["batch_fraction"]
+        del shared["spread"], shared["batch_fraction"], shared["groups"]
         shared["update_interval"] //= self.slices
         shared["b2"] **= 1 / self.slices
         arguments = arguments_of(shared, learning_rate)
@@ -111,9 +126,6 @@ class SophiaG(_Sophia):
     metrics hold. The state takes 8 bytes a parameter, as AdamW's.
     """
 
-    groups: int = 1
-    """Sets of a sample's rows that are squared apart, for less variance at equal cost, at least
-    one a micro-batch; must divide the rows. 0 squares each row apart, for the least."""
     num_samples: int = 1
     """Draws of all labels averaged in one sample; each costs a gradient."""
 
@@ -150,18 +162,6 @@ class SophiaG(_Sophia):
         """The transformation."""
         return self._make(learning_rate, seed, self.estimator(1, batch_size))
 
-    def _groups(self, batch_size: int, accumulation: int) -> int:
-        """Groups of each micro-batch that is sampled."""
-        every, stride = self.strides(batch_size, accumulation)
-        rows = batch_size // (accumulation * stride)
-        groups = math.ceil(self.groups * every / accumulation) or rows
-        if not groups or rows % groups:
-            raise ValueError(
-                f"{rows} rows, sampled of each of {accumulation // every} micro-batches, do not "
-                f"divide into {groups} groups; lower --optim.groups, or set it to 0."
-            )
-        return groups
-
 
 @dataclasses.dataclass(frozen=True)
 class SophiaH(_Sophia):
@@ -190,6 +190,7 @@ class SophiaH(_Sophia):
         return sophia_optax.hutchinson(
             probe=self.probe,
             num_samples=self.num_samples,
+            groups=self._groups(batch_size, accumulation),
             batch_fraction=1 / self.strides(batch_size, accumulation)[1],
         )
 
