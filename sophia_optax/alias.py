@@ -262,7 +262,7 @@ def sophia_lite(
       debias_hessian: divide h by the weight of its samples.
       seed: of the rounding of a bfloat16 h.
       statistics: take the clipped and floored fractions on refreshes, of 1/64 of the coordinates:
-        on every update if k = 1, for a twentieth of its time.
+        on every update if k = 1.
 
     Extra arguments of `update`:
       hessian: a sample made outside, used instead.
@@ -345,7 +345,7 @@ def sophia_geometric(
       debias_hessian: divide h by 1 - b2^t.
       seed: of the rounding of a bfloat16 h.
       statistics: take the clipped and floored fractions of 1/64 of the coordinates, on every
-        update, for a twentieth of its time.
+        update.
       max_norm: bound on ‖g‖, the norm of the gradient that m and h are made of, as by
         `optax.clip_by_global_norm` in front, but for its pass over the gradient: the norm of h is
         taken anyhow (44 bytes a parameter instead of 56). None is no bound.

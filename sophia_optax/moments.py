@@ -30,7 +30,7 @@ def first_moment(
       decay: β1 in [0, 1).
       bias_correction: divide by 1 - decay^t.
       dtype: of m; None is the parameter's. "bfloat16" is rounded to nearest, and stalls where
-        (1 - decay) (g - m) is under a 512th of m.
+        (1 - decay) (g - m) is under a 512th to a 256th of m.
 
     Returns:
       A transformation with the state of `optax.ema`. Its output is float32 at least.

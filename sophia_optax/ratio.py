@@ -143,7 +143,7 @@ def clip_by_ratio(
     clip_threshold: ArrayLike | None = 1.0,
     two_sided: bool = True,
     statistics: bool = True,
-    share: float = 1 / 64,
+    statistics_fraction: float = 1 / 64,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum over curvature, bounded: u = clip(m / denominator(h, v), clip_threshold).
 
@@ -160,11 +160,10 @@ def clip_by_ratio(
       two_sided: bound from both sides; False only from above.
       statistics: take the clipped and floored fractions on refreshes of h; with a dynamic
         `refresh` that is a `lax.cond`.
-      share: of the coordinates that they are taken on, in (0, 1], as a number of Python: every
-        n-th along each axis, always the same; leaves with axes under 128 are taken whole. The
-        standard error is about that of as many drawn at random, sqrt(p (1 - p) / n): .0004 for
-        p = .5 and 125 M parameters, and up to twice that was seen. 1 takes all, in three times
-        the time of the update.
+      statistics_fraction: share of the coordinates that they are taken on, in (0, 1], a number
+        of Python: every n-th along each axis, always the same; axes under 128 or no multiple of 16
+        are taken whole. The standard error is about that of as many drawn at random,
+        sqrt(p (1 - p) / n), .0004 for p = .5 and 125 M parameters; twice that was seen.
 
     Extra arguments of `update`:
       radius: r, a scalar from an enclosing `trust_region`. The step is then
@@ -178,7 +177,7 @@ def clip_by_ratio(
       and what `trust_region` predicts the gain of a step with.
 
     Raises:
-      ValueError: `clip_threshold` is not above 0; `share` is not in (0, 1].
+      ValueError: `clip_threshold` is not above 0; `statistics_fraction` is not in (0, 1].
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, line 13; SOAA, lines 8 to 10 and 19,
     for the gain, the radius and the sums.
@@ -199,8 +198,12 @@ def clip_by_ratio(
         _checks.nonzero(
             "clip_threshold", clip_threshold, "it stops all movement; None turns clipping off."
         )
-    _checks.in_range("share", share, 0, 1)
-    _checks.nonzero("share", share, "nothing would be counted; statistics=False takes none.")
+    _checks.in_range("statistics_fraction", statistics_fraction, 0, 1)
+    _checks.nonzero(
+        "statistics_fraction",
+        statistics_fraction,
+        "nothing would be counted; statistics=False takes none.",
+    )
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
     second = optax.with_extra_args_support(second_moment or optax.identity())
@@ -233,7 +236,7 @@ def clip_by_ratio(
         measured = (state.clipped, state.floored)
         due = refresh_due(extra.get("refresh"), extra.get("hessian"))
         if statistics and due is not False:
-            part = functools.partial(jax.tree.map, lambda x: _every_nth(x, share))
+            part = functools.partial(jax.tree.map, lambda x: _every_nth(x, statistics_fraction))
             parts = (part(moved), part(scaled), part(v), jax.tree.map(jnp.size, h))
 
             def measure():

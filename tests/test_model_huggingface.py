@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make import CASES, weights
+from golden.make_golden import CASES, weights
 from test_model_families import GPT2, LLAMA2, QWEN, noisy_params, tokens_of
 
 from models import (

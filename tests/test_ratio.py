@@ -403,7 +403,7 @@ def test_the_fractions_are_those_of_every_nth_coordinate_along_each_axis(shape):
 def test_a_share_estimates_the_whole_within_its_standard_error(share):
     """Coordinate by coordinate; with all of them there is no error."""
     m, h = ({"x": RNG.normal(size=(512, 1024))} for _ in range(2))
-    _, part = updated(ratio(floor(1.0, 0.2), share=share), m, h)
+    _, part = updated(ratio(floor(1.0, 0.2), statistics_fraction=share), m, h)
     whole = expected_whole(m["x"], h["x"], 0.2)
     n = share * m["x"].size
     for mine, p in zip((part.clipped, part.floored), whole, strict=True):
@@ -490,9 +490,12 @@ def test_of_an_axis_in_more_than_8_shards_each_shard_keeps_its_own():
         (lambda: rms_floor(0.1, -1.0), "eps=-1.0 is outside"),
         (lambda: ratio(floor(1.0), clip_threshold=-1.0), "clip_threshold=-1.0 is outside"),
         (lambda: ratio(floor(1.0), clip_threshold=0), "None turns clipping off"),
-        (lambda: ratio(floor(1.0), share=1.5), "share=1.5 is outside"),
-        (lambda: ratio(floor(1.0), share=-0.1), "share=-0.1 is outside"),
-        (lambda: ratio(floor(1.0), share=0), "statistics=False takes none"),
+        (lambda: ratio(floor(1.0), statistics_fraction=1.5), "statistics_fraction=1.5 is outside"),
+        (
+            lambda: ratio(floor(1.0), statistics_fraction=-0.1),
+            "statistics_fraction=-0.1 is outside",
+        ),
+        (lambda: ratio(floor(1.0), statistics_fraction=0), "statistics=False takes none"),
     ],
 )
 def test_arguments_out_of_range_are_named(build, message):

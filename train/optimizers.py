@@ -96,10 +96,12 @@ class SophiaGeometric:
     statistics: bool = False
     """Measure win_rate and its kin at each step, on a 64th of the coordinates."""
 
-    def make(self, learning_rate: optax.Schedule, *, seed: int, **unused):
-        """The transformation."""
+    def make(
+        self, learning_rate: optax.Schedule, *, seed: int, max_norm: float | None = None, **unused
+    ):
+        """The transformation, after a clip of the gradient by its global norm."""
         arguments = arguments_of(dataclasses.asdict(self), learning_rate)
-        return sophia_optax.sophia_geometric(**arguments, seed=seed)
+        return sophia_optax.sophia_geometric(**arguments, seed=seed, max_norm=max_norm)
 
 
 @dataclasses.dataclass(frozen=True)

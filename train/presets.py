@@ -20,7 +20,7 @@ from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
 
 def _gpt2(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Optimizer]:
     return {
-        "sophia-g": SophiaG(  # published, but for its rows: half of them, squared at once
+        "sophia-g": SophiaG(  # published, where the sample is half the rows, squared at once
             learning_rate=rate, gamma=gamma, weight_decay=0.2, batch_fraction=1 / 10, groups=0
         ),
         "sophia-h": SophiaH(  # published, 32 of 480 rows too

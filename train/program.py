@@ -16,6 +16,7 @@ import models
 from train import data, evaluate, mesh
 from train import step as step_lib
 from train.config import Config
+from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
 
 
@@ -86,9 +87,14 @@ def use_compile_cache(folder: str) -> None:
 
 def _optimizer(run: Config) -> optax.GradientTransformation:
     optimizer = run.optim.make(
-        run.schedule, seed=run.seed, total_steps=run.steps, batch_size=run.batch_size
+        run.schedule,
+        seed=run.seed,
+        total_steps=run.steps,
+        batch_size=run.batch_size,
+        accumulation=run.accumulation,
+        max_norm=run.gradient_clip or None,
     )
-    if not run.gradient_clip:
+    if not run.gradient_clip or isinstance(run.optim, SophiaGeometric):  # which clips by itself
         return optimizer
     return optax.chain(optax.clip_by_global_norm(run.gradient_clip), optimizer)
 

@@ -78,6 +78,11 @@ class _Sophia:
           ValueError: `batch_fraction` is no n-th, or rows and micro-batches cannot be cut so.
         """
         check_fraction(self.batch_fraction)
+        if self.update_interval < 1:
+            raise ValueError(
+                f"--optim.update-interval {self.update_interval} must be at least 1, which samples "
+                "at every step."
+            )
         stride = round(1 / self.batch_fraction) * self.slices
         if batch_size % stride:
             over = f" spread over {self.slices} steps" * self.spread
@@ -89,7 +94,9 @@ class _Sophia:
         if stride % accumulation and accumulation % stride:
             raise ValueError(
                 f"accumulation={accumulation} cuts the batch into every {accumulation}-th row, "
-                f"curvature is sampled of every {stride}-th: one must divide the other."
+                f"curvature is sampled of every {stride}-th: one must divide the other. Choose "
+                f"--accumulation {stride} or a factor of it, or --optim.batch-fraction "
+                f"{1 / accumulation:g}."
             )
         return min(stride, accumulation), max(stride // accumulation, 1)
 
@@ -148,19 +155,29 @@ class SophiaG(_Sophia):
         )
 
     def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
-        """Groups side by side: a multiple of the devices; 1, all devices to a group, if none fits.
+        """Groups side by side; 1 if they go one after the other, all devices to each.
 
         All, for one reduction of their squares; above 8 a device, whose gradients of a layer all
         live at once, a group a device.
         """
         groups = self._groups(batch_size, accumulation)
-        if devices == 1 or groups % devices:
+        if devices == 1 or groups < devices:
             return 1
-        return groups if groups <= 8 * devices else devices
+        if groups <= 8 * devices:
+            return groups
+        return 1 if groups % devices else devices
 
-    def make(self, learning_rate: optax.Schedule, *, seed: int, batch_size: int = 0, **unused):
+    def make(
+        self,
+        learning_rate: optax.Schedule,
+        *,
+        seed: int,
+        batch_size: int = 0,
+        accumulation: int = 1,
+        **unused,
+    ):
         """The transformation."""
-        return self._make(learning_rate, seed, self.estimator(1, batch_size))
+        return self._make(learning_rate, seed, self.estimator(1, batch_size, accumulation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +216,14 @@ class SophiaH(_Sophia):
         del devices, batch_size, accumulation
         return 1
 
-    def make(self, learning_rate: optax.Schedule, *, seed: int, batch_size: int = 0, **unused):
+    def make(
+        self,
+        learning_rate: optax.Schedule,
+        *,
+        seed: int,
+        batch_size: int = 0,
+        accumulation: int = 1,
+        **unused,
+    ):
         """The transformation."""
-        return self._make(learning_rate, seed, self.estimator(1, batch_size))
+        return self._make(learning_rate, seed, self.estimator(1, batch_size, accumulation))
