@@ -3,7 +3,8 @@
 First the error of h along a run of the tiny preset. At every refresh one sample of each kind is
 taken at the parameters of that step and enters averages of many b2 side by side; training itself
 goes its own way. At some steps, half an interval after a refresh, the averages are judged by the
-mean of independent squares of one fresh training sequence each, whose own error is subtracted.
+mean of independent squares of one training sequence each, in an order of their own, whose own
+error is subtracted.
 Samples of more rows than the step's batch take them from another order of the training text.
 
 Then what it does to training: held-out loss at the end of runs that differ in b2 and groups alone.

@@ -67,7 +67,8 @@ class Config:
     """Sequences a step, over all devices."""
     accumulation: int = 1
     """Micro-batches that a step evaluates one after the other, for less memory: of batch_size
-    sequences together, which they and the devices must divide."""
+    sequences together, which they and the devices must divide. The gradient is the same; samples
+    of curvature draw other labels and probes."""
     sequence_length: int = 64
     """Tokens a sequence."""
     warmup_steps: int = 100

@@ -23,8 +23,8 @@ def _gpt2(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, 
         "sophia-g": SophiaG(  # published, where the sample is half the rows, squared at once
             learning_rate=rate, gamma=gamma, weight_decay=0.2, batch_fraction=1 / 10, groups=0
         ),
-        "sophia-h": SophiaH(  # published, 32 of 480 rows too
-            learning_rate=rate, weight_decay=0.2, batch_fraction=1 / 15
+        "sophia-h": SophiaH(  # published, 32 of 480 rows too, but with one probe for all
+            learning_rate=rate, weight_decay=0.2, batch_fraction=1 / 15, groups=4
         ),
         "sophia-lite": SophiaLite(learning_rate=adamw_rate),  # guess
         "sophia-geometric": SophiaGeometric(learning_rate=adamw_rate / 4),  # guess: Lion's
@@ -53,7 +53,7 @@ GPT2: dict[str, dict[str, Optimizer]] = {
 # At 1,200 steps of 16 x 64 bytes, where long momentum hurts sign-like steps.
 TINY: dict[str, Optimizer] = {
     "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.1, groups=0),  # measured
-    "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, gamma=0.02),  # measured
+    "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.02, groups=0),  # measured
     "sophia-lite": SophiaLite(learning_rate=2.5e-3, b1=0.8),  # measured at 400 steps
     "sophia-geometric": SophiaGeometric(learning_rate=2e-3, b1=0.8),  # measured at 400 steps
     "orthosoph": OrthoSoph(learning_rate=2e-2),  # measured; one block of 64 rows a matrix

@@ -68,7 +68,8 @@ def make_step(
       accumulation: K, micro-batches that are evaluated one after the other. Each has every K-th
         row, so that a shard of the batch is cut and never moved.
       sample_every: n, a divisor of K: curvature is sampled from every n-th micro-batch, each with
-        a key of its own, and the samples are averaged.
+        a key of its own, and the samples are averaged. So other labels and probes are drawn than
+        from a batch in one piece.
 
     Returns:
       `(state, batch, refresh) -> (state, metrics)` with batch int32[B, T + 1] and refresh a
