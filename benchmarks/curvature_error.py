@@ -4,8 +4,8 @@ About ten minutes on two cores.
 
 The tiny preset is stopped half-way; 480 sequences that it has not seen are the batch. A sample is
 judged by the mean of 20,160 independent squares of one sequence each, 42 draws of the labels of
-all 480, whose own error is printed, and subtracted from totals. Rows are shuffled between draws, so the error
-has the sub-batch's share as well as the labels'.
+all 480, whose own error is printed, and subtracted from totals. Rows are shuffled between draws, so
+the error has the sub-batch's share as well as the labels'.
 
 Hutchinson's samples cannot be averaged to a reference in reasonable time. The total error needs
 none: samples are unbiased, so their variance is the numerator, and their products with one another
