@@ -197,4 +197,5 @@ def test_sixteen_groups_afford_a_shorter_memory(estimators):
     assert np.all(sixteen[advised] < single[-1] / 2)  # the last is b2 = .99
     assert single[-1] < 1.6 * sixteen[-1]
     assert np.all(sixteen[(decays > 0.5) & (decays < 0.98)] < single.min())
-    assert 0.5 < moving["exact samples"][-1] / sixteen[-1] < 1  # what is left there is lag
+    # What is left there is lag, of one path of samples: a little more or less than without noise.
+    assert 0.5 < moving["exact samples"][-1] / sixteen[-1] < 1.2
