@@ -125,6 +125,14 @@ def check_fraction(fraction: float) -> None:
         )
 
 
+def check_groups(rows: int, batch: int, fraction: float, groups: int) -> None:
+    if rows % groups:
+        raise ValueError(
+            f"{rows} rows (of {batch}, batch_fraction={fraction}) do not divide into "
+            f"groups={groups}. Choose a number of groups that divides the rows."
+        )
+
+
 def check_params(owner: str, params: optax.Params) -> None:
     _checks.given(owner, "params", params, "Call `tx.update(grads, state, params, ...)`.")
     _checks.unmasked(owner, params)

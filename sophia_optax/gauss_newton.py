@@ -15,6 +15,7 @@ from sophia_optax.curvature import (
     across,
     batch_size,
     check_fraction,
+    check_groups,
     check_params,
     every_nth_row,
     mean_over_samples,
@@ -228,11 +229,7 @@ def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tre
         return None, weights, None
     numbers = jnp.arange(batch_size((inputs, weights)))
     rows = every_nth_row((inputs, weights, numbers), fraction)
-    if len(rows[2]) % groups:
-        raise ValueError(
-            f"{len(rows[2])} rows (of {len(numbers)}, batch_fraction={fraction}) do not divide "
-            f"into groups={groups}. Choose a number of groups that divides the rows."
-        )
+    check_groups(len(rows[2]), len(numbers), fraction, groups)
     return rows
 
 

@@ -14,6 +14,7 @@ from sophia_optax.curvature import (
     across,
     batch_size,
     check_fraction,
+    check_groups,
     check_params,
     every_nth_row,
     mean_over_samples,
@@ -156,12 +157,8 @@ def _every_nth_set(inputs: Tree, groups: int, fraction: float) -> Tree:
             f"hutchinson(groups={groups}) cuts rows from `inputs`, which was not passed. Pass "
             "`inputs=batch` and `obj_fn=lambda params, inputs: ...`."
         )
-    rows, number = every_nth_row(inputs, fraction), batch_size(inputs)
-    if batch_size(rows) % groups:
-        raise ValueError(
-            f"{batch_size(rows)} rows (of {number}, batch_fraction={fraction}) do not divide into "
-            f"groups={groups}. Choose a number of groups that divides the rows."
-        )
+    rows = every_nth_row(inputs, fraction)
+    check_groups(batch_size(rows), batch_size(inputs), fraction, groups)
     return jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), rows)
 
 

@@ -63,8 +63,8 @@ def make_step(
       seed: of the samples; from a batch in one piece `tx` would draw the same with its own.
       hessian_apply: the model with attention that can be differentiated twice; default `apply`.
       constrain: sharding of activations.
-      constrain_group: the same where the estimator takes groups of rows under vmap, of which each
-        has its own device; default `constrain`.
+      constrain_group: the same inside a group of rows, where the estimator spreads groups over the
+        devices under vmap; default `constrain`.
       accumulation: K, micro-batches that are evaluated one after the other. Each has every K-th
         row, so that a shard of the batch is cut and never moved.
       sample_every: n, a divisor of K: curvature is sampled from every n-th micro-batch, each with
