@@ -8,8 +8,8 @@ import optax
 
 import sophia_optax
 from sophia_optax.curvature import check_fraction
+from train.layers import matrices
 from train.mesh import AXES
-from train.peers import matrices
 
 StateDtype = Literal["float32", "bfloat16"]
 
