@@ -19,6 +19,7 @@ from sophia_optax.curvature import (
     check_params,
     every_nth_row,
     mean_over_samples,
+    numbers_of,
     sum_over,
     varying,
     widen,
@@ -75,19 +76,23 @@ def gauss_newton_bartlett(
       inputs: pytree whose leaves lead with the batch axis.
       weights: `float[B, ...]` shaped as what B counts, 1 where an output counts, 0 for padding;
         default all ones.
+      row_numbers: `int32[B]`, default 0, 1, ...: the rows' numbers in a batch that is evaluated
+        in parts, each with the same key. The mean of the samples of K equal micro-batches, the
+        i-th of rows i, i + K, ..., is then the sample of the whole batch, to rounding, with a
+        group a row.
 
     Returns:
-      An estimator, which `value_grad_and_hessian` takes. Labels are functions of (key, row),
-      groups of rows: neither the mesh nor the number of groups changes which labels are drawn (a
-      `sampled_loss_fn` gets a key for each group instead). Under `axis_name` each shard groups
-      its own rows, and squares and B are summed over the shards. If nothing is counted (B = 0)
-      the sample is not finite and `hessian_estimate` rejects it. On a mesh with explicit axes,
-      wrap the call in `jax.sharding.auto_axes`.
+      An estimator, which `value_grad_and_hessian` takes. Labels are functions of (key, number of
+      the row), groups of rows: neither the mesh nor the number of groups changes which labels are
+      drawn (a `sampled_loss_fn` gets a key for each group instead, by its first number). Under
+      `axis_name` each shard groups its own rows and draws apart, and squares and B are summed over
+      the shards. If nothing is counted (B = 0) the sample is not finite and `hessian_estimate`
+      rejects it. On a mesh with explicit axes, wrap the call in `jax.sharding.auto_axes`.
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
-        `batch_fraction` without `inputs`; rows that do not divide into groups; `weights` of a
-        wrong shape; params are masked.
+        `batch_fraction` without `inputs`; rows that do not divide into groups; `weights` or
+        `row_numbers` of a wrong shape; params are masked.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 2, extended to groups and weights.
 
@@ -152,6 +157,7 @@ def gauss_newton_bartlett(
         sampled_loss_fn=None,
         inputs=None,
         weights=None,
+        row_numbers=None,
         axis_name=None,
         **unused,
     ):
@@ -161,7 +167,7 @@ def gauss_newton_bartlett(
             forward = logits_pass(likelihood, logits_fn)
         else:
             forward = user_pass(sampled_loss_fn, weights)
-        rows = _rows(inputs, weights, groups, batch_fraction)
+        rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
         return differentiate(key, varying(params, axis_name), forward, rows, axis_name)[2]
 
     def with_gradient(
@@ -174,6 +180,7 @@ def gauss_newton_bartlett(
         sampled_loss_fn=None,
         inputs=None,
         weights=None,
+        row_numbers=None,
         axis_name=None,
         **unused,
     ):
@@ -181,11 +188,11 @@ def gauss_newton_bartlett(
         check_params("gauss_newton_bartlett", params)
         _check_loss_fn(loss_fn, sampled_loss_fn)
         forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
-        rows = _rows(inputs, weights, groups, batch_fraction)
+        rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
         here = varying(params, axis_name)
         true, aux, h = differentiate(key, here, forward, rows, axis_name)
         if stride > 1:
-            rest = _other_rows(inputs, weights, stride)
+            rest = _other_rows(inputs, weights, row_numbers, stride)
             if spmd_axis_name is not None and axis_name is None:
                 logits_fn = _spread(logits_fn, shards, spmd_axis_name)
             others, other_aux = gradient_pass(likelihood, logits_fn, loss_fn, has_aux)(here, rest)
@@ -217,7 +224,9 @@ def _check_loss_fn(loss_fn: Any, sampled_loss_fn: Any) -> None:
     )
 
 
-def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tree, Any, Any]:
+def _rows(
+    inputs: Tree, weights: Any, row_numbers: Any, groups: int, fraction: float
+) -> tuple[Tree, Any, Any]:
     """(inputs, weights, row numbers) of the sub-batch; row numbers are those of the full batch."""
     if inputs is None:
         if groups > 1 or fraction != 1:
@@ -226,14 +235,15 @@ def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tre
                 "from `inputs`, which was not passed. Pass `inputs=batch` and "
                 "`logits_fn=lambda params, inputs: ...`."
             )
-        return None, weights, None
-    numbers = jnp.arange(batch_size((inputs, weights)))
+        numbers = None if row_numbers is None else numbers_of(row_numbers, jnp.size(row_numbers))
+        return None, weights, numbers
+    numbers = numbers_of(row_numbers, batch_size((inputs, weights)))
     rows = every_nth_row((inputs, weights, numbers), fraction)
     check_groups(len(rows[2]), len(numbers), fraction, groups)
     return rows
 
 
-def _other_rows(inputs: Tree, weights: Any, stride: int) -> tuple[Tree, Any, Any]:
+def _other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tuple[Tree, Any, Any]:
     """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
     number = batch_size((inputs, weights))
     if number % stride:
@@ -244,7 +254,7 @@ def _other_rows(inputs: Tree, weights: Any, stride: int) -> tuple[Tree, Any, Any
         )
     return jax.tree.map(
         lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
-        (inputs, weights, jnp.arange(number)),
+        (inputs, weights, numbers_of(row_numbers, number)),
     )
 
 
