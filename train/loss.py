@@ -27,7 +27,9 @@ def outputs_of(model: Functional, chunk: int = 0) -> Outputs:
         if not chunk:
             return model.apply(params, batch.inputs, constrain, **model_inputs(batch))
         features = model.features(params, batch.inputs, constrain, **model_inputs(batch))
-        return LinearLogits(features, *model.head(params), chunk=chunk)
+        if features.ndim == 2:  # of classes, which are few
+            return model.logits(params, features)
+        return LinearLogits(features, *model.linear(params), chunk=chunk)
 
     return outputs
 

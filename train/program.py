@@ -146,9 +146,8 @@ def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | Non
 def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) -> models.Functional:
     model = models.split(config)
     gathered = functools.partial(mesh.gather_embedding, placed)
-    return model._replace(
-        apply=gathered(model.apply), features=gathered(model.features), head=gathered(model.head)
-    )
+    functions = ("apply", "features", "logits", "linear")
+    return model._replace(**{name: gathered(getattr(model, name)) for name in functions})
 
 
 def _step(run: Config, outputs: loss.Outputs, tx: optax.GradientTransformation, placed: Mesh):
