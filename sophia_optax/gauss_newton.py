@@ -1,5 +1,6 @@
 """Gauss-Newton-Bartlett: the Gauss-Newton diagonal from labels that the model draws itself."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from sophia_optax.curvature import (
     widen,
 )
 from sophia_optax.likelihood import SAMPLED_LOSSES, gradient_pass, logits_pass, user_pass
+from sophia_optax.linear import LinearLogits
 
 SIDE_BY_SIDE = "sophia_optax.gauss_newton_bartlett"
 """Name of the axis of groups under `jax.vmap`."""
@@ -69,7 +71,8 @@ def gauss_newton_bartlett(
         where their rows are).
 
     Extra arguments of `update`:
-      logits_fn: `params -> float[B, ..., V]`, or `(params, inputs)` when `inputs` is passed.
+      logits_fn: `params -> float[B, ..., V]`, or `(params, inputs)` when `inputs` is passed; of
+        "categorical" it may return `LinearLogits`, which are never held whole.
       sampled_loss_fn: instead of `logits_fn`, `(params, inputs, key) -> (summed loss on labels
         drawn from the model, number of counted outputs)`, for losses that never hold all logits;
         it weighs its own outputs, each cotangent times sqrt(w).
@@ -279,8 +282,17 @@ def _spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
 
     def spread(params, inputs):
         cut = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), inputs)
-        outputs = jax.vmap(logits_fn, (None, 0), spmd_axis_name=spmd_axis_name)(params, cut)
-        return outputs.reshape(-1, *outputs.shape[2:])
+        # What has no rows, such as a head's matrix, is one for all shards.
+        mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
+        of_rows, whole = mapped(params, cut)
+        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])
+        return of_rows if whole is None else dataclasses.replace(whole, features=of_rows)
+
+    def parts(params, inputs):
+        outputs = logits_fn(params, inputs)
+        if not isinstance(outputs, LinearLogits):
+            return outputs, None
+        return outputs.features, dataclasses.replace(outputs, features=None)
 
     return spread
 

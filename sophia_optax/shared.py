@@ -53,6 +53,7 @@ def value_grad_and_hessian(
         loss_fn: for `gauss_newton_bartlett`, the true loss of each output, unaveraged:
           `outputs -> float[B, ...]`, or `(outputs, inputs)` when `inputs` is passed; shaped as
           `weights` where there are some. The loss is Σ w l / Σ w, not finite if Σ w = 0.
+          Of `LinearLogits`, `softmax_cross_entropy`.
         logits_fn, inputs, weights, row_numbers: as in `gauss_newton_bartlett`.
         axis_name: axis of an enclosing `shard_map`; loss and gradient are then those of all
           shards (Hutchinson: the mean of the shards' losses), auxiliary output is the shard's.
