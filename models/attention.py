@@ -46,9 +46,9 @@ class Attention(nnx.Module):
         self.key = in_projection(rngs, width, kv_heads * head_width)
         self.value = in_projection(rngs, width, kv_heads * head_width)
         self.out = out_projection(rngs, heads * head_width, width, stddev=out_stddev)
-        self.query_bias = bias_vector(heads * head_width, bias)
-        self.key_bias = bias_vector(kv_heads * head_width, bias)
-        self.value_bias = bias_vector(kv_heads * head_width, bias)
+        self.query_bias = bias_vector(heads * head_width, bias, axis="tensor")
+        self.key_bias = bias_vector(kv_heads * head_width, bias, axis="tensor")
+        self.value_bias = bias_vector(kv_heads * head_width, bias, axis="tensor")
         self.out_bias = bias_vector(width, bias)
         self.query_norm = RMSNorm(head_width, qk_norm_eps) if qk_norm_eps else None
         self.key_norm = RMSNorm(head_width, qk_norm_eps) if qk_norm_eps else None

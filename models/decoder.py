@@ -16,6 +16,7 @@ from models.layers import (
     RMSNorm,
     SwigluMlp,
 )
+from models.layout import block_name
 
 Constrain = Callable[[jax.Array], jax.Array]
 
@@ -29,6 +30,10 @@ def _norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
     if config.norm == "rmsnorm":
         return RMSNorm(config.width, config.norm_eps)
     return LayerNorm(config.width, config.norm_eps, bias=config.bias)
+
+
+def _table(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
+    return Embedding(config.vocab_size, config.width, padded=config.padded_vocab, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -78,7 +83,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.tokens = Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.tokens = _table(config, rngs)
         learned = config.positions == "learned"
         self.positions = (
             LearnedPositions(config.context, config.width, rngs=rngs) if learned else None
@@ -86,7 +91,7 @@ class Decoder(nnx.Module):
         blocks = {block_name(i): Block(config, i, rngs=rngs) for i in range(config.layers)}
         self.blocks = nnx.Dict(blocks)
         self.norm = _norm(config)
-        self.head = None if config.tied else Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.head = None if config.tied else _table(config, rngs)
 
     def __call__(
         self,
@@ -108,11 +113,20 @@ class Decoder(nnx.Module):
             padding. A token sees, and counts its position from the start of, its own alone.
 
         Returns:
-          float32[B, T, V], whatever the compute dtype.
+          float32[B, T, V], whatever the compute dtype; V is `config.padded_vocab`.
 
         Raises:
           ValueError: if T exceeds the context.
         """
+        return self.logits(self.features(tokens_BxT, constrain, segments_BxT))
+
+    def features(
+        self,
+        tokens_BxT: jax.Array,
+        constrain: Constrain = identity,
+        segments_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """All but the last matrix product: float[B, T, D]; arguments as of a call."""
         check_length(tokens_BxT, self.config.context)
         mask, places = separate(segments_BxT)
         x_BxTxD = self.tokens(tokens_BxT)
@@ -121,8 +135,15 @@ class Decoder(nnx.Module):
         x_BxTxD = constrain(x_BxTxD.astype(self.config.dtype))
         for layer in range(self.config.layers):
             x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask, places))
-        head = self.tokens if self.head is None else self.head
-        return head.logits(self.norm(x_BxTxD))
+        return self.norm(x_BxTxD)
+
+    def logits(self, x_xD: jax.Array) -> jax.Array:
+        """float32[..., V] of any features: of a chunk of positions, or of one."""
+        return (self.tokens if self.head is None else self.head).logits(x_xD)
+
+    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V] or None): logits are `x @ matrix.T + bias`."""
+        return (self.tokens if self.head is None else self.head).linear()
 
 
 def check_length(tokens_BxT: jax.Array, context: int) -> None:
@@ -133,10 +154,3 @@ def check_length(tokens_BxT: jax.Array, context: int) -> None:
             f"{length} tokens, but there are positions for {context}: crop the tokens to the "
             f"last {context}, or make the model with context={length}."
         )
-
-
-def block_name(layer: int) -> str:
-    """The key of a block among the parameters."""
-    # A string, since checkpoints turn integer keys into strings. Looked up by name, since a
-    # pytree's dicts come back sorted, and "10" sorts before "2".
-    return f"{layer:02d}"

@@ -11,9 +11,9 @@ import pytest
 from moments import jit
 
 import models
+from train.config import preset
 from train.layers import matrices
 from train.optimizers import OPTIMIZERS
-from train.presets import preset
 
 LAYERS, STEPS = 3, 3
 SIZES = {"up": (8, 12), "down": (12, 8), "scale": (8,)}
@@ -32,11 +32,6 @@ def random(seed, shapes):
 def apart(seed):
     """Parameters, or gradients, of blocks with numbers."""
     return random(seed, OTHERS | {"blocks": {f"{i:02d}": {"mlp": SIZES} for i in range(LAYERS)}})
-
-
-def stack(tree):
-    blocks = [tree["blocks"][name] for name in sorted(tree["blocks"])]
-    return tree | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
 
 
 # What the defaults would leave out at these sizes.
@@ -72,19 +67,25 @@ def path_of(optim, arrange):
 def test_steps_of_stacked_layers_are_those_of_layers_apart(name):
     optim = preset("tiny", name).optim
     optim = dataclasses.replace(optim, **CHANGED.get(name, {}))
-    have, want = path_of(optim, stack), [stack(p) for p in path_of(optim, lambda tree: tree)]
+    have, want = (
+        path_of(optim, models.stack_blocks),
+        [models.stack_blocks(p) for p in path_of(optim, lambda tree: tree)],
+    )
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(near, have, want)
 
 
 def test_the_axis_of_layers_is_not_counted():
     holes = apart(0) | {"norm": optax.MaskedNode()}
-    assert models.logical_ndims(stack(holes))["blocks"]["mlp"] == {"up": 2, "down": 2, "scale": 1}
+    assert models.logical_ndims(models.stack_blocks(holes))["blocks"]["mlp"] == {
+        "up": 2,
+        "down": 2,
+        "scale": 1,
+    }
     assert models.logical_ndims(holes)["blocks"]["00"]["mlp"] == {"up": 2, "down": 2, "scale": 1}
-    assert matrices(stack(holes)) == {
+    assert matrices(models.stack_blocks(holes)) == {
         "blocks": {"mlp": {"up": True, "down": True, "scale": False}},
         "norm": optax.MaskedNode(),
         "tokens": {"embedding": True},
     }
     assert models.logical_ndims(jnp.ones((2, 3))) == 2
-    assert models.logical_ndims({"blocks": jnp.ones((2, 3)), "none": None})["blocks"] == 2

@@ -11,10 +11,10 @@ from typing import Any
 import optax
 import tyro
 
-from models import PRESETS, DecoderConfig
+from models import PRESETS, DecoderConfig, EncoderConfig
 from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS, Optimizer, name_of
-from train.presets import GPT2, TINY
+from train.presets import LARGE, TINY
 from train.sophia import SophiaG, SophiaH
 
 
@@ -53,7 +53,7 @@ class Config:
     'tiny-adamw'
     """
 
-    model: DecoderConfig
+    model: DecoderConfig | EncoderConfig
     """Shape of the model."""
     optim: Optimizer
     """The optimizer and its hyperparameters."""
@@ -68,9 +68,12 @@ class Config:
     accumulation: int = 1
     """Micro-batches that a step evaluates one after the other, for less memory: of batch_size
     sequences together, which they and the devices must divide. The gradient is the same; samples
-    of curvature draw other labels and probes."""
+    of curvature are, too, where each row is a group."""
     sequence_length: int = 64
     """Tokens a sequence."""
+    loss_chunk: int = 0
+    """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
+    is large, and one more product with it in three; 0 holds all."""
     warmup_steps: int = 100
     """Steps over which the learning rate grows from 0 to its peak."""
     final_learning_rate: float = 0.05
@@ -140,7 +143,7 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
       optimizer: a name in `OPTIMIZERS`.
 
     Returns:
-      Its config: the published one for GPT-2 sizes, a two-minute one for `tiny`; `train.presets`
+      Its config: the published one for GPT-2 sizes, a two-minute one for tiny ones; `train.presets`
       says which hyperparameters are published, measured or guesses.
 
     Raises:
@@ -151,16 +154,18 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     """
     _known(model, PRESETS, "model", ("resume",))
     _known(optimizer, OPTIMIZERS, "optimizer")
-    if model == "tiny":
-        return Config(PRESETS[model], TINY[optimizer])
+    shape = PRESETS[model]
+    if model not in LARGE:
+        return Config(shape, TINY[optimizer], base=model)
     return Config(
-        PRESETS[model],
-        GPT2[model][optimizer],
+        dataclasses.replace(shape, scan_layers=True),
+        LARGE[model][optimizer],
         base=model,
         run=RunConfig(checkpoint_every=1000),
         steps=100_000,
         batch_size=480,
-        sequence_length=1024,
+        sequence_length=min(1024, shape.context),
+        loss_chunk=128,
         warmup_steps=2000,
         evaluate_every=1000,
     )
@@ -223,7 +228,7 @@ def from_json(fields: dict[str, Any]) -> Config:
     """
     fields = dict(fields)
     return Config(
-        model=DecoderConfig(**fields.pop("model")),
+        model=type(PRESETS[fields["base"]])(**fields.pop("model")),
         optim=OPTIMIZERS[fields.pop("optimizer")](**fields.pop("optim")),
         mesh=MeshConfig(**fields.pop("mesh")),
         run=RunConfig(**fields.pop("run")),

@@ -32,8 +32,8 @@ def each_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
     the other, so that a `lax.cond` in `tx` stays one. Where nothing is stacked this is `tx`.
     """
 
-    def init(stacked):
-        return jax.vmap(tx.init)(stacked)
+    def init(params):
+        return jax.vmap(tx.init)(params)
 
     def update(updates, state, params=None):
         return jax.lax.map(lambda x: tx.update(*x), (updates, state, params))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import models
-from train import data, evaluate, mesh
+from train import data, evaluate, loss, mesh
 from train import step as step_lib
+from train.batch import Batch, next_tokens
 from train.config import Config
 from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
@@ -23,12 +24,12 @@ from train.sophia import SophiaG, SophiaH
 class Program(NamedTuple):
     """What a config is turned into before anything is allocated."""
 
-    apply: step_lib.Apply
+    apply: Callable[..., jax.Array]  # (params, tokens[B, T]) -> logits
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
     compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
     evaluate: Any  # params -> dict of floats
-    batch: Any  # step number -> int32[B, T + 1] on the mesh
+    batch: Any  # step number -> Batch on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
 
 
@@ -36,29 +37,20 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
     """The programs of a run, on all devices there are or on those given.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the batch or the width not the mesh.
+      ValueError: the mesh does not fit the devices, or the batch or the model not the mesh.
     """
     placed = mesh.make_mesh(run.mesh, devices)
-    parts = placed.size * run.accumulation
-    if run.batch_size % parts:
-        cut = f" in {run.accumulation} micro-batches" * (run.accumulation > 1)
-        raise ValueError(
-            f"batch_size={run.batch_size} does not divide over {placed.size} devices{cut}; choose "
-            f"a multiple of {parts}."
-        )
-    if run.model.width % run.mesh.fsdp:
-        raise ValueError(
-            f"--mesh.fsdp {run.mesh.fsdp} does not divide the model's width of {run.model.width}, "
-            "along which parameters are sharded; choose a factor of it."
-        )
+    _check_rows(run, placed)
+    _check_model(run, placed)
     model = _split(run.model, placed)
     tx = _optimizer(run)
     init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
     abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     batch, heldout = _batches(run, mesh.batch_sharding(placed))
+    outputs = loss.outputs_of(model, run.loss_chunk)
     step = jax.jit(
-        _step(run, model, tx, placed),
+        _step(run, outputs, tx, placed),
         static_argnames="refresh",
         donate_argnums=0,
         out_shardings=(shardings, None),
@@ -69,10 +61,9 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
         step=step,
         compile=functools.partial(_compile, step, abstract, _abstract_batch(run, placed)),
         evaluate=evaluate.make_evaluate(
-            model.apply,
+            functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
             heldout,
             mesh.batch_sharding(placed),
-            constrain=mesh.constrain_activations(placed),
         ),
         batch=batch,
         abstract=abstract,
@@ -83,6 +74,39 @@ def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs: a restart takes seconds."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+def _check_rows(run: Config, placed: Mesh) -> None:
+    devices = mesh.row_devices(placed)
+    parts = devices * run.accumulation
+    if run.batch_size % parts:
+        cut = f" in {run.accumulation} micro-batches" * (run.accumulation > 1)
+        raise ValueError(
+            f"batch_size={run.batch_size} does not divide over {devices} devices{cut}; choose "
+            f"a multiple of {parts}."
+        )
+
+
+def _check_model(run: Config, placed: Mesh) -> None:
+    """Each axis of a parameter divides; half a head is no use to attention."""
+    model, fsdp, tensor = run.model, placed.shape["fsdp"], placed.shape["tensor"]
+    if model.width % fsdp:
+        raise ValueError(
+            f"--mesh.fsdp {fsdp} does not divide the model's width of {model.width}, along which "
+            "parameters are sharded; choose a factor of it."
+        )
+    sizes = {
+        "heads": model.heads,
+        "key/value heads": getattr(model, "kv_heads", 0) or model.heads,
+        "hidden units (ffn_width)": model.ffn_width or 4 * model.width,
+        "words (--model.vocab-multiple pads them)": model.padded_vocab,
+    }
+    for name, size in sizes.items():
+        if size % tensor:
+            raise ValueError(
+                f"--mesh.tensor {tensor} does not divide the model's {size} {name}; choose a "
+                "common factor of them."
+            )
 
 
 def _optimizer(run: Config) -> optax.GradientTransformation:
@@ -109,37 +133,41 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
     )
 
 
-def _abstract_batch(run: Config, placed: Mesh) -> jax.ShapeDtypeStruct:
-    shape = (run.batch_size, run.sequence_length + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.batch_sharding(placed))
+def _abstract_batch(run: Config, placed: Mesh) -> Batch:
+    shape = (run.batch_size, run.sequence_length)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.batch_sharding(placed))
+    return Batch(leaf, leaf)
 
 
-def _compile(step, state: step_lib.TrainState, batch: jax.ShapeDtypeStruct, refresh: bool | None):
+def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None):
     return step.lower(state, batch, refresh=refresh).compile()
 
 
-def _split(config: models.DecoderConfig, placed: Mesh) -> models.Functional:
+def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) -> models.Functional:
     model = models.split(config)
-    return model._replace(apply=mesh.gather_embedding(placed, model.apply))
+    gathered = functools.partial(mesh.gather_embedding, placed)
+    functions = ("apply", "features", "logits", "linear")
+    return model._replace(**{name: gathered(getattr(model, name)) for name in functions})
 
 
-def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, placed: Mesh):
+def _step(run: Config, outputs: loss.Outputs, tx: optax.GradientTransformation, placed: Mesh):
     # cuDNN attention has no second derivative.
-    twice_differentiable = dataclasses.replace(run.model, attention="xla")
+    twice_differentiable = _split(dataclasses.replace(run.model, attention="xla"), placed)
     sampling = {}
     if isinstance(run.optim, SophiaG | SophiaH):
         cut = run.batch_size, run.accumulation
-        shards = run.optim.shards(placed.size, *cut)
+        shards = run.optim.shards(mesh.row_devices(placed), *cut)
         sampling["estimator"] = run.optim.estimator(shards, *cut)
         sampling["sample_every"] = run.optim.strides(*cut)[0]
         if shards > 1:
             sampling["constrain_group"] = mesh.constrain_group(placed)
     return step_lib.make_step(
-        model.apply,
+        outputs,
         tx,
         seed=run.seed,
-        hessian_apply=_split(twice_differentiable, placed).apply,
+        hessian_outputs=loss.outputs_of(twice_differentiable, run.loss_chunk),
         constrain=mesh.constrain_activations(placed),
+        over_rows=functools.partial(mesh.over_rows, placed),
         accumulation=run.accumulation,
         **sampling,
     )
@@ -150,9 +178,9 @@ def _batches(run: Config, sharding: NamedSharding):
     tokens = data.shakespeare()
     sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
 
-    def batch(step: int) -> jax.Array:
+    def batch(step: int) -> Batch:
         rows = functools.partial(data.batch, tokens.train, **sizes, seed=run.seed, step=step)
         shape = (run.batch_size, run.sequence_length + 1)
-        return data.to_mesh(lambda chosen: rows(rows=chosen), shape, sharding)
+        return next_tokens(data.to_mesh(lambda chosen: rows(rows=chosen), shape, sharding))
 
     return batch, functools.partial(data.heldout_batches, tokens.heldout, **sizes)
