@@ -14,19 +14,18 @@ from train.loss import Outputs, token_losses
 
 def make_evaluate(
     outputs: Outputs,
-    batches: Callable[[], Any],
+    loaded: Callable[[], data.Data],
     sharding: jax.sharding.Sharding,
     *,
-    bytes_per_token: float | None = 1.0,
+    whole_text: bool = True,
 ) -> Callable[[Any], dict[str, float]]:
     """A function from parameters to what they reach on the whole held-out data.
 
     Args:
       outputs: the model, of `train.loss.outputs_of`.
-      batches: makes an iterator of batches of one shape with weights, 0 in rows that only fill
-        the last one.
+      loaded: gives the data, when first called for.
       sharding: of a batch.
-      bytes_per_token: of the text, for bits a byte; None where targets are not all of a text.
+      whole_text: targets are all tokens of a text, so that its bits are theirs.
 
     Returns:
       `params -> {"heldout_loss": nats a target, ...}`: with "accuracy" where targets are classes,
@@ -48,11 +47,12 @@ def make_evaluate(
 
     def evaluate(params) -> dict[str, float]:
         sums = None  # one waits for the other: batches do not pile up on the devices
-        for batch in batches():
+        for batch in loaded().heldout():
             classes = batch.targets.ndim == 1
             sums = jnp.zeros(3 if classes else 2) if sums is None else sums
             sums = add(sums, params, jax.tree.map(place, batch))
-        return _figures(np.asarray(sums, np.float64), bytes_per_token)
+        size = loaded().bytes_per_token if whole_text else None
+        return _figures(np.asarray(sums, np.float64), size)
 
     return evaluate
 

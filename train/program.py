@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import models
 from train import data, evaluate, loss, mesh
 from train import step as step_lib
-from train.batch import Batch, next_tokens
+from train.batch import Batch
 from train.config import Config
 from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
@@ -29,6 +28,7 @@ class Program(NamedTuple):
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
     compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
     evaluate: Any  # params -> dict of floats
+    data: Callable[[], data.Data]  # read at the first call, with its errors
     batch: Any  # step number -> Batch on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
 
@@ -47,7 +47,8 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
     init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
     abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batch, heldout = _batches(run, mesh.batch_sharding(placed))
+    shapes = _batch_shapes(run, placed)
+    loaded = functools.cache(functools.partial(_load, run))
     outputs = loss.outputs_of(model, run.loss_chunk)
     step = jax.jit(
         _step(run, outputs, tx, placed),
@@ -59,13 +60,15 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
         apply=model.apply,
         init=jax.jit(init, out_shardings=shardings),
         step=step,
-        compile=functools.partial(_compile, step, abstract, _abstract_batch(run, placed)),
+        compile=functools.partial(_compile, step, abstract, shapes),
         evaluate=evaluate.make_evaluate(
             functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
-            heldout,
+            loaded,
             mesh.batch_sharding(placed),
+            whole_text=run.data.task == "next-token",
         ),
-        batch=batch,
+        data=loaded,
+        batch=lambda number: _place(functools.partial(loaded().batch, number), shapes),
         abstract=abstract,
     )
 
@@ -133,10 +136,42 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
     )
 
 
-def _abstract_batch(run: Config, placed: Mesh) -> Batch:
-    shape = (run.batch_size, run.sequence_length)
-    leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.batch_sharding(placed))
-    return Batch(leaf, leaf)
+def _batch_shapes(run: Config, placed: Mesh) -> Batch:
+    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.batch_sharding(placed)),
+        data.batch_shapes(run.data, **sizes),
+    )
+
+
+def _load(run: Config) -> data.Data:
+    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+    loaded = data.load(run.data, **sizes, seed=run.seed)
+    if loaded.vocab_size > run.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {run.data.tokenizer} has {loaded.vocab_size} tokens, more than the "
+            f"{run.model.vocab_size} of the model: set --model.vocab-size {loaded.vocab_size}."
+        )
+    wanted = getattr(run.model, "classes", 0)
+    if loaded.classes != wanted:
+        raise ValueError(
+            f"{run.data.source} has {loaded.classes} classes ({', '.join(loaded.class_names)}), "
+            f"the model {wanted}: set --model.classes {loaded.classes}."
+        )
+    return loaded
+
+
+def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
+    """A batch on the mesh, of which each process makes the rows that its devices hold, once."""
+    made = functools.cache(lambda start, stop: make(slice(start, stop)))
+
+    def leaf(name: str, like: jax.ShapeDtypeStruct | None):
+        if like is None:
+            return None
+        rows = lambda rows: getattr(made(rows.start, rows.stop), name)  # noqa: E731
+        return data.to_mesh(rows, like.shape, like.sharding)
+
+    return Batch(**{name: leaf(name, like) for name, like in shapes._asdict().items()})
 
 
 def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None):
@@ -171,16 +206,3 @@ def _step(run: Config, outputs: loss.Outputs, tx: optax.GradientTransformation, 
         accumulation=run.accumulation,
         **sampling,
     )
-
-
-def _batches(run: Config, sharding: NamedSharding):
-    """(step number -> batch on the mesh, () -> iterator of the held-out batches)."""
-    tokens = data.shakespeare()
-    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
-
-    def batch(step: int) -> Batch:
-        rows = functools.partial(data.batch, tokens.train, **sizes, seed=run.seed, step=step)
-        shape = (run.batch_size, run.sequence_length + 1)
-        return next_tokens(data.to_mesh(lambda chosen: rows(rows=chosen), shape, sharding))
-
-    return batch, functools.partial(data.heldout_batches, tokens.heldout, **sizes)

@@ -142,7 +142,7 @@ class SophiaG(_Sophia):
         """What samples curvature of one micro-batch, which is the batch unless that is cut.
 
         Args:
-          shards: groups side by side, over the places of rows on the mesh; 1 for one after the other.
+          shards: groups side by side, over the mesh axes of rows; 1 for one after the other.
           batch_size: rows of the batch; 0 for any number, if `groups` is not 0.
           accumulation: micro-batches of the batch.
         """

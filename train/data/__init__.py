@@ -4,7 +4,7 @@ from train.data.config import DataConfig
 from train.data.embedded import Corpus, decode, encode, shakespeare
 from train.data.loading import load
 from train.data.placement import to_mesh
-from train.data.rows import Data
+from train.data.rows import Data, batch_shapes
 from train.data.windows import batch, heldout_batches
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Data",
     "DataConfig",
     "batch",
+    "batch_shapes",
     "decode",
     "encode",
     "heldout_batches",

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from train.batch import Batch
+from train.data.config import DataConfig
 from train.data.tokenizers import Tokenizer
 
 
@@ -70,6 +72,23 @@ class Data:
             index_N = np.arange(first, min(first + self.batch_size, self.rows.heldout_count))
             missing = self.batch_size - len(index_N)
             yield Batch(*(_fill(leaf, missing) for leaf in self.rows.heldout(index_N)))
+
+
+def batch_shapes(config: DataConfig, *, batch_size: int, sequence_length: int) -> Batch:
+    """The shapes of a batch to train on, `jax.ShapeDtypeStruct`, before any data is there.
+
+    >>> batch_shapes(DataConfig(), batch_size=2, sequence_length=8).weights is None
+    True
+    """
+    tokens = jax.ShapeDtypeStruct((batch_size, sequence_length), np.int32)
+    counts = jax.ShapeDtypeStruct(tokens.shape, np.float32)
+    if config.task == "classify":
+        classes = jax.ShapeDtypeStruct((batch_size,), np.int32)
+        return Batch(
+            tokens, classes, jax.ShapeDtypeStruct((batch_size,), np.float32), tokens, tokens
+        )
+    weighted = config.task == "masked" or config.segments
+    return Batch(tokens, tokens, counts if weighted else None, tokens if config.segments else None)
 
 
 def _fill(leaf: np.ndarray | None, missing: int) -> np.ndarray | None:
