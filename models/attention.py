@@ -58,7 +58,9 @@ class Attention(nnx.Module):
         x_BxTxD: jax.Array,
         mask_Bx1xTxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
+        depth: jax.Array | None = None,
     ) -> jax.Array:
+        """float[B, T, D] to the same; scores are also divided by `depth`."""
         query_BxTxNxH = self._heads(affine(x_BxTxD, self.query, self.query_bias))
         key_BxTxKxH = self._heads(affine(x_BxTxD, self.key, self.key_bias))
         value_BxTxKxH = self._heads(affine(x_BxTxD, self.value, self.value_bias))
@@ -70,6 +72,8 @@ class Attention(nnx.Module):
                 positions_BxT = jnp.arange(x_BxTxD.shape[1])[None]
             query_BxTxNxH = rotate(query_BxTxNxH, positions_BxT, self.rope_theta)
             key_BxTxKxH = rotate(key_BxTxKxH, positions_BxT, self.rope_theta)
+        if depth is not None:
+            query_BxTxNxH = query_BxTxNxH / depth.astype(query_BxTxNxH.dtype)
         mixed_BxTxNxH = jax.nn.dot_product_attention(
             query_BxTxNxH,
             key_BxTxKxH,

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 
 AttentionName = Literal["xla", "cudnn"]
 DtypeName = Literal["float32", "bfloat16"]
+RematName = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,10 @@ class DecoderConfig:
     """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
     dtype: DtypeName = "float32"
     """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
+    scan_layers: bool = False
+    """One compiled block for all layers, whose parameters are stacked: [layers, ...]."""
+    remat: RematName = "none"
+    """Computed again in the backward pass: none, dots (all but dense products), or full (all)."""
 
     def __post_init__(self):
         _check(self, derived=("kv_heads", "head_dim", "ffn_width"))
@@ -137,6 +142,10 @@ class EncoderConfig:
     """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
     dtype: DtypeName = "float32"
     """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
+    scan_layers: bool = False
+    """One compiled block for all layers, whose parameters are stacked: [layers, ...]."""
+    remat: RematName = "none"
+    """Computed again in the backward pass: none, dots (all but dense products), or full (all)."""
 
     def __post_init__(self):
         _check(self, counts=("token_types",), derived=("ffn_width", "classes"))

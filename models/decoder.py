@@ -1,12 +1,12 @@
 """The decoder: one NNX module driven by one frozen config."""
 
-from collections.abc import Callable
-
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from models.attention import Attention, separate
 from models.config import DecoderConfig
+from models.depth import Constrain, identity, make_blocks, through_blocks
 from models.layers import (
     INIT_STDDEV,
     Embedding,
@@ -16,14 +16,6 @@ from models.layers import (
     RMSNorm,
     SwigluMlp,
 )
-from models.layout import block_name
-
-Constrain = Callable[[jax.Array], jax.Array]
-
-
-def identity(x: jax.Array) -> jax.Array:
-    """The constraint that constrains nothing."""
-    return x
 
 
 def _norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
@@ -39,16 +31,15 @@ def _table(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): float[B, T, D] to the same."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         out_stddev = INIT_STDDEV / (2 * config.layers) ** 0.5
-        depth = layer + 1 if config.attention_layer_scale else 1
         self.attention_norm = _norm(config)
         self.attention = Attention(
             config.width,
             config.heads,
             kv_heads=config.kv_heads or config.heads,
             head_width=config.head_width,
-            scale=config.head_width**-0.5 / depth,
+            scale=config.head_width**-0.5,
             out_stddev=out_stddev,
             bias=config.bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
@@ -62,9 +53,13 @@ class Block(nnx.Module):
         self.mlp = mlp(config.width, hidden, out_stddev=out_stddev, bias=config.bias, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask: jax.Array | None = None, places: jax.Array | None = None
+        self,
+        x_BxTxD: jax.Array,
+        mask: jax.Array | None = None,
+        places: jax.Array | None = None,
+        depth: jax.Array | None = None,
     ) -> jax.Array:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask, places)
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask, places, depth)
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
 
@@ -88,8 +83,9 @@ class Decoder(nnx.Module):
         self.positions = (
             LearnedPositions(config.context, config.width, rngs=rngs) if learned else None
         )
-        blocks = {block_name(i): Block(config, i, rngs=rngs) for i in range(config.layers)}
-        self.blocks = nnx.Dict(blocks)
+        self.blocks = make_blocks(
+            lambda: Block(config, rngs=rngs), config.layers, scanned=config.scan_layers
+        )
         self.norm = _norm(config)
         self.head = None if config.tied else _table(config, rngs)
 
@@ -132,10 +128,22 @@ class Decoder(nnx.Module):
         x_BxTxD = self.tokens(tokens_BxT)
         if self.positions is not None:
             x_BxTxD = self.positions(x_BxTxD, places)
-        x_BxTxD = constrain(x_BxTxD.astype(self.config.dtype))
-        for layer in range(self.config.layers):
-            x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask, places))
+        x_BxTxD, _ = through_blocks(
+            self.blocks,
+            lambda block, x, depth: (block(x, mask, places, depth), None),
+            constrain(x_BxTxD.astype(self.config.dtype)),
+            self._depths(),
+            layers=self.config.layers,
+            remat=self.config.remat,
+            constrain=constrain,
+        )
         return self.norm(x_BxTxD)
+
+    def _depths(self) -> jax.Array | None:
+        """What each block divides its attention scores by, float32[layers]."""
+        if not self.config.attention_layer_scale:
+            return None
+        return jnp.arange(1, self.config.layers + 1, dtype=jnp.float32)
 
     def logits(self, x_xD: jax.Array) -> jax.Array:
         """float32[..., V] of any features: of a chunk of positions, or of one."""

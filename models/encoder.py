@@ -6,7 +6,8 @@ from flax import nnx
 
 from models.attention import Attention, separate
 from models.config import EncoderConfig
-from models.decoder import Constrain, check_length, identity
+from models.decoder import check_length
+from models.depth import Constrain, identity, make_blocks, through_blocks
 from models.layers import (
     INIT_STDDEV,
     Embedding,
@@ -19,7 +20,6 @@ from models.layers import (
     mask_padding,
     tied_logits,
 )
-from models.layout import block_name
 
 
 class EncoderBlock(nnx.Module):
@@ -129,8 +129,8 @@ class Encoder(nnx.Module):
         self.positions = LearnedPositions(config.context, config.width, rngs=rngs)
         self.types = Embedding(config.token_types, config.width, axis=None, rngs=rngs)
         self.norm = LayerNorm(config.width, config.norm_eps, bias=True)
-        self.blocks = nnx.Dict(
-            {block_name(layer): EncoderBlock(config, rngs=rngs) for layer in range(config.layers)}
+        self.blocks = make_blocks(
+            lambda: EncoderBlock(config, rngs=rngs), config.layers, scanned=config.scan_layers
         )
         head = ClassHead if config.classes else MaskedTokenHead
         self.head = head(config, rngs=rngs)
@@ -178,9 +178,14 @@ class Encoder(nnx.Module):
         mask, places = separate(segments_BxT)
         types = jnp.zeros_like(tokens_BxT) if types_BxT is None else types_BxT
         x_BxTxD = self.positions(self.tokens(tokens_BxT) + self.types(types), places)
-        x_BxTxD = constrain(self.norm(x_BxTxD).astype(self.config.dtype))
-        for layer in range(self.config.layers):
-            x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask))
+        x_BxTxD, _ = through_blocks(
+            self.blocks,
+            lambda block, x, _: (block(x, mask), None),
+            constrain(self.norm(x_BxTxD).astype(self.config.dtype)),
+            layers=self.config.layers,
+            remat=self.config.remat,
+            constrain=constrain,
+        )
         return self.head.features(x_BxTxD)
 
     def logits(self, x_xD: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 
 from models.config import DecoderConfig, EncoderConfig
-from models.decoder import Constrain, Decoder, identity
+from models.decoder import Decoder
+from models.depth import Constrain, identity
 from models.encoder import Encoder
 
 
@@ -37,8 +38,9 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
     does.
 
     Args:
-      config: shape and arithmetic. Configs that differ only in `attention`, `dtype` or
-        `attention_layer_scale` have the same params, so one set may run under several.
+      config: shape and arithmetic. Configs that differ only in `attention`, `dtype`, `remat` or
+        `attention_layer_scale` have the same params, so one set may run under several; those that
+        differ in `scan_layers` have the same numbers, laid out by `stack_blocks`.
 
     Returns:
       A `Functional`:

@@ -18,11 +18,11 @@ from models import safetensors
 from models.config import DecoderConfig, EncoderConfig
 from models.families import FAMILIES, Family
 from models.functional import split
-from models.layout import block_name
+from models.layout import block_name, stack_blocks, unstack_blocks
 
 OPTIONAL = ("kv_heads", "head_dim", "rope_theta", "tied", "attention_layer_scale")
 """Fields that older files lack; `ffn_width` is one in GPT-2's."""
-ARITHMETIC = ("attention", "dtype", "vocab_multiple")
+ARITHMETIC = ("attention", "dtype", "vocab_multiple", "scan_layers", "remat")
 """Fields that are no part of a file: how to compute is up to who loads it."""
 VOCABULARY = ("tokens/embedding", "head/embedding", "head/bias")
 """Parameters with a row for each token, and for padding."""
@@ -217,15 +217,17 @@ def _flat(params: Any) -> dict[str, Any]:
 
 
 def _laid_out(flat: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
-    """The parameters of a file as the config wants them: padded."""
+    """The parameters of a file as the config wants them: padded, and stacked."""
     rows = config.padded_vocab - config.vocab_size
     padded = {p: np.pad(flat[p], [(0, rows), (0, 0)][: flat[p].ndim]) for p in _tables(flat)}
-    return unflatten_dict(flat | padded, sep="/")
+    params = unflatten_dict(flat | padded, sep="/")
+    return stack_blocks(params) if config.scan_layers else params
 
 
 def _as_written(flat: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Parameters of the config as a file has them: without padding."""
-    return flat | {p: flat[p][: config.vocab_size] for p in _tables(flat)}
+    """Parameters of the config as a file has them: without padding, block by block."""
+    flat = flat | {p: flat[p][: config.vocab_size] for p in _tables(flat)}
+    return _flat(unstack_blocks(unflatten_dict(flat, sep="/")))
 
 
 def _tables(flat: dict[str, Any]) -> list[str]:
