@@ -12,8 +12,8 @@ ROWS = ("data", "fsdp")
 """The axes that rows of a batch are spread over; activations lie where their rows do."""
 AXES = (*ROWS, "tensor")
 """Parameters and optimizer state are sharded over the last two: along the model's width, and along
-heads, hidden units and vocabulary. An axis for experts would come before "tensor", one more of those
-that rows are spread over outside the experts; one for sequences would cut the second axis of
+heads, hidden units and vocabulary. An axis for experts would come before "tensor", one more of
+those that rows are spread over outside the experts; one for sequences would cut the second axis of
 activations, with ring attention, and belongs between "fsdp" and "tensor"."""
 
 
