@@ -1,6 +1,7 @@
 """One forward pass over some rows: losses on labels drawn from the model, and on the true ones."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax.curvature import Tree, accumulation_dtype, widen
-from sophia_optax.linear import LinearLogits, by_chunk, check_factors, kept
+from sophia_optax.linear import LinearLogits, check_factors, gradient_by_chunk
 
 Outputs = jax.Array | LinearLogits
 
@@ -68,17 +69,18 @@ def logits_pass(
         inputs, weights, numbers = rows
         outputs, pullback = jax.vjp(_outputs_of(likelihood, logits_fn, inputs, numbers), params)
 
-        def sampled_loss(outputs, key):
+        def sampled_loss(outputs, keys):
+            losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, widen(outputs))
+            roots, count = _roots(weights, losses.shape, losses.dtype)
+            return jnp.sum(roots * losses), count
+
+        def draw(key):
             rows = jnp.arange(outputs.shape[0]) if numbers is None else numbers
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
             if isinstance(outputs, LinearLogits):
-                losses = _categorical_by_chunk(keys, outputs)
+                cotangent, count = _gradient_by_chunk(keys, outputs, weights)
             else:
-                losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, widen(outputs))
-            return _weighted_sum(losses, weights)
-
-        def draw(key):
-            cotangent, count = jax.grad(sampled_loss, has_aux=True)(outputs, key)
+                cotangent, count = jax.grad(sampled_loss, has_aux=True)(outputs, keys)
             return pullback(cotangent)[0], count
 
         if loss_fn is None:
@@ -177,17 +179,17 @@ def _losses(result: Any, rows: int, weights: Any, has_aux: bool) -> tuple[jax.Ar
     return losses, aux
 
 
-def _weighted_sum(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
-    """(Σ sqrt(w) l, Σ w): squaring the gradient of the first restores the weight w."""
+def _roots(weights: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(sqrt(w), Σ w) of losses: squaring the gradient of Σ sqrt(w) l restores the weight w."""
     if weights is None:
-        return jnp.sum(losses), jnp.asarray(losses.size, jnp.float32)
-    if jnp.shape(weights) != losses.shape:
+        return jnp.ones(shape, dtype), jnp.asarray(math.prod(shape), jnp.float32)
+    if jnp.shape(weights) != shape:
         raise ValueError(
             f"`weights` has shape {jnp.shape(weights)}, but the outputs that count have shape "
-            f"{losses.shape} (for 'categorical' and 'gaussian' the logits' without the last axis)."
+            f"{shape} (for 'categorical' and 'gaussian' the logits' without the last axis)."
         )
-    weights = jnp.asarray(weights, losses.dtype)
-    return jnp.sum(jnp.sqrt(weights) * losses), jnp.sum(weights, dtype=accumulation_dtype(weights))
+    weights = jnp.asarray(weights, dtype)
+    return jnp.sqrt(weights), jnp.sum(weights, dtype=accumulation_dtype(weights))
 
 
 def _weighted_mean(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
@@ -242,17 +244,19 @@ def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def _categorical_by_chunk(keys: jax.Array, logits: LinearLogits) -> jax.Array:
-    """[B, T] losses on the labels that the rows' keys draw from the whole logits."""
-    _, length, _ = logits.shape
-    dtype = accumulation_dtype(logits.features)
-    uniforms = jax.vmap(lambda key: _uniforms(key, (length,), dtype))(keys)
+def _gradient_by_chunk(
+    keys: jax.Array, logits: LinearLogits, weights: Any
+) -> tuple[LinearLogits, jax.Array]:
+    """(gradient of Σ sqrt(w) l, Σ w) on the labels that the rows' keys draw from whole logits."""
+    shape, dtype = logits.shape[:-1], accumulation_dtype(logits.features)
+    roots, count = _roots(weights, shape, dtype)
+    uniforms = jax.vmap(lambda key: _uniforms(key, shape[1:], dtype))(keys)
 
-    def losses(logits, uniforms):
-        labels = kept(_invert_softmax(uniforms, jax.lax.stop_gradient(logits)))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    def loss(logits, uniforms, roots):
+        labels = _invert_softmax(uniforms, jax.lax.stop_gradient(logits))
+        return jnp.sum(roots * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
-    return by_chunk(losses, logits, uniforms)
+    return gradient_by_chunk(loss, logits, uniforms, roots), count
 
 
 def _bernoulli(key: jax.Array, logits: jax.Array) -> jax.Array:

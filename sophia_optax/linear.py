@@ -7,13 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 
 from sophia_optax import _checks
 from sophia_optax.curvature import accumulation_dtype, widen
-
-KEPT = "sophia_optax.linear"
-"""Name of what a backward pass takes from the forward pass instead of making it again."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +19,9 @@ class LinearLogits:
 
     `logits_fn` may return it in place of an array, with likelihood "categorical": labels and losses
     are then made of `chunk` positions at a time, and forward and backward pass hold float32[B,
-    chunk, V] instead of [B, T, V]. The backward pass multiplies once more, which is a third of the
-    operations of this layer. Products are taken in the dtype of features, sums in float32 at least.
+    chunk, V] instead of [B, T, V]. The backward pass of a loss multiplies once more, a third more
+    operations in this layer; that of drawn labels does not. Products are taken in the dtype of
+    features, sums in float32 at least.
 
     >>> import jax.numpy as jnp
     >>> logits = LinearLogits(jnp.ones((2, 8, 3)), jnp.ones((100, 3)), chunk=4)
@@ -101,45 +98,80 @@ def check_factors(logits: LinearLogits) -> None:
 def by_chunk(
     losses: Callable[..., jax.Array], logits: LinearLogits, *positions: jax.Array
 ) -> jax.Array:
-    """`losses(logits[B, t, V], *positions[B, t, ...])`, [B, t], of t positions at a time: [B, T].
-
-    What `losses` names `KEPT` the backward pass does not make again. The last chunk is filled with
-    zeros, less than one position for each chunk.
-    """
+    """[B, T], of `losses(logits[B, t, V], *positions[B, t, ...])`, [B, t], chunk by chunk."""
     check_factors(logits)
-    rows, length, _ = logits.shape
-    number = max(-(-length // logits.chunk), 1)
-    size = -(-length // number)
+    whole = _whole(logits)
 
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, number * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(rows, number, size, *x.shape[2:]).swapaxes(0, 1)
-
-    # Once, before the loop: in it, shards would add up their gradients of it chunk by chunk.
-    matrix = _varying_like(logits.matrix, logits.features)
-    bias = None if logits.bias is None else _varying_like(logits.bias, logits.features)
-
-    def of_chunk(features, *positions):
-        return losses(_product(features, matrix, bias), *positions)
+    def of_chunk(x):
+        features, *at = x
+        return losses(_product(features, *whole), *at)
 
     # In a loop nothing can be merged with what was computed before it.
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
-    of_chunk = jax.checkpoint(of_chunk, prevent_cse=False, policy=policy)
-    parts = jax.lax.map(lambda x: of_chunk(*x), (cut(logits.features), *map(cut, positions)))
-    return parts.swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
+    return _join(logits, jax.lax.map(of_chunk, _cut(logits, logits.features, *positions)))
 
 
-def kept(x: jax.Array) -> jax.Array:
-    """Named `KEPT`."""
-    return checkpoint_name(x, KEPT)
+def gradient_by_chunk(
+    loss: Callable[..., jax.Array], logits: LinearLogits, *positions: jax.Array
+) -> LinearLogits:
+    """Gradient of the sum over chunks of `loss(logits[B, t, V], *positions[B, t, ...])`, a scalar.
+
+    Where nothing is differentiated again: a chunk goes back at once, and no product is made twice.
+    """
+    check_factors(logits)
+    whole = _whole(logits)
+    zeros = jax.tree.map(lambda x: _varying_like(jnp.zeros_like(x), logits.features), whole)
+
+    def add(total, x):
+        features, *at = x
+        of_chunk = jax.grad(lambda x, whole: loss(_product(x, *whole), *at), (0, 1))
+        gradient, part = of_chunk(features, whole)
+        return optax.tree.add(total, part), gradient
+
+    total, parts = jax.lax.scan(add, zeros, _cut(logits, logits.features, *positions))
+    like: Any = (logits.matrix, logits.bias)
+    matrix, bias = optax.tree.cast_like(total, like)
+    return dataclasses.replace(logits, features=_join(logits, parts), matrix=matrix, bias=bias)
+
+
+def _whole(logits: LinearLogits) -> tuple[jax.Array, jax.Array | None]:
+    """(matrix, bias) as a loop over chunks takes them.
+
+    Widened, so that their gradients are summed over chunks in float32. Marked here, since inside
+    the loop the shards of a `shard_map` would add up their gradients chunk by chunk.
+    """
+    factors = logits.matrix, logits.bias
+    return jax.tree.map(lambda x: _varying_like(widen(x), logits.features), factors)
+
+
+def _sizes(logits: LinearLogits) -> tuple[int, int]:
+    """(number of chunks, positions of each): as even as can be."""
+    number = max(-(-logits.shape[1] // logits.chunk), 1)
+    return number, -(-logits.shape[1] // number)
+
+
+def _cut(logits: LinearLogits, *positions: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, ...] to [chunks, B, t, ...]; the last is filled with zeros, less than one a chunk."""
+    number, size = _sizes(logits)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, number * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(-1, number, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(map(cut, positions))
+
+
+def _join(logits: LinearLogits, parts: jax.Array) -> jax.Array:
+    """[chunks, B, t, ...] to [B, T, ...]."""
+    rows, length, _ = logits.shape
+    return parts.swapaxes(0, 1).reshape(rows, -1, *parts.shape[3:])[:, :length]
 
 
 def _product(features: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
     """float32[B, t, V] at least, multiplied in the dtype of features.
 
     With bfloat16 operands the algorithm is named: asking for float32 logits alone would make the
-    backward pass multiply in float32. The matrix is cast here, chunk by chunk: so its gradient is
-    summed over chunks in its own dtype.
+    backward pass multiply in float32.
     """
     bfloat16 = features.dtype == jnp.bfloat16
     logits = jnp.einsum(

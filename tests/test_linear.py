@@ -230,6 +230,23 @@ def test_in_shard_map_the_matrix_gradient_is_reduced_once(check_vma):
     assert "all-reduce(" not in body
 
 
+def test_in_shard_map_a_sample_is_that_of_whole_logits():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    gnb, whole_specs = gauss_newton_bartlett(groups=2), PartitionSpec()
+    params, x = jax.tree.map(jnp.float32, (PARAMS, LONG))
+
+    def sample(logits_fn):
+        def of_shard(params, batch):
+            extra = extra_of(logits_fn, batch) | {"axis_name": "data"}
+            return value_grad_and_hessian(gnb)(KEY, params, **extra)
+
+        specs = (whole_specs, PartitionSpec("data"))
+        mapped = jax.shard_map(of_shard, mesh=mesh, in_specs=specs, out_specs=whole_specs)
+        return jit(mapped)(params, {"x": x, "y": jnp.asarray(Y)})
+
+    close(sample(linear), sample(whole), rtol=1e-4, atol=1e-6)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
