@@ -103,9 +103,9 @@ def test_heldout_batches_cover_every_target_once_in_order():
     np.testing.assert_array_equal(real[:, 1:].ravel(), np.arange(1, 101))
     np.testing.assert_array_equal(real[:, :-1].ravel(), np.arange(100))
     assert sum(weight.sum() for _, weight in batches) == 10
-    for length, number in ((100, 9), (101, 10)):  # one more token is one more target
+    for length, count in ((100, 9), (101, 10)):  # one more token is one more target
         batches = data.heldout_batches(np.arange(length), batch_size=1, sequence_length=10)
-        assert len(list(batches)) == number
+        assert len(list(batches)) == count
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])

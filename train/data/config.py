@@ -24,8 +24,8 @@ class DataConfig:
     """Share of documents to be judged by, chosen by their hash, so that copies of a document are
     on one side; of a text of one or few documents its end."""
     heldout_source: str = ""
-    """Judge by this source instead, such as tfds:lm1b:test: by its held-out part if it is bin: or
-    embedded, else by all of it. Overlap with the source is not looked for."""
+    """Judge by this source instead, such as tfds:lm1b:test: by its held-out part if it is bin:,
+    else by all of it. Overlap with the source is not looked for."""
     text_field: str = ""
     """Field or column of the text, default text; two with a comma between them make pairs of
     sentences for classify, and are joined by a line break otherwise."""

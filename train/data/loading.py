@@ -41,6 +41,8 @@ def load(config: DataConfig, *, batch_size: int, sequence_length: int, seed: int
             f"batch_size={batch_size} and sequence_length={sequence_length} must be at least 1, "
             f"and seed={seed} not negative."
         )
+    if config.heldout_source:
+        config = dataclasses.replace(config, heldout_fraction=0.0)
     tokenizer = tokenizers.load(config.tokenizer)
     parts = mixture.parse(config.source)
     make = _classify if config.task == "classify" else _of_text
@@ -100,8 +102,6 @@ def _open(source: str, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
 def _prepared(source: str, tokenizer: Tokenizer, config: DataConfig) -> Path:
     from train.data import prepare  # late: it needs what only the command line does
 
-    if config.heldout_source:
-        config = dataclasses.replace(config, heldout_fraction=0.0)
     request = prepare.request_hash(*sources.shards(source, config), tokenizer, config)
     folder = Path(config.cache).expanduser() / request[:16]
     prepare.prepare(source, folder, config, quiet=sources.read_header(folder) is not None)

@@ -95,6 +95,7 @@ def mixed_rows(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> 
 def _scatter(makers: Sequence, kind_N: np.ndarray, own_N: np.ndarray) -> Batch:
     """Rows made by several, in their places."""
     chosen = [np.flatnonzero(kind_N == kind) for kind in range(len(makers))]
-    parts = [make(own_N[at]) for make, at in zip(makers, chosen, strict=True) if len(at)]
+    parts = [make(own_N[at]) for make, at in zip(makers, chosen, strict=True)]
     back_N = np.argsort(np.concatenate(chosen), kind="stable")
-    return Batch(*(None if x[0] is None else np.concatenate(x)[back_N] for x in zip(*parts)))  # noqa: B905
+    leaves = zip(*parts, strict=True)
+    return Batch(*(None if leaf[0] is None else np.concatenate(leaf)[back_N] for leaf in leaves))

@@ -67,7 +67,7 @@ def held_out(raw: bytes, fraction: float) -> bool:
     """Whether a document is one to be judged by: a function of its text, so copies agree.
 
     >>> sum(held_out(str(i).encode(), 0.2) for i in range(1000))
-    192
+    181
     """
     digest = hashlib.blake2b(raw.strip(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

@@ -91,7 +91,8 @@ def read_header(folder: Path) -> dict[str, Any] | None:
         if header["format"] != FORMAT or header["dtype"] not in _DTYPES:
             raise ValueError(f"format {header['format']!r}, dtype {header['dtype']!r}")
         for split in header["splits"].values():
-            split["tokens"], split["bytes"], split["sha256"], split["largest"]
+            if missing := {"tokens", "bytes", "sha256", "largest"} - set(split):
+                raise KeyError(*sorted(missing))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a header that this version writes ({type(error).__name__}: {error}). "
@@ -146,7 +147,8 @@ def embedded_tokens(tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     parts = [np.asarray(part) for part in corpus]
     if tokenizer.name != "bytes":
         parts = [tokenizer.encode(part.tobytes().decode()) for part in parts]
-    ratio = len(corpus.heldout) / max(1, len(parts[1]))
+    judge = 1 if len(parts[1]) else 0
+    ratio = len(corpus[judge]) / max(1, len(parts[judge]))
     identity = _digest(*(part.tobytes().hex() for part in parts))
     return Tokens(parts[0], parts[1], ratio, identity, "the embedded text")
 
@@ -182,7 +184,7 @@ def _headerless(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
         parts = [_map(path / name, config.headerless) for name in ("train.bin", "val.bin")]
     else:
         parts = list(cut(_map(path, config.headerless), config.heldout_fraction))
-    some = np.asarray(parts[1][: 2**20])
+    some = np.asarray((parts[1] if len(parts[1]) else parts[0])[: 2**20])
     if some.size and some.max() >= tokenizer.vocab_size:
         raise ValueError(outside(int(some.max()), tokenizer.vocab_size, str(path)))
     ratio = len(tokenizer.decode(some.astype(np.int32)).encode()) / max(1, len(some))

@@ -105,8 +105,20 @@ def _builder(name: str, config: DataConfig) -> Any:
 def _download(name: str, folder: Path) -> Any:
     tfds = need("tensorflow_datasets", "tfds", f"tfds:{name}")
     need("tensorflow_datasets.text", "tfds", f"tfds:{name}")  # registers glue, c4 and wiki40b
-    builder = tfds.builder(name, data_dir=str(folder))
-    builder.download_and_prepare(file_format="array_record")  # shows bars of its own
+    try:
+        builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
+        builder.download_and_prepare()  # shows bars of its own
+    except (
+        ImportError,
+        OSError,
+        AssertionError,
+        tfds.core.registered.DatasetNotFoundError,
+    ) as error:
+        raise ValueError(
+            f"tfds:{name} could not be fetched into {folder} ({type(error).__name__}: {error}). Some "
+            "need TensorFlow, or files of your own, to be prepared; do that elsewhere and copy the "
+            "folder."
+        ) from error
     return builder
 
 
