@@ -6,10 +6,11 @@ from models.encoder import Encoder
 from models.functional import Functional, split
 from models.layout import logical_ndims, stack_blocks, unstack_blocks
 from models.masking import mask_tokens
-from models.presets import BERT, LLAMA, PRESETS, QWEN3
+from models.presets import BERT, GPT2, LLAMA, PRESETS, QWEN3
 
 __all__ = [
     "PRESETS",
+    "GPT2",
     "LLAMA",
     "QWEN3",
     "BERT",

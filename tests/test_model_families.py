@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import models
 from models import BERT, LLAMA, PRESETS, QWEN3, DecoderConfig, EncoderConfig, split
 from models.attention import rotate
 
@@ -30,7 +31,10 @@ QWEN = dataclasses.replace(LLAMA2, head_dim=6, qk_norm=True, tied=True, rope_the
 MASKED = EncoderConfig(vocab_size=31, context=12, width=16, layers=2, heads=4, norm_eps=1e-5)
 DECODERS = {"gpt2": GPT2, "llama": LLAMA2, "qwen3": QWEN}
 FAMILIES = DECODERS | {"bert": MASKED}
-EXACT = {  # of the papers' or the releases' models
+EXACT = {  # of the papers' or the releases' models, after those of our own
+    "tiny-llama": 125_248,
+    "tiny-qwen3": 133_568,
+    "tiny-bert": 125_120,
     "llama-60m": 58_073_600,
     "llama-130m": 134_105_856,
     "llama-350m": 367_969_280,
@@ -72,6 +76,10 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def test_every_preset_of_these_families_has_an_exact_count():
+    assert set(EXACT) == set(LLAMA) | set(QWEN3) | set(BERT)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_preset_has_its_exact_parameter_count(name):
     config = {**LLAMA, **QWEN3, **BERT}[name]
@@ -91,8 +99,9 @@ def test_masked_bert_base_has_the_count_of_the_release():
 
 
 def test_every_name_is_of_one_family():
-    names = [name for family in (PRESETS, LLAMA, QWEN3, BERT) for name in family]
-    assert len(names) == len(set(names))
+    families = (models.GPT2, LLAMA, QWEN3, BERT)
+    assert sum(map(len, families)) == len(PRESETS)
+    assert {name for family in families for name in family} == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from models import PRESETS, Decoder, DecoderConfig, split
+from models import GPT2, Decoder, DecoderConfig, split
 
 CONFIG = DecoderConfig(vocab_size=31, context=12, width=16, layers=2, heads=4)
 BFLOAT16 = dataclasses.replace(CONFIG, dtype="bfloat16")
@@ -93,9 +93,9 @@ def decoder_float64(params, tokens, config):
     return norm_float64(x, params["norm"]["scale"]) @ params["tokens"]["embedding"].T
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GPT2)
 def test_preset_has_its_quoted_parameter_count(name):
-    config = PRESETS[name]
+    config = GPT2[name]
     shapes = jax.eval_shape(split(config).init, jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     matrices_of_a_block = 4 * config.width**2 + 2 * config.width * 4 * config.width
@@ -108,7 +108,7 @@ def test_preset_has_its_quoted_parameter_count(name):
 
 
 def test_presets_are_the_gpt2_shapes():
-    shapes = {name: (c.layers, c.heads, c.width) for name, c in PRESETS.items() if name != "tiny"}
+    shapes = {name: (c.layers, c.heads, c.width) for name, c in GPT2.items() if name != "tiny"}
     assert shapes == {
         "gpt2-30m": (6, 6, 384),
         "gpt2-125m": (12, 12, 768),
@@ -116,7 +116,7 @@ def test_presets_are_the_gpt2_shapes():
         "gpt2-540m": (30, 18, 1152),
         "gpt2-770m": (36, 20, 1280),
     }
-    assert {(PRESETS[n].vocab_size, PRESETS[n].context) for n in shapes} == {(50304, 1024)}
+    assert {(GPT2[n].vocab_size, GPT2[n].context) for n in shapes} == {(50304, 1024)}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_logits_of_a_shorter_sequence_are_a_prefix():
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
-    config = PRESETS["tiny"]
+    config = GPT2["tiny"]
     params = jitted(config).init(jax.random.key(0))
     loss = jax.jit(loss_of(config, tokens_of(config, batch=8)))(params)
     # Unit-variance rows against embeddings of std 0.02 give logits of variance width * 0.02^2.
