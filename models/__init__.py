@@ -4,6 +4,7 @@ from models.config import DecoderConfig, EncoderConfig
 from models.decoder import Decoder
 from models.encoder import Encoder
 from models.functional import Functional, split
+from models.layout import logical_ndims, stack_blocks, unstack_blocks
 from models.masking import mask_tokens
 from models.presets import BERT, LLAMA, PRESETS, QWEN3
 
@@ -17,6 +18,9 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "Functional",
-    "mask_tokens",
     "split",
+    "stack_blocks",
+    "unstack_blocks",
+    "logical_ndims",
+    "mask_tokens",
 ]

@@ -46,9 +46,9 @@ class Attention(nnx.Module):
         self.key = in_projection(rngs, width, kv_heads * head_width)
         self.value = in_projection(rngs, width, kv_heads * head_width)
         self.out = out_projection(rngs, heads * head_width, width, stddev=out_stddev)
-        self.query_bias = bias_vector(heads * head_width, bias)
-        self.key_bias = bias_vector(kv_heads * head_width, bias)
-        self.value_bias = bias_vector(kv_heads * head_width, bias)
+        self.query_bias = bias_vector(heads * head_width, bias, axis="tensor")
+        self.key_bias = bias_vector(kv_heads * head_width, bias, axis="tensor")
+        self.value_bias = bias_vector(kv_heads * head_width, bias, axis="tensor")
         self.out_bias = bias_vector(width, bias)
         self.query_norm = RMSNorm(head_width, qk_norm_eps) if qk_norm_eps else None
         self.key_norm = RMSNorm(head_width, qk_norm_eps) if qk_norm_eps else None
@@ -58,7 +58,9 @@ class Attention(nnx.Module):
         x_BxTxD: jax.Array,
         mask_Bx1xTxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
+        depth: jax.Array | None = None,
     ) -> jax.Array:
+        """float[B, T, D] to the same; scores are also divided by `depth`."""
         query_BxTxNxH = self._heads(affine(x_BxTxD, self.query, self.query_bias))
         key_BxTxKxH = self._heads(affine(x_BxTxD, self.key, self.key_bias))
         value_BxTxKxH = self._heads(affine(x_BxTxD, self.value, self.value_bias))
@@ -70,6 +72,8 @@ class Attention(nnx.Module):
                 positions_BxT = jnp.arange(x_BxTxD.shape[1])[None]
             query_BxTxNxH = rotate(query_BxTxNxH, positions_BxT, self.rope_theta)
             key_BxTxKxH = rotate(key_BxTxKxH, positions_BxT, self.rope_theta)
+        if depth is not None:
+            query_BxTxNxH = query_BxTxNxH / depth.astype(query_BxTxNxH.dtype)
         mixed_BxTxNxH = jax.nn.dot_product_attention(
             query_BxTxNxH,
             key_BxTxKxH,

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 
 AttentionName = Literal["xla", "cudnn"]
 DtypeName = Literal["float32", "bfloat16"]
+RematName = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,9 @@ class DecoderConfig:
     """
 
     vocab_size: int = 50304
-    """Rows of the embedding: GPT-2's 50257 tokens, padded to a multiple of 128 for the hardware."""
+    """Tokens: GPT-2's 50257, padded to a multiple of 128 for the hardware."""
+    vocab_multiple: int = 1
+    """Tables of tokens are padded to a multiple of it, which the mesh's tensor axis must divide."""
     context: int = 1024
     """Longest sequence, in tokens; learned positions have one vector for each."""
     width: int = 768
@@ -65,6 +68,10 @@ class DecoderConfig:
     """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
     dtype: DtypeName = "float32"
     """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
+    scan_layers: bool = False
+    """One compiled block for all layers, whose parameters are stacked: [layers, ...]."""
+    remat: RematName = "none"
+    """Computed again in the backward pass: none, dots (all but dense products), or full (all)."""
 
     def __post_init__(self):
         _check(self, derived=("kv_heads", "head_dim", "ffn_width"))
@@ -83,6 +90,15 @@ class DecoderConfig:
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.width // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding, and logits of a position; those of padding have no probability.
+
+        >>> DecoderConfig(vocab_size=50257, vocab_multiple=128).padded_vocab
+        50304
+        """
+        return _round_up(self.vocab_size, self.vocab_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +119,9 @@ class EncoderConfig:
     """
 
     vocab_size: int = 30522
-    """Rows of the embedding."""
+    """Tokens."""
+    vocab_multiple: int = 1
+    """Tables of tokens are padded to a multiple of it, which the mesh's tensor axis must divide."""
     context: int = 512
     """Longest sequence, in tokens: one learned position each."""
     width: int = 768
@@ -124,6 +142,10 @@ class EncoderConfig:
     """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
     dtype: DtypeName = "float32"
     """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
+    scan_layers: bool = False
+    """One compiled block for all layers, whose parameters are stacked: [layers, ...]."""
+    remat: RematName = "none"
+    """Computed again in the backward pass: none, dots (all but dense products), or full (all)."""
 
     def __post_init__(self):
         _check(self, counts=("token_types",), derived=("ffn_width", "classes"))
@@ -133,10 +155,24 @@ class EncoderConfig:
         """Width of one attention head."""
         return self.width // self.heads
 
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding, and logits of a position; those of padding have no probability.
+
+        >>> EncoderConfig(vocab_multiple=16).padded_vocab
+        30528
+        """
+        return _round_up(self.vocab_size, self.vocab_multiple)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
 
 def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...]) -> None:
     """Sizes, of which those `derived` may be 0, then what any config needs."""
-    for name in ("vocab_size", "context", "width", "layers", "heads", *counts, *derived):
+    sizes = ("vocab_size", "vocab_multiple", "context", "width", "layers", "heads")
+    for name in (*sizes, *counts, *derived):
         size, least = getattr(config, name), 0 if name in derived else 1
         if size < least:
             raise ValueError(f"{name} is {size}, but counts something: set it to {least} or more.")

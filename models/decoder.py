@@ -1,12 +1,12 @@
 """The decoder: one NNX module driven by one frozen config."""
 
-from collections.abc import Callable
-
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from models.attention import Attention, separate
 from models.config import DecoderConfig
+from models.depth import Constrain, identity, make_blocks, through_blocks
 from models.layers import (
     INIT_STDDEV,
     Embedding,
@@ -17,13 +17,6 @@ from models.layers import (
     SwigluMlp,
 )
 
-Constrain = Callable[[jax.Array], jax.Array]
-
-
-def identity(x: jax.Array) -> jax.Array:
-    """The constraint that constrains nothing."""
-    return x
-
 
 def _norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
     if config.norm == "rmsnorm":
@@ -31,19 +24,22 @@ def _norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
     return LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
+def _table(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
+    return Embedding(config.vocab_size, config.width, padded=config.padded_vocab, rngs=rngs)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): float[B, T, D] to the same."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         out_stddev = INIT_STDDEV / (2 * config.layers) ** 0.5
-        depth = layer + 1 if config.attention_layer_scale else 1
         self.attention_norm = _norm(config)
         self.attention = Attention(
             config.width,
             config.heads,
             kv_heads=config.kv_heads or config.heads,
             head_width=config.head_width,
-            scale=config.head_width**-0.5 / depth,
+            scale=config.head_width**-0.5,
             out_stddev=out_stddev,
             bias=config.bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
@@ -57,9 +53,13 @@ class Block(nnx.Module):
         self.mlp = mlp(config.width, hidden, out_stddev=out_stddev, bias=config.bias, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask: jax.Array | None = None, places: jax.Array | None = None
+        self,
+        x_BxTxD: jax.Array,
+        mask: jax.Array | None = None,
+        places: jax.Array | None = None,
+        depth: jax.Array | None = None,
     ) -> jax.Array:
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask, places)
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask, places, depth)
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
 
@@ -78,15 +78,16 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.tokens = Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.tokens = _table(config, rngs)
         learned = config.positions == "learned"
         self.positions = (
             LearnedPositions(config.context, config.width, rngs=rngs) if learned else None
         )
-        blocks = {block_name(i): Block(config, i, rngs=rngs) for i in range(config.layers)}
-        self.blocks = nnx.Dict(blocks)
+        self.blocks = make_blocks(
+            lambda: Block(config, rngs=rngs), config.layers, scanned=config.scan_layers
+        )
         self.norm = _norm(config)
-        self.head = None if config.tied else Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.head = None if config.tied else _table(config, rngs)
 
     def __call__(
         self,
@@ -108,21 +109,49 @@ class Decoder(nnx.Module):
             padding. A token sees, and counts its position from the start of, its own alone.
 
         Returns:
-          float32[B, T, V], whatever the compute dtype.
+          float32[B, T, V], whatever the compute dtype; V is `config.padded_vocab`.
 
         Raises:
           ValueError: if T exceeds the context.
         """
+        return self.logits(self.features(tokens_BxT, constrain, segments_BxT))
+
+    def features(
+        self,
+        tokens_BxT: jax.Array,
+        constrain: Constrain = identity,
+        segments_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """All but the last matrix product: float[B, T, D]; arguments as of a call."""
         check_length(tokens_BxT, self.config.context)
         mask, places = separate(segments_BxT)
         x_BxTxD = self.tokens(tokens_BxT)
         if self.positions is not None:
             x_BxTxD = self.positions(x_BxTxD, places)
-        x_BxTxD = constrain(x_BxTxD.astype(self.config.dtype))
-        for layer in range(self.config.layers):
-            x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask, places))
-        head = self.tokens if self.head is None else self.head
-        return head.logits(self.norm(x_BxTxD))
+        x_BxTxD, _ = through_blocks(
+            self.blocks,
+            lambda block, x, depth: (block(x, mask, places, depth), None),
+            constrain(x_BxTxD.astype(self.config.dtype)),
+            self._depths(),
+            layers=self.config.layers,
+            remat=self.config.remat,
+            constrain=constrain,
+        )
+        return self.norm(x_BxTxD)
+
+    def _depths(self) -> jax.Array | None:
+        """What each block divides its attention scores by, float32[layers]."""
+        if not self.config.attention_layer_scale:
+            return None
+        return jnp.arange(1, self.config.layers + 1, dtype=jnp.float32)
+
+    def logits(self, x_xD: jax.Array) -> jax.Array:
+        """float32[..., V] of any features: of a chunk of positions, or of one."""
+        return (self.tokens if self.head is None else self.head).logits(x_xD)
+
+    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V] or None): logits are `x @ matrix.T + bias`."""
+        return (self.tokens if self.head is None else self.head).linear()
 
 
 def check_length(tokens_BxT: jax.Array, context: int) -> None:
@@ -133,10 +162,3 @@ def check_length(tokens_BxT: jax.Array, context: int) -> None:
             f"{length} tokens, but there are positions for {context}: crop the tokens to the "
             f"last {context}, or make the model with context={length}."
         )
-
-
-def block_name(layer: int) -> str:
-    """The key of a block among the parameters."""
-    # A string, since checkpoints turn integer keys into strings. Looked up by name, since a
-    # pytree's dicts come back sorted, and "10" sorts before "2".
-    return f"{layer:02d}"

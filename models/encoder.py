@@ -6,7 +6,8 @@ from flax import nnx
 
 from models.attention import Attention, separate
 from models.config import EncoderConfig
-from models.decoder import Constrain, block_name, check_length, identity
+from models.decoder import check_length
+from models.depth import Constrain, identity, make_blocks, through_blocks
 from models.layers import (
     INIT_STDDEV,
     Embedding,
@@ -16,6 +17,8 @@ from models.layers import (
     affine,
     bias_vector,
     in_projection,
+    mask_padding,
+    tied_logits,
 )
 
 
@@ -56,13 +59,26 @@ class MaskedTokenHead(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.dense = in_projection(rngs, config.width, config.width)
-        self.dense_bias = bias_vector(config.width)
+        self.dense_bias = bias_vector(config.width, axis="tensor")
         self.norm = LayerNorm(config.width, config.norm_eps, bias=True)
-        self.bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32))
+        self.bias = bias_vector(config.padded_vocab, axis="tensor")
 
-    def __call__(self, x_BxTxD: jax.Array, tokens: Embedding) -> jax.Array:
+    def features(self, x_BxTxD: jax.Array) -> jax.Array:
+        """float[B, T, D]."""
         hidden_BxTxD = jax.nn.gelu(affine(x_BxTxD, self.dense, self.dense_bias), approximate=False)
-        return tokens.logits(self.norm(hidden_BxTxD)) + self.bias[...]
+        return self.norm(hidden_BxTxD)
+
+    def logits(self, x_xD: jax.Array, tokens: Embedding) -> jax.Array:
+        """float32[..., V]."""
+        assert self.bias is not None
+        products = tied_logits(x_xD, tokens.embedding[...])
+        return mask_padding(products + self.bias[...], tokens.vocab_size)
+
+    def linear(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V]): logits are `x @ matrix.T + bias`."""
+        assert self.bias is not None
+        table_VxD, padding = tokens.linear()
+        return table_VxD, self.bias[...] if padding is None else self.bias[...] + padding
 
 
 class ClassHead(nnx.Module):
@@ -70,14 +86,24 @@ class ClassHead(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.dense = in_projection(rngs, config.width, config.width)
-        self.dense_bias = bias_vector(config.width)
-        self.out = in_projection(rngs, config.width, config.classes)
+        self.dense_bias = bias_vector(config.width, axis="tensor")
+        self.out = in_projection(rngs, config.width, config.classes, axis=None)
         self.out_bias = bias_vector(config.classes)
 
-    def __call__(self, x_BxTxD: jax.Array, tokens: Embedding) -> jax.Array:
+    def features(self, x_BxTxD: jax.Array) -> jax.Array:
+        """float[B, D]."""
+        return jnp.tanh(affine(x_BxTxD[:, 0], self.dense, self.dense_bias))
+
+    def logits(self, x_xD: jax.Array, tokens: Embedding) -> jax.Array:
+        """float32[..., classes]."""
         del tokens  # what the other head writes with
-        pooled_BxD = jnp.tanh(affine(x_BxTxD[:, 0], self.dense, self.dense_bias))
-        return affine(pooled_BxD.astype(jnp.float32), self.out, self.out_bias)
+        return affine(x_xD.astype(jnp.float32), self.out, self.out_bias)
+
+    def linear(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[classes, D], float32[classes])."""
+        del tokens
+        assert self.out_bias is not None
+        return self.out[...].T, self.out_bias[...]
 
 
 class Encoder(nnx.Module):
@@ -97,12 +123,14 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.tokens = Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.tokens = Embedding(
+            config.vocab_size, config.width, padded=config.padded_vocab, rngs=rngs
+        )
         self.positions = LearnedPositions(config.context, config.width, rngs=rngs)
-        self.types = Embedding(config.token_types, config.width, rngs=rngs)
+        self.types = Embedding(config.token_types, config.width, axis=None, rngs=rngs)
         self.norm = LayerNorm(config.width, config.norm_eps, bias=True)
-        self.blocks = nnx.Dict(
-            {block_name(layer): EncoderBlock(config, rngs=rngs) for layer in range(config.layers)}
+        self.blocks = make_blocks(
+            lambda: EncoderBlock(config, rngs=rngs), config.layers, scanned=config.scan_layers
         )
         head = ClassHead if config.classes else MaskedTokenHead
         self.head = head(config, rngs=rngs)
@@ -125,16 +153,45 @@ class Encoder(nnx.Module):
           types_BxT: int[B, T], 0 for a first sentence and 1 for a second; default 0.
 
         Returns:
-          float32[B, T, V], or float32[B, classes], whatever the compute dtype.
+          float32[B, T, V], or float32[B, classes], whatever the compute dtype; V is
+          `config.padded_vocab`.
 
         Raises:
           ValueError: if T exceeds the context.
+        """
+        return self.logits(self.features(tokens_BxT, constrain, segments_BxT, types_BxT))
+
+    def features(
+        self,
+        tokens_BxT: jax.Array,
+        constrain: Constrain = identity,
+        segments_BxT: jax.Array | None = None,
+        types_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """All but the last matrix product; arguments as of a call.
+
+        Returns:
+          float[B, T, D] after the layer and norm of the head for tokens, or float[B, D] after the
+          pooler of that for classes.
         """
         check_length(tokens_BxT, self.config.context)
         mask, places = separate(segments_BxT)
         types = jnp.zeros_like(tokens_BxT) if types_BxT is None else types_BxT
         x_BxTxD = self.positions(self.tokens(tokens_BxT) + self.types(types), places)
-        x_BxTxD = constrain(self.norm(x_BxTxD).astype(self.config.dtype))
-        for layer in range(self.config.layers):
-            x_BxTxD = constrain(self.blocks[block_name(layer)](x_BxTxD, mask))
-        return self.head(x_BxTxD, self.tokens)
+        x_BxTxD, _ = through_blocks(
+            self.blocks,
+            lambda block, x, _: (block(x, mask), None),
+            constrain(self.norm(x_BxTxD).astype(self.config.dtype)),
+            layers=self.config.layers,
+            remat=self.config.remat,
+            constrain=constrain,
+        )
+        return self.head.features(x_BxTxD)
+
+    def logits(self, x_xD: jax.Array) -> jax.Array:
+        """float32[..., V] or float32[..., classes] of any features, as of a chunk of positions."""
+        return self.head.logits(x_xD, self.tokens)
+
+    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V]): logits are `x @ matrix.T + bias`."""
+        return self.head.linear(self.tokens)

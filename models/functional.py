@@ -7,23 +7,27 @@ import jax
 from flax import nnx
 
 from models.config import DecoderConfig, EncoderConfig
-from models.decoder import Constrain, Decoder, identity
+from models.decoder import Decoder
+from models.depth import Constrain, identity
 from models.encoder import Encoder
 
 
 class Functional(NamedTuple):
-    """A model as three things; see `split`.
+    """A model as pure functions; see `split`.
 
     >>> import jax
     >>> model = split(DecoderConfig(vocab_size=256, context=8, width=16, layers=1, heads=2))
     >>> params = jax.eval_shape(model.init, jax.random.key(0))             # nothing is allocated
     >>> params["tokens"]["embedding"].shape, model.specs["tokens"]["embedding"]
-    ((256, 16), P(None, 'fsdp'))
+    ((256, 16), P('tensor', 'fsdp'))
     """
 
     init: Callable[[jax.Array], Any]  # key -> params: nested dict of float32 arrays
     apply: Callable[..., jax.Array]  # (params, tokens[B, T], constrain=identity) -> logits
     specs: Any  # PartitionSpec for each leaf of params, in the same nested dict
+    features: Callable[..., jax.Array]  # as apply -> x[B, T, D], what logits are made of
+    logits: Callable[[Any, jax.Array], jax.Array]  # (params, x[..., D]) -> float32[..., V]
+    linear: Callable[[Any], Any]  # params -> (float32[V, D], float32[V] or None), logits' factors
 
 
 def split(config: DecoderConfig | EncoderConfig) -> Functional:
@@ -34,8 +38,9 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
     does.
 
     Args:
-      config: shape and arithmetic. Configs that differ only in `attention`, `dtype` or
-        `attention_layer_scale` have the same params, so one set may run under several.
+      config: shape and arithmetic. Configs that differ only in `attention`, `dtype`, `remat` or
+        `attention_layer_scale` have the same params, so one set may run under several; those that
+        differ in `scan_layers` have the same numbers, laid out by `stack_blocks`.
 
     Returns:
       A `Functional`:
@@ -44,7 +49,13 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
         apply: `(params, tokens, constrain=identity, ...) -> logits`, float32[B, T, V] or
           float32[B, classes]; arguments and errors are those of `Decoder.__call__` and
           `Encoder.__call__`.
-        specs: a `jax.sharding.PartitionSpec` for each leaf, structured as params.
+        specs: a `jax.sharding.PartitionSpec` for each leaf, structured as params, over the mesh
+          axes "fsdp" and "tensor".
+        features, logits: what `apply` composes. `logits(params, x)` is the last matrix product,
+          float32[..., V] of x[..., D]: of all positions, or of as many at a time as fit in memory.
+          Only a head for classes has features without a time axis, float[B, D].
+        linear: `params -> (matrix[V, D], bias[V] or None)`, with which logits are
+          `x @ matrix.T + bias`, for losses that never hold all of them.
 
     >>> import jax, jax.numpy as jnp
     >>> model = split(DecoderConfig(vocab_size=256, context=8, width=16, layers=1, heads=2))
@@ -52,7 +63,10 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
     >>> model.apply(params, jnp.zeros((3, 8), int)).shape
     (3, 8, 256)
     >>> params["blocks"]["00"]["mlp"]["up"].shape, model.specs["blocks"]["00"]["mlp"]["up"]
-    ((16, 64), P('fsdp', None))
+    ((16, 64), P('fsdp', 'tensor'))
+    >>> x = model.features(params, jnp.zeros((3, 8), int))
+    >>> model.logits(params, x[:, -1]).shape
+    (3, 256)
     """
 
     def make(key: jax.Array) -> Decoder | Encoder:
@@ -69,5 +83,17 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
     ) -> jax.Array:
         return nnx.merge(graph, params)(tokens_BxT, constrain, **inputs)
 
+    def features(
+        params, tokens_BxT: jax.Array, constrain: Constrain = identity, **inputs: jax.Array | None
+    ) -> jax.Array:
+        return nnx.merge(graph, params).features(tokens_BxT, constrain, **inputs)
+
+    def logits(params, x_xD: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params).logits(x_xD)
+
+    def linear(params) -> tuple[jax.Array, jax.Array | None]:
+        return nnx.merge(graph, params).linear()
+
     graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
-    return Functional(init, apply, nnx.to_pure_dict(nnx.get_partition_spec(state)))
+    specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+    return Functional(init, apply, specs, features, logits, linear)

@@ -16,21 +16,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from models import safetensors
 from models.config import DecoderConfig, EncoderConfig
-from models.decoder import block_name
 from models.families import FAMILIES, Family
 from models.functional import split
+from models.layout import block_name, stack_blocks, unstack_blocks
 
 OPTIONAL = ("kv_heads", "head_dim", "rope_theta", "tied", "attention_layer_scale")
 """Fields that older files lack; `ffn_width` is one in GPT-2's."""
-ARITHMETIC = ("attention", "dtype")
+ARITHMETIC = ("attention", "dtype", "vocab_multiple", "scan_layers", "remat")
 """Fields that are no part of a file: how to compute is up to who loads it."""
+VOCABULARY = ("tokens/embedding", "head/embedding", "head/bias")
+"""Parameters with a row for each token, and for padding."""
 
 
-def load(path: str | Path) -> tuple[DecoderConfig | EncoderConfig, dict[str, Any]]:
+def load(path: str | Path, **arithmetic: Any) -> tuple[DecoderConfig | EncoderConfig, Any]:
     """A model from a folder in the layout of `transformers`.
 
     Args:
       path: the folder, with `config.json` and `model.safetensors` or its numbered parts.
+      **arithmetic: fields of the config that no file has, such as `dtype` or `vocab_multiple`.
 
     Returns:
       (config, params): params in float32 and in host memory, so place them with
@@ -39,8 +42,12 @@ def load(path: str | Path) -> tuple[DecoderConfig | EncoderConfig, dict[str, Any
 
     Raises:
       ValueError: the folder lacks a file, a tensor or a key, has one too many, or asks for what
-        our models do not compute.
+        our models do not compute; or a field that the file decides is given.
     """
+    if extra := sorted(arithmetic.keys() - set(ARITHMETIC)):
+        raise ValueError(
+            f"{extra[0]} is decided by the file: give none but {', '.join(ARITHMETIC)}."
+        )
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give a folder that transformers saved.")
@@ -61,7 +68,8 @@ def load(path: str | Path) -> tuple[DecoderConfig | EncoderConfig, dict[str, Any
             f"{folder} does not fit its config.json: {wrong[0]} is {params[wrong[0]].shape}, not "
             f"{shapes[wrong[0]]}. Take both files from one source."
         )
-    return config, unflatten_dict(params, sep="/")
+    config = dataclasses.replace(config, **arithmetic)
+    return config, _laid_out(params, config)
 
 
 def save(params: Any, config: DecoderConfig | EncoderConfig, path: str | Path) -> None:
@@ -85,6 +93,7 @@ def save(params: Any, config: DecoderConfig | EncoderConfig, path: str | Path) -
             f"params are not those of this config: {wrong[0]} is {found.get(wrong[0])}, not "
             f"{shapes.get(wrong[0])}. Pass the config that they were made with."
         )
+    flat = _as_written(flat, config)
     shapes = _shapes(written)
     tensors = {}
     for name, paths in _pieces(written, family, architecture, shapes).items():
@@ -205,6 +214,24 @@ def _shapes(config: DecoderConfig | EncoderConfig) -> dict[str, tuple[int, ...]]
 
 def _flat(params: Any) -> dict[str, Any]:
     return flatten_dict(params, sep="/")
+
+
+def _laid_out(flat: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
+    """The parameters of a file as the config wants them: padded, and stacked."""
+    rows = config.padded_vocab - config.vocab_size
+    padded = {p: np.pad(flat[p], [(0, rows), (0, 0)][: flat[p].ndim]) for p in _tables(flat)}
+    params = unflatten_dict(flat | padded, sep="/")
+    return stack_blocks(params) if config.scan_layers else params
+
+
+def _as_written(flat: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Parameters of the config as a file has them: without padding, block by block."""
+    flat = flat | {p: flat[p][: config.vocab_size] for p in _tables(flat)}
+    return _flat(unstack_blocks(unflatten_dict(flat, sep="/")))
+
+
+def _tables(flat: dict[str, Any]) -> list[str]:
+    return [path for path in VOCABULARY if path in flat]
 
 
 def _pieces(config, family: Family, architecture: str, shapes) -> dict[str, list[str]]:

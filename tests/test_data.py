@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train import data
+from train.data import windows
 
-TEXTS = Path(data.__file__).parent / "texts"
+TEXTS = Path(data.__file__).parent.parent / "texts"
 
 
 def rows_of(step, *, length=1003, batch_size=7, sequence_length=16, seed=3, **kwargs):
@@ -72,14 +73,12 @@ def test_rows_do_not_depend_on_how_the_list_is_cut_into_steps():
 
 def test_batch_is_a_function_of_seed_and_step_alone():
     first = rows_of(11)
-    data._epoch.cache_clear()
+    windows._epoch.cache_clear()
     rows_of(0), rows_of(500), rows_of(11, seed=4)
     np.testing.assert_array_equal(rows_of(11), first)
     assert not np.array_equal(rows_of(11, seed=4), first)
-    windows = 1003 // 16 - 1  # the second epoch of a seed is not the first of the next
-    assert not np.array_equal(
-        rows_of(1, batch_size=windows), rows_of(0, batch_size=windows, seed=4)
-    )
+    count = 1003 // 16 - 1  # the second epoch of a seed is not the first of the next
+    assert not np.array_equal(rows_of(1, batch_size=count), rows_of(0, batch_size=count, seed=4))
 
 
 def test_order_is_the_same_under_every_numpy():

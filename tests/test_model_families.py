@@ -96,17 +96,30 @@ def test_every_name_is_of_one_family():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_specs_shard_the_width_of_every_matrix_and_replicate_vectors(name):
+def test_specs_split_the_width_and_what_it_is_projected_to(name):
+    """Over fsdp the width of a matrix, over tensor the other dimension and biases along it."""
     config = FAMILIES[name]
-    leaves = zip(
-        jax.tree.leaves(split(config).specs), jax.tree.leaves(shapes_of(config)), strict=True
-    )
-    for spec, leaf in leaves:
+    specs, shapes = split(config).specs, shapes_of(config)
+    for (path, spec), leaf in zip(
+        jax.tree.leaves_with_path(specs), jax.tree.leaves(shapes), strict=True
+    ):
+        last = path[-1].key
         if leaf.ndim == 1:
-            assert spec == PartitionSpec()
-        else:
-            assert sorted(spec, key=str) == [None, "fsdp"]
-            assert leaf.shape[spec.index("fsdp")] == config.width
+            across = last in ("query_bias", "key_bias", "value_bias", "up_bias", "dense_bias")
+            across |= jax.tree_util.keystr(path, simple=True, separator="/") == "head/bias"
+            assert spec == (PartitionSpec("tensor") if across else PartitionSpec()), path
+            continue
+        few = path[0].key in ("positions", "types")
+        assert set(spec) == {"fsdp", None if few else "tensor"}, path
+        assert leaf.shape[spec.index("fsdp")] == config.width
+        if leaf.shape[0] == leaf.shape[1]:  # where sizes do not tell
+            assert spec.index("fsdp") == (last in ("out", "down")), path
+
+
+def test_specs_split_no_class():
+    specs = split(dataclasses.replace(MASKED, classes=3)).specs["head"]
+    assert specs["out"] == PartitionSpec("fsdp", None) and specs["out_bias"] == PartitionSpec()
+    assert specs["dense"] == PartitionSpec("fsdp", "tensor")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -228,21 +228,16 @@ def test_vmap_over_groups_equals_the_unbatched_logits():
         np.testing.assert_allclose(logits, single, rtol=1e-4, atol=1e-5)
 
 
-def test_specs_shard_the_width_of_every_matrix_and_replicate_vectors():
-    config = DecoderConfig(vocab_size=31, context=12, width=16, layers=1, heads=4)
-    model = split(config)
+def test_specs_of_every_parameter():
+    model = split(CONFIG)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.structure(model.specs) == jax.tree.structure(shapes)
-    in_projection, out_projection = PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")
-    expected = {"query": in_projection, "key": in_projection, "value": in_projection}
-    expected |= {"up": in_projection, "out": out_projection, "down": out_projection}
-    expected |= {"embedding": out_projection, "scale": PartitionSpec()}
-    for (path, spec), leaf in zip(
-        jax.tree.leaves_with_path(model.specs), jax.tree.leaves(shapes), strict=True
-    ):
-        assert spec == expected[path[-1].key], path
-        sharded = [size for size, axis in zip(leaf.shape, spec, strict=False) if axis == "fsdp"]
-        assert sharded == [config.width] * (leaf.ndim - 1), path
+    into, out = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+    expected = dict.fromkeys(["query", "key", "value", "up"], into)
+    expected |= dict.fromkeys(["out", "down", "embedding"], out) | {"scale": PartitionSpec()}
+    for path, spec in jax.tree.leaves_with_path(model.specs):
+        positions = path[0].key == "positions"
+        assert spec == (PartitionSpec(None, "fsdp") if positions else expected[path[-1].key]), path
 
 
 def test_specs_and_shapes_draw_no_number(monkeypatch):
@@ -261,7 +256,8 @@ def test_specs_and_shapes_draw_no_number(monkeypatch):
 
 
 def test_init_runs_in_place_on_a_mesh_and_without_one():
-    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=axes)
     model = split(dataclasses.replace(CONFIG, layers=1))
     shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), model.specs)
     placed = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))

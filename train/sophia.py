@@ -8,8 +8,8 @@ import optax
 
 import sophia_optax
 from sophia_optax.curvature import check_fraction
-from train.mesh import AXES
-from train.peers import matrices
+from train.layers import matrices
+from train.mesh import ROWS
 
 StateDtype = Literal["float32", "bfloat16"]
 
@@ -142,7 +142,7 @@ class SophiaG(_Sophia):
         """What samples curvature of one micro-batch, which is the batch unless that is cut.
 
         Args:
-          shards: groups side by side, over all axes of the mesh; 1 for one after the other.
+          shards: groups side by side, over the mesh axes of rows; 1 for one after the other.
           batch_size: rows of the batch; 0 for any number, if `groups` is not 0.
           accumulation: micro-batches of the batch.
         """
@@ -151,7 +151,7 @@ class SophiaG(_Sophia):
             batch_fraction=1 / self.strides(batch_size, accumulation)[1],
             num_samples=self.num_samples,
             shards=shards,
-            spmd_axis_name=AXES if shards > 1 else None,
+            spmd_axis_name=ROWS if shards > 1 else None,
         )
 
     def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
