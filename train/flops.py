@@ -47,10 +47,10 @@ def forward_flops(config: Model, length: int) -> tuple[float, float]:
     hidden = config.ffn_width or 4 * width
     if isinstance(config, models.EncoderConfig):
         shared, matrices = heads, 2
-        last = 0 if config.classes else width * (width + config.vocab_size)
+        last = 0 if config.classes else width * (width + config.padded_vocab)
     else:
         shared, matrices = config.kv_heads or heads, {"gelu": 2, "swiglu": 3}[config.mlp]
-        last = width * config.vocab_size
+        last = width * config.padded_vocab
     block = 2 * width * head * (heads + shared) + matrices * width * hidden
     return 2.0 * (config.layers * block + last), 4.0 * config.layers * length * heads * head
 
@@ -64,12 +64,29 @@ def model_flops(config: Model, rows: int, length: int) -> float:
     return 3 * rows * length * sum(forward_flops(config, length))
 
 
+def step_flops(run: Config) -> float:
+    """Of a plain step: what it computes again counts too."""
+    tokens = run.batch_size * run.sequence_length
+    return model_flops(run.model, run.batch_size, run.sequence_length) + tokens * _again(run)
+
+
+def _again(run: Config) -> float:
+    """Of a token: what a way back computes that the way forward did, logits held in chunks too."""
+    parameters, attention = forward_flops(run.model, run.sequence_length)
+    head = 0.0
+    if run.loss_chunk and not (isinstance(run.model, models.EncoderConfig) and run.model.classes):
+        head = 2.0 * run.model.width * run.model.padded_vocab
+    blocks = {"none": 0.0, "dots": attention, "full": parameters + attention - head}
+    return head + blocks[run.model.remat]
+
+
 def curvature_flops(run: Config) -> float:
     """What a sample of curvature adds to a plain step.
 
     Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Hutchinson's
     product has three products for each of the gradient's where the gradient is wanted too; apart,
     the gradient of parameters itself is not computed. A further probe costs the tangents alone.
+    What Hutchinson computes again is left out.
     """
     if not isinstance(run.optim, SophiaG | SophiaH):
         return 0.0
@@ -77,7 +94,7 @@ def curvature_flops(run: Config) -> float:
     tokens = run.batch_size * run.sequence_length / (every * stride)
     parameters, attention = forward_flops(run.model, run.sequence_length)
     if isinstance(run.optim, SophiaG):
-        return tokens * run.optim.num_samples * 2 * (parameters + attention)
+        return tokens * run.optim.num_samples * (2 * (parameters + attention) + _again(run))
     shared = stride == 1 and run.optim.groups_of(run.batch_size, run.accumulation) == 1
     first = 6 * (parameters + attention) if shared else 8 * parameters + 9 * attention
     return tokens * (first + (run.optim.num_samples - 1) * 6 * (parameters + attention))

@@ -37,7 +37,7 @@ def collectives(text: str) -> dict[str, Collective]:
     ...   ROOT y = f32[4]{0} all-reduce(x), to_apply=add
     ... }
     ... ENTRY main (x: f32[4]) -> f32[4] {
-    ...   ROOT z = f32[4]{0} while(x), condition=c, body=body, backend_config={"known_trip_count":{"n":"3"}}
+    ...   ROOT z = f32[4]{0} while(x), body=body, backend_config={"known_trip_count":{"n":"3"}}
     ... }'''
     >>> collectives(text)
     {'all-reduce': Collective(count=3, bytes=48)}

@@ -11,9 +11,11 @@ import jax
 from jax.sharding import Mesh
 
 import models
+from train import data
 from train.config import Config
 from train.flops import Model
 from train.hlo import Collective
+from train.mesh import row_devices
 from train.sophia import SophiaG, SophiaH
 
 FLOAT32 = 4
@@ -58,15 +60,15 @@ class Cut(NamedTuple):
 
 def cut(run: Config, mesh: Mesh, samples: bool) -> Cut:
     """How a mesh and an optimizer cut a micro-batch; `samples` on a step that takes curvature."""
-    rows = run.batch_size // run.accumulation // _rows_over(mesh)
+    rows = run.batch_size // run.accumulation // row_devices(mesh)
     if not samples or not isinstance(run.optim, SophiaG | SophiaH):
         return Cut(rows, 0.0, 0, 0, 0)
     size = run.batch_size, run.accumulation
-    groups, shards = run.optim.groups_of(*size), run.optim.shards(mesh.size, *size)
+    groups, shards = run.optim.groups_of(*size), run.optim.shards(row_devices(mesh), *size)
     return Cut(
         rows,
         1 / run.optim.strides(*size)[1],
-        max(shards // _rows_over(mesh), 1),
+        max(shards // row_devices(mesh), 1),
         groups // shards,
         run.optim.num_samples,
     )
@@ -81,20 +83,44 @@ def memory(run: Config, abstract: Any, mesh: Mesh, samples: bool) -> Memory:
       mesh: theirs.
       samples: whether this step samples curvature.
     """
-    params, tensor = jax.tree.leaves(abstract.params), mesh.shape.get("tensor", 1)
-    here, whole = sum(map(shard_bytes, params)), [gathered_bytes(x) for x in params]
+    params, tensor = jax.tree.leaves(abstract.params), mesh.shape["tensor"]
+    here, whole = sum(map(shard_bytes, params)), _whole(run, abstract.params)
     part = cut(run, mesh, samples)
     rows = _live(run, part)
     return Memory(
         parameters=here,
         optimizer=sum(map(shard_bytes, jax.tree.leaves((abstract.step, abstract.opt_state)))),
-        batch=run.batch_size * (run.sequence_length + 1) * 4 // _rows_over(mesh),
+        batch=batch_bytes(run) // row_devices(mesh),
         gathered=sum(whole) if mesh.shape["fsdp"] > 1 else 0,
         gradients=here * (1 + (run.accumulation > 1)) + max(whole),
         activations=round(rows * run.sequence_length * activations(run, tensor)),
-        loss=round(rows * run.sequence_length * logits(run.model, tensor)),
+        loss=round(rows * run.sequence_length * logits(run, tensor)),
         curvature=_curvature(run, part, here, max(whole), tensor) if part.groups else 0,
     )
+
+
+def _whole(run: Config, params: Any) -> list[int]:
+    """Bytes of each parameter once it is whole over "fsdp"; of a scanned block's, one layer."""
+    return [
+        gathered_bytes(x) // (run.model.layers if scanned(run, path) else 1)
+        for path, x in jax.tree.leaves_with_path(params)
+    ]
+
+
+def scanned(run: Config, path: Any) -> bool:
+    """Whether a parameter is that of all layers, which are gathered one by one."""
+    return run.model.scan_layers and in_block(path)
+
+
+def in_block(path: Any) -> bool:
+    return jax.tree_util.keystr(path).startswith("['blocks']")
+
+
+def batch_bytes(run: Config) -> int:
+    """Of all rows of a step."""
+    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+    shapes = jax.tree.leaves(data.batch_shapes(run.data, **sizes))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
 def _live(run: Config, part: Cut) -> float:
@@ -111,7 +137,7 @@ def _curvature(run: Config, part: Cut, here: int, largest: int, tensor: int) -> 
     stays until both are done. Hutchinson carries a tangent for each of their activations.
     """
     tokens = part.rows * part.share / part.rounds * run.sequence_length
-    loss, blocks = logits(run.model, tensor), activations(run, tensor)
+    loss, blocks = logits(run, tensor), activations(run, tensor)
     if isinstance(run.optim, SophiaG):
         rest = largest if part.share < 1 else 0  # the other rows go back by themselves
         twice = max(tokens * loss, tokens * 2 * _way_back(run, tensor) - tokens * loss)
@@ -128,18 +154,25 @@ def activations(run: Config, tensor: int = 1) -> float:
 
     A norm's input, centred (LayerNorm), scaled to 1, and its output; queries, keys, values and what
     attention makes of them; its masked scores and their softmax (cuDNN keeps one sum of a head);
-    the feed-forward layer before and after its nonlinearity, and that itself.
+    the feed-forward layer before and after its nonlinearity, and that itself. With `remat` of all
+    blocks their inputs, and products with parameters or not, and the rest of one block.
     """
     config, size = run.model, _size(run.model)
     encoder = isinstance(config, models.EncoderConfig)
     heads, head = config.heads, config.head_width
     shared = heads if encoder else config.kv_heads or heads
+    gated = not encoder and config.mlp == "swiglu"
     centred = encoder or config.norm == "layernorm"
     norm = config.width * (2 * size + FLOAT32 * (1 + centred))
     attention = 2 * head * (heads + shared) * size
-    mlp = (4 if not encoder and config.mlp == "swiglu" else 3) * _hidden(config) * size
-    block = 2 * norm + (attention + _scores(run) + mlp) / tensor
-    return config.layers * block + norm
+    block = 2 * norm + (attention + _scores(run) + (3 + gated) * _hidden(config) * size) / tensor
+    dots = head * (heads + 2 * shared) + (1 + gated) * _hidden(config)
+    kept = {
+        "none": block,
+        "dots": size * (3 * config.width + dots / tensor),
+        "full": size * config.width,
+    }[config.remat]
+    return config.layers * kept + (block if config.remat != "none" else 0) + norm
 
 
 def _way_back(run: Config, tensor: int) -> float:
@@ -163,11 +196,15 @@ def _size(config: Model) -> int:
     return 2 if config.dtype == "bfloat16" else FLOAT32
 
 
-def logits(config: Model, tensor: int = 1) -> float:
-    """Bytes of a token's float32 logits and their gradient; of classes there are next to none."""
-    if isinstance(config, models.EncoderConfig) and config.classes:
+def logits(run: Config, tensor: int = 1) -> float:
+    """Bytes of a token's float32 logits and their gradient, as the share held at once.
+
+    Of classes there are next to none.
+    """
+    if isinstance(run.model, models.EncoderConfig) and run.model.classes:
         return 0.0
-    return 2 * FLOAT32 * config.vocab_size / tensor
+    share = min(run.loss_chunk or run.sequence_length, run.sequence_length) / run.sequence_length
+    return 2 * FLOAT32 * run.model.padded_vocab * share / tensor
 
 
 def collectives(
@@ -176,8 +213,9 @@ def collectives(
     """What a device exchanges in a step: kind -> number of arrays, bytes of the results.
 
     Each pass over a micro-batch gathers each matrix, and sums gradients over the devices; a tied
-    table has two gradients, of what it reads and of what it writes. Over "tensor", a block sums its two
-    outputs, and on the way back its two inputs.
+    table has two gradients, of what it reads and of what it writes. Blocks that are scanned or
+    computed again are gathered again on each way back. Over "tensor", a block sums its two outputs,
+    and on the way back its two inputs.
 
     Args:
       scatter: whether gradients are summed where they are kept, as on GPU and TPU. XLA on CPU sums
@@ -185,6 +223,7 @@ def collectives(
     """
     part = cut(run, mesh, samples)
     gathers, sums, again = _passes(run, part, mesh)
+    again_gathered = run.model.scan_layers or run.model.remat != "none"
     found = {"all-gather": [0, 0], "all-reduce": [0, 0], "reduce-scatter": [0, 0]}
 
     def add(kind: str, times: int, size: int) -> None:
@@ -195,11 +234,16 @@ def collectives(
         shard, whole = shard_bytes(x), gathered_bytes(x)
         times = sums + again * (tied(run.model) and jax.tree_util.keystr(path) == TABLE)
         if shard < whole:
-            add("all-gather", gathers, whole)
+            layers = run.model.layers if scanned(run, path) else 1
+            add(
+                "all-gather",
+                layers * (gathers + sums * (again_gathered and in_block(path))),
+                whole // layers,
+            )
             add(*(("reduce-scatter", times, shard) if scatter else ("all-reduce", times, whole)))
-        if mesh.shape["data"] > 1 or (shard == whole and _rows_over(mesh) > 1):
+        if mesh.shape["data"] > 1 or (shard == whole and row_devices(mesh) > 1):
             add("all-reduce", times, shard)
-    if mesh.shape.get("tensor", 1) > 1:
+    if mesh.shape["tensor"] > 1:
         stream = part.rows * run.sequence_length * run.model.width * _size(run.model)
         add("all-reduce", 4 * run.model.layers * run.accumulation, stream)
     return {kind: Collective(*both) for kind, both in found.items() if both[0]}
@@ -216,8 +260,8 @@ def tied(config: Model) -> bool:
 def _passes(run: Config, part: Cut, mesh: Mesh) -> tuple[int, int, int]:
     """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
 
-    Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson gathers
-    again is the probe, and each matrix is in two products of a gradient's tangent. Groups side by
+    Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
+    gathers again is the probe, and each matrix is in two products of a gradient's tangent. Groups side by
     side add the two gradients of a table before they are summed over devices.
     """
     if not part.groups:
@@ -228,7 +272,7 @@ def _passes(run: Config, part: Cut, mesh: Mesh) -> tuple[int, int, int]:
         products = part.rounds * part.draws
         more = (products, 2 * products, products)
     else:
-        beside, rest = run.optim.shards(mesh.size, *size) > 1, part.share < 1
+        beside, rest = run.optim.shards(row_devices(mesh), *size) > 1, part.share < 1
         sums = part.rounds * (1 + part.draws) + rest
         gathers = rest and (beside or part.rounds > 1)
         more = (gathers, sums - 1, -1 + rest if beside else sums - 1)
@@ -244,8 +288,3 @@ def gathered_bytes(x: Any) -> int:
     """What one device holds of it once it is whole over "fsdp"."""
     axes = [(axis,) if isinstance(axis, str) else axis for axis in x.sharding.spec if axis]
     return shard_bytes(x) * (x.sharding.mesh.shape["fsdp"] if "fsdp" in sum(axes, ()) else 1)
-
-
-def _rows_over(mesh: Mesh) -> int:
-    """Devices over which the rows of a batch lie."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]

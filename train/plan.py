@@ -15,7 +15,7 @@ import jax
 
 from train import hlo, memory
 from train.config import Config
-from train.flops import curvature_flops, model_flops
+from train.flops import curvature_flops, model_flops, step_flops
 from train.hlo import Collective
 from train.optimizers import refresh_due
 from train.program import Program, assemble
@@ -89,7 +89,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
     (119104, 952840)
     """
-    least = run.mesh.fsdp * max(run.mesh.data, 1)
+    least = run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1)
     program = assemble(run, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
     kinds = dict.fromkeys(refresh_due(run.optim, step) for step in (1, 0))
@@ -110,9 +110,7 @@ def _interval(run: Config, programs: int) -> int:
 
 def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
     shapes = run, program.abstract, mesh, refresh is not False
-    tokens = run.batch_size * run.sequence_length
-    flops = tokens / run.sequence_length * model_flops(run.model, 1, run.sequence_length)
-    flops += curvature_flops(run) if refresh is not False else 0.0
+    flops = step_flops(run) + (curvature_flops(run) if refresh is not False else 0.0)
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,
@@ -175,4 +173,5 @@ def options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--devices", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peak-tflops", type=float)
+    parser.add_argument("--help", "-h", action="store_true")
     return parser.parse_known_args(args)

@@ -1,15 +1,26 @@
 """A plan as tables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from train.cli import parse
 from train.flops import PEAKS
 from train.hlo import KINDS, Collective
-from train.plan import Plan, Step
+from train.plan import Plan, Step, options, plan
 
 MFU = 0.4
+HELP = """What a run needs: memory, operations and traffic, of devices that need not exist.
+
+usage: python -m train plan [MODEL] [OPTIMIZER] [flags of a run] [options]
+
+  --devices N        how many; default the fewest that --mesh.* need
+  --compile          also compile the programs for fake CPU devices, and compare XLA's figures
+  --peak-tflops X    of a device, for tokens a second; default those of known chips
+
+python -m train plan gpt2-770m sophia-g --mesh.fsdp 8 --devices 64
+"""
 LABELS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
@@ -20,6 +31,18 @@ LABELS = {
     "loss": "logits and their gradient",
     "curvature": "sample of curvature",
 }
+
+
+def command(args: Sequence[str]) -> None:
+    """`python -m train plan [MODEL] [OPTIMIZER] [flags] [--devices N] [--compile]`."""
+    known, words = options(args)
+    if known.help:
+        print(HELP)
+        return
+    figures = plan(
+        parse(words, "python -m train plan"), devices=known.devices, compile=known.compile
+    )
+    show(figures, Console(), known.peak_tflops)
 
 
 def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> None:
