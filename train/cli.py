@@ -17,7 +17,7 @@ COMMANDS = {
     "resume": ("train.commands", "resume", "go on with a run as if it had not stopped"),
     "eval": ("train.commands", "evaluate", "a run's loss on the held-out data"),
     "sample": ("train.commands", "sample", "text from a run"),
-    "plan": ("train.commands", "plan", "memory, operations and traffic of a run, without it"),
+    "plan": ("train.plan_tables", "command", "memory, operations and traffic of a run, without it"),
     "import": ("train.commands", "import_", "a run from a Hugging Face folder"),
     "export": ("train.commands", "export", "a Hugging Face folder from a run"),
     "prepare": ("train.data.prepare", "prepare", "a text as tokens in binary files"),
