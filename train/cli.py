@@ -1,5 +1,6 @@
 """The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or `resume RUN`."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ from typing import Annotated
 import tyro
 
 from models import PRESETS
-from train import config, loop
+from train import config, distributed, loop, signals
 from train.checkpoint import CheckpointError
+from train.distributed import DistributedConfig
+from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS
 
 
@@ -22,7 +25,7 @@ def _optimizers() -> str:
 USAGE = f"""Train a language model on the embedded text (ten plays of Shakespeare, byte by byte).
 
 usage: python -m train [MODEL] [OPTIMIZER] [flags]
-       python -m train resume RUN [--steps N] [--step CHECKPOINT]
+       python -m train resume RUN [--steps N] [--step CHECKPOINT] [--mesh.fsdp N]
 
 MODEL
   {", ".join(PRESETS)}
@@ -43,18 +46,41 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     try:
         if args and args[0] == "resume":
-            tyro.cli(resume, args=args[1:], prog="python -m train resume")
+            again = parse_resume(args[1:])
+            distributed.start(again.distributed)
+            loop.resume(
+                again.run,
+                steps=again.steps,
+                step=again.step,
+                mesh=again.mesh,
+                allow_changes=again.allow_changes,
+                compile_cache=again.compile_cache,
+            )
         else:
-            loop.train(parse(args))
+            run, processes = parse_all(args)
+            distributed.start(processes)
+            loop.train(run)
     except BrokenPipeError:  # the reader has enough, such as `head`; there is nothing to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ConnectionError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error}. Choose a folder that can be written with --run.folder.")
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except signals.Stopped:
+        pass  # as it was told to: the run has said how to go on
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports an interrupt; the run has said how to go on
+        sys.exit(130)  # as a shell reports an interrupt
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """What a command line of a new run holds."""
+
+    config: Annotated[config.Config, tyro.conf.arg(name="")]
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 def parse(args: Sequence[str]) -> config.Config:
@@ -63,6 +89,11 @@ def parse(args: Sequence[str]) -> config.Config:
     >>> parse(["tiny", "lion", "--steps", "300"]).name
     'tiny-lion'
     """
+    return parse_all(args)[0]
+
+
+def parse_all(args: Sequence[str]) -> tuple[config.Config, DistributedConfig]:
+    """The config, and the processes that share the work."""
     names = []
     for arg in args[:2]:
         if arg.startswith("-"):
@@ -71,25 +102,42 @@ def parse(args: Sequence[str]) -> config.Config:
     default = config.preset(*names)
     if {"-h", "--help"} & set(args):
         print(USAGE)  # tyro would reflow it
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[config.Config],
+    words = tyro.cli(
+        tyro.conf.AvoidSubcommands[_Words],
         args=args[len(names) :],
-        default=default,
+        default=_Words(default),
         description="",
         prog=" ".join(["python -m train", *names]),
     )
+    return words.config, words.distributed
 
 
-def resume(
-    run: Annotated[Path, tyro.conf.Positional],
-    steps: int | None = None,
-    step: int | None = None,
-) -> None:
-    """Go on with a run as if it had not stopped.
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run as if it had not stopped."""
 
-    Args:
-      run: folder of the run, such as runs/tiny-sophia-g-20260101-120000.
-      steps: train to this many steps instead; the learning rate follows the longer schedule.
-      step: start from this checkpoint instead of the newest.
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, such as runs/tiny-sophia-g-20260101-120000."""
+    steps: int | None = None
+    """Train to this many steps instead; the learning rate follows the longer schedule."""
+    step: int | None = None
+    """Start from this checkpoint instead of the newest."""
+    allow_changes: bool = False
+    """Go on although config or data are not those of the checkpoint."""
+    compile_cache: str | None = None
+    """Folder of compiled programs; by default that of a new run."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How devices are arranged; by default as before."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+def parse_resume(args: Sequence[str]) -> Resume:
+    """What `resume` is told; the default mesh is that of the run.
+
+    Raises:
+      ValueError: the first word names no run.
     """
-    loop.resume(run, steps=steps, step=step)
+    folder = Path(args[0]) if args and not args[0].startswith("-") else None
+    mesh = config.load(folder).mesh if folder else MeshConfig()
+    default = Resume(run=tyro.MISSING, mesh=mesh)
+    return tyro.cli(Resume, args=args, default=default, prog="python -m train resume")

@@ -1,5 +1,6 @@
 """Text from a trained model."""
 
+import functools
 from typing import Any
 
 import jax
@@ -43,12 +44,16 @@ def sample(
     window = min(context, total)
     buffer = jnp.zeros(total, jnp.int32).at[:start].set(tokens)
 
-    def extend(position, buffer):
+    def extend(params, position, buffer):
         first = jnp.maximum(position - window, 0)
         logits = apply(params, jax.lax.dynamic_slice(buffer, (first,), (window,))[None])[0]
         last = logits[position - first - 1, :256] / temperature
         key = jax.random.fold_in(jax.random.key(seed), position)
         return buffer.at[position].set(jax.random.categorical(key, last).astype(jnp.int32))
 
-    filled = jax.jit(lambda buffer: jax.lax.fori_loop(start, total, extend, buffer))(buffer)
+    @jax.jit
+    def fill(params, buffer):
+        return jax.lax.fori_loop(start, total, functools.partial(extend, params), buffer)
+
+    filled = fill(params, buffer)  # an argument, since a program cannot hold what others hold
     return data.decode(jax.device_get(filled))
