@@ -1,16 +1,18 @@
 """The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or a command and its own."""
 
+import dataclasses
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from models import PRESETS
-from train import config
+from train import config, distributed, signals
 from train.checkpoint import CheckpointError
+from train.distributed import DistributedConfig
 from train.optimizers import OPTIMIZERS
 
 COMMANDS = {
@@ -24,6 +26,9 @@ COMMANDS = {
     "train-tokenizer": ("train.data.prepare", "train_tokenizer", "a vocabulary from a text"),
 }
 """Name -> (module, function, what it makes); modules are imported when asked for."""
+
+PARSES_ITSELF = ("resume", "plan")
+"""Commands whose defaults depend on their first words."""
 
 
 def _lines(rows: dict[str, str]) -> str:
@@ -62,29 +67,43 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has enough, such as `head`; there is nothing to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ConnectionError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error}. Choose a folder that can be written with --run.folder.")
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except signals.Stopped:
+        pass  # as it was told to: the run has said how to go on
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an interrupt
 
 
 def _run(args: list[str]) -> None:
     name = args[0] if args else ""
-    if name == "plan":
+    if name in PARSES_ITSELF:
         _command(name)(args[1:])
     elif name in COMMANDS:
         tyro.cli(_command(name), args=args[1:], prog=f"python -m train {name}")
     else:
         from train import loop  # the heavier half
 
-        loop.train(parse(args))
+        run, processes = parse_all(args)
+        distributed.start(processes)
+        loop.train(run)
 
 
 def _command(name: str) -> Callable[..., Any]:
     module, function, _ = COMMANDS[name]
     return getattr(importlib.import_module(module), function)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """What a command line of a new run holds."""
+
+    config: Annotated[config.Config, tyro.conf.arg(name="")]
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 def parse(args: Sequence[str], prog: str = "python -m train") -> config.Config:
@@ -93,6 +112,13 @@ def parse(args: Sequence[str], prog: str = "python -m train") -> config.Config:
     >>> parse(["tiny", "lion", "--steps", "300"]).name
     'tiny-lion'
     """
+    return parse_all(args, prog)[0]
+
+
+def parse_all(
+    args: Sequence[str], prog: str = "python -m train"
+) -> tuple[config.Config, DistributedConfig]:
+    """The config, and the processes that share the work."""
     names = []
     for arg in args[:2]:
         if arg.startswith("-"):
@@ -101,10 +127,11 @@ def parse(args: Sequence[str], prog: str = "python -m train") -> config.Config:
     default = config.preset(*names)
     if {"-h", "--help"} & set(args):
         print(_usage())  # tyro would reflow it
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[config.Config],
+    words = tyro.cli(
+        tyro.conf.AvoidSubcommands[_Words],
         args=args[len(names) :],
-        default=default,
+        default=_Words(default),
         description="",
         prog=" ".join([prog, *names]),
     )
+    return words.config, words.distributed

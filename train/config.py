@@ -12,6 +12,7 @@ import optax
 import tyro
 
 from models import PRESETS, DecoderConfig, EncoderConfig
+from train import files, profiling
 from train.data.config import DataConfig
 from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS, Optimizer, name_of
@@ -29,6 +30,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 400
     """Steps between checkpoints; the last step always has one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which there is a checkpoint, wherever the steps are; 0 counts steps alone."""
     keep_checkpoints: int = 2
     """Checkpoints kept: the last few, and the best of those saved at an evaluation."""
     sample_length: int = 400
@@ -39,11 +42,27 @@ class RunConfig:
     """Folder of compiled programs, for fast restarts; empty for none."""
     quiet: bool = False
     """Show no progress."""
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, after which a run gives up. Each of them
+    changes nothing, and the next takes the next batch."""
+    spike: float = 0.0
+    """Standard deviations above the mean of the last 50 logged losses from which a loss is called
+    a spike: shown, and counted in metrics.jsonl; 0 looks for none."""
+    profile: str = ""
+    """Steps to trace with the profiler of JAX, such as 10:15; empty traces none."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, into the run's folder."""
+    wandb: str = ""
+    """Project at Weights & Biases that gets the metrics too; empty for none."""
 
     def __post_init__(self):
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("checkpoint_minutes", "spike"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
+        profiling.parse(self.profile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +281,7 @@ def from_json(fields: dict[str, Any]) -> Config:
 
 def save(config: Config, folder: Path) -> None:
     """Writes `config.json` into a run's folder."""
-    (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+    files.replace_text(folder / "config.json", json.dumps(to_json(config), indent=1) + "\n")
 
 
 def load(folder: Path) -> Config:

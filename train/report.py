@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from train import config, metrics, reference, sample
+from train import config, distributed, files, metrics, reference, sample
 from train.config import Config
 from train.step import Apply, TrainState
 
@@ -15,17 +15,27 @@ PROMPT = "HAMLET.\n"
 
 
 def finish(run: Config, folder: Path, history: list[dict], apply: Apply, state: TrainState) -> None:
-    """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command."""
-    step, baseline = int(state.step), reference.find(run)
+    """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command.
+
+    All processes call it, since all hold parts of the model that the sample is drawn from.
+    """
+    step, text = int(state.step), ""
+    if run.run.sample_length and step == run.steps and not run.run.quiet:
+        text = _sample(run, apply, state)
+    if distributed.is_main():
+        _write(run, folder, history, step, text)
+
+
+def _write(run: Config, folder: Path, history: list[dict], step: int, text: str) -> None:
+    baseline = reference.find(run)
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
     metrics.plot(history, folder / "loss.png", title=run.name, reference=curve)
     if run.run.quiet:
         return
     console = Console()
-    if run.run.sample_length and step == run.steps:
-        text = _sample(run, apply, state)
-        (folder / "sample.txt").write_text(text)
+    if text:
+        files.replace_text(folder / "sample.txt", text)
         console.print(Panel(Text(text), title="sample", title_align="left"))
     console.print(f"[bold]{_result(run, history)}[/bold]", highlight=False)
     console.print(_comparison(run, baseline), highlight=False, soft_wrap=True)

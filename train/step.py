@@ -12,6 +12,7 @@ import sophia_optax
 from models.decoder import Constrain, identity
 from sophia_optax.curvature import sum_over
 from sophia_optax.shared import value_grad_and_hessian
+from train import guard
 from train.batch import Batch
 from train.loss import Outputs, OverRows, mean_loss, normalized, token_losses
 
@@ -100,19 +101,25 @@ def make_step(
             (loss, grads), hessian = both(key, state.params, parts)
         else:
             (loss, grads), hessian = _sum(gradient, state.params, parts), None
-        updates, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            hessian=hessian,
-            refresh=refresh,
-            value=loss,
-            inputs=batch,
-            weights=batch.weights,
-            **model,
-        )
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(grads)
+
+        def update(old, grads):
+            updates, opt_state = tx.update(
+                grads,
+                old[1],
+                old[0],
+                hessian=hessian,
+                refresh=refresh,
+                value=loss,
+                inputs=batch,
+                weights=batch.weights,
+                **model,
+            )
+            return optax.apply_updates(old[0], updates), opt_state
+
+        old = (state.params, state.opt_state)
+        (params, opt_state), skipped = guard.if_finite(update, old, grads, loss, norm)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
         metrics |= sophia_optax.diagnostics(opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
