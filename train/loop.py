@@ -22,6 +22,7 @@ from train import (
     record,
     reference,
     report,
+    saved,
     signals,
     writers,
 )
@@ -62,18 +63,48 @@ def train(run: Config) -> History:
       Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
         KeyboardInterrupt, and ends a loop over runs.
     """
+    with _new(run) as folder:
+        if run.run.recompute_reference:
+            reference.recompute(run, train)
+        program.use_compile_cache(run.run.compile_cache)
+        programs = program.assemble(run)
+        programs.data()  # what cannot be read is no reason to compile
+        with _checkpoints(run, folder) as checkpoints:
+            return _run(run, folder, programs, _Start(_initial(run, programs)), checkpoints)
+
+
+def begin(run: Config) -> None:
+    """Makes the folder of a run that has done no step, with a checkpoint to go on from.
+
+    Raises:
+      ValueError, CheckpointError, OSError: as in `train`.
+    """
+    with _new(run) as folder:
+        programs = program.assemble(run)
+        with _checkpoints(run, folder) as checkpoints:
+            beside = record.make(0, config.to_json(run), _fingerprint(programs), Health())
+            checkpoints.save(0, _initial(run, programs), record=beside, force=True)
+        distributed.on_main(lambda: config.save(run, folder))
+
+
+@contextlib.contextmanager
+def _new(run: Config) -> Iterator[Path]:
+    """A folder that no run has, held by this one."""
     distributed.check_same(_shared(run))
     folder = Path(run.run.folder or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = Path(distributed.from_main(str(folder)))
     distributed.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     with _owned(folder):
         distributed.on_main(lambda: _must_be_free(folder))
-        if run.run.recompute_reference:
-            reference.recompute(run, train)
-        program.use_compile_cache(run.run.compile_cache)
-        programs = program.assemble(run)
-        with _checkpoints(run, folder) as checkpoints:
-            return _run(run, folder, programs, _Start(programs.init()), checkpoints)
+        yield folder
+
+
+def _initial(run: Config, programs: program.Program) -> TrainState:
+    state = programs.init()
+    if run.start_from:
+        params = saved.start_from(Path(run.start_from), run, state.params)
+        state = state._replace(params=params)
+    return state
 
 
 def resume(
@@ -199,7 +230,7 @@ def _never_saved(run: Config, folder: Path) -> bool:
 
 
 def _fingerprint(programs: program.Program) -> str:
-    return getattr(programs, "fingerprint", "")
+    return programs.data().fingerprint
 
 
 def _run(
@@ -246,7 +277,7 @@ def _run(
             saver.save(done, state, {}, last=True)
     checkpoints.close()  # what is said to be saved is
     history = metrics.read_history(folder) if distributed.is_main() else []
-    report.finish(run, folder, history, programs.apply, state)
+    report.finish(run, folder, history, programs, state)
     if done < run.steps:
         raise signals.Stopped(folder, done)
     return history

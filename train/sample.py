@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import models
 
@@ -86,6 +87,7 @@ def sample(
     how.check()
     if not isinstance(config, models.DecoderConfig):
         raise ValueError("an encoder names hidden tokens and continues no text: give a decoder.")
+    extend = _extend(config, how, tokens or config.vocab_size, _mesh_of(params))
     text = np.asarray(prompt, np.int32)
     if not len(text):
         raise ValueError("the prompt is empty: the model needs a token to start from.")
@@ -94,35 +96,44 @@ def sample(
         half = max(config.context // 2, 1)
         window = text if len(text) < config.context else text[-half:]
         steps = min(config.context - len(window) + 1, end - len(text))
-        key = jax.random.fold_in(jax.random.key(seed), len(text))
-        new = _extend(config, how, tokens or config.vocab_size, steps)(params, window[None], key)
+        new = extend(params, window[None], np.array([seed, len(text)], np.uint32), steps)
         text = np.concatenate([text, np.asarray(new)])
     return text
 
 
+def _mesh_of(params: Any) -> jax.sharding.Mesh | None:
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
 @functools.lru_cache(maxsize=8)
 def _extend(
-    config: models.DecoderConfig, how: Picking, tokens: int, steps: int
+    config: models.DecoderConfig, how: Picking, tokens: int, mesh: jax.sharding.Mesh | None
 ) -> Callable[..., jax.Array]:
-    """(params, window int32[1, S], key) -> int32[steps]."""
-    decode = models.decoder(config)
+    """(params, window int32[1, S], (seed, place) uint32[2], steps) -> int32[steps].
 
-    @jax.jit
-    def extend(params, window, key):
+    Whole on every device of the mesh, since each process reads it; the key is made inside, since
+    one of one device alone is no argument of a program of several processes.
+    """
+    model = models.cached(config)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def extend(params, window, seed, steps):
         start = window.shape[1]
-        cache = decode.init(1, start + steps)
-        logits, cache = decode.step(params, window, cache, 0)
-        first = pick(jax.random.fold_in(key, 0), logits[0, -1, :tokens], how)
+        key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
 
-        def one(carry, place):
+        def next_token(tokens_BxS, cache, position):
+            logits, cache = model.apply(params, tokens_BxS, cache, position)
+            key_here = jax.random.fold_in(key, position)
+            return pick(key_here, logits[0, -1, :tokens], how), cache
+
+        def one(carry, position):
             token, cache = carry
-            logits, cache = decode.step(params, token[None, None], cache, place)
-            key_here = jax.random.fold_in(key, place)
-            token = pick(key_here, logits[0, -1, :tokens], how)
+            token, cache = next_token(token[None, None], cache, position)
             return (token, cache), token
 
-        places = jnp.arange(start, start + steps - 1)
-        _, others = jax.lax.scan(one, (first, cache), places)
+        first, cache = next_token(window, model.init(1, start + steps - 1), 0)
+        _, others = jax.lax.scan(one, (first, cache), jnp.arange(start, start + steps - 1))
         return jnp.concatenate([first[None], others])
 
-    return extend
+    return jax.jit(extend, static_argnames="steps", out_shardings=whole)
