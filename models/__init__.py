@@ -1,7 +1,9 @@
 """Language models as Flax NNX modules; imports jax, numpy and flax only."""
 
+from models.attention import Cache
 from models.config import DecoderConfig, EncoderConfig
 from models.decoder import Decoder
+from models.decoding import Cached, cached
 from models.encoder import Encoder
 from models.functional import Functional, split
 from models.layout import logical_ndims, stack_blocks, unstack_blocks
@@ -20,6 +22,9 @@ __all__ = [
     "EncoderConfig",
     "Functional",
     "split",
+    "Cached",
+    "Cache",
+    "cached",
     "stack_blocks",
     "unstack_blocks",
     "logical_ndims",

@@ -1,7 +1,10 @@
 """Self-attention: grouped heads, rotary positions, packed sequences.
 
-Dimensions: B batch, T time, D model width, N heads, K key/value heads, H head width.
+Dimensions: B batch, T time, D model width, N heads, K key/value heads, H head width; S tokens that
+join C places of a cache.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,19 @@ from flax import nnx
 
 from models.config import AttentionName
 from models.layers import RMSNorm, affine, bias_vector, in_projection, out_projection
+
+
+class Cache(NamedTuple):
+    """What has been read, as later tokens see it: of all layers, or in `Attention` of one.
+
+    >>> from models import DecoderConfig, cached
+    >>> config = DecoderConfig(vocab_size=256, context=8, width=16, layers=2, heads=4, kv_heads=2)
+    >>> cached(config).init(3).value.shape
+    (2, 3, 8, 2, 4)
+    """
+
+    key: jax.Array  # float[layers, B, C, K, H], rotated
+    value: jax.Array  # the same
 
 
 class Attention(nnx.Module):
@@ -61,6 +77,52 @@ class Attention(nnx.Module):
         depth: jax.Array | None = None,
     ) -> jax.Array:
         """float[B, T, D] to the same; scores are also divided by `depth`."""
+        if positions_BxT is None:
+            positions_BxT = jnp.arange(x_BxTxD.shape[1])[None]
+        query_BxTxNxH, new = self._project(x_BxTxD, positions_BxT, depth)
+        mixed_BxTxNxH = jax.nn.dot_product_attention(
+            query_BxTxNxH,
+            new.key,
+            new.value,
+            mask=mask_Bx1xTxT,
+            scale=self.scale,
+            is_causal=self.causal,
+            implementation=self.implementation,
+        )
+        return affine(mixed_BxTxNxH.reshape(*x_BxTxD.shape[:-1], -1), self.out, self.out_bias)
+
+    def extend(
+        self,
+        x_BxSxD: jax.Array,
+        cache: Cache,
+        positions_BxS: jax.Array,
+        depth: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """S more tokens of each row, which see those before them; one past the end is dropped."""
+        query_BxSxNxH, new = self._project(x_BxSxD, positions_BxS, depth)
+        rows_Bx1 = jnp.arange(x_BxSxD.shape[0])[:, None]
+        places_C = jnp.arange(cache.key.shape[1])
+        cache = jax.tree.map(
+            lambda old, x: old.at[rows_Bx1, positions_BxS].set(x.astype(old.dtype), mode="drop"),
+            cache,
+            new,
+        )
+        mixed_BxSxNxH = jax.nn.dot_product_attention(
+            query_BxSxNxH,
+            cache.key.astype(query_BxSxNxH.dtype),
+            cache.value.astype(query_BxSxNxH.dtype),
+            mask=(places_C <= positions_BxS[..., None])[:, None],
+            scale=self.scale,
+            implementation="xla",  # cuDNN has no such mask
+        )
+        return affine(
+            mixed_BxSxNxH.reshape(*x_BxSxD.shape[:-1], -1), self.out, self.out_bias
+        ), cache
+
+    def _project(
+        self, x_BxTxD: jax.Array, positions_BxT: jax.Array, depth: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """Queries, and what later queries see of these tokens."""
         query_BxTxNxH = self._heads(affine(x_BxTxD, self.query, self.query_bias))
         key_BxTxKxH = self._heads(affine(x_BxTxD, self.key, self.key_bias))
         value_BxTxKxH = self._heads(affine(x_BxTxD, self.value, self.value_bias))
@@ -68,22 +130,11 @@ class Attention(nnx.Module):
             query_BxTxNxH = self.query_norm(query_BxTxNxH)
             key_BxTxKxH = self.key_norm(key_BxTxKxH)
         if self.rope_theta is not None:
-            if positions_BxT is None:
-                positions_BxT = jnp.arange(x_BxTxD.shape[1])[None]
             query_BxTxNxH = rotate(query_BxTxNxH, positions_BxT, self.rope_theta)
             key_BxTxKxH = rotate(key_BxTxKxH, positions_BxT, self.rope_theta)
         if depth is not None:
             query_BxTxNxH = query_BxTxNxH / depth.astype(query_BxTxNxH.dtype)
-        mixed_BxTxNxH = jax.nn.dot_product_attention(
-            query_BxTxNxH,
-            key_BxTxKxH,
-            value_BxTxKxH,
-            mask=mask_Bx1xTxT,
-            scale=self.scale,
-            is_causal=self.causal,
-            implementation=self.implementation,
-        )
-        return affine(mixed_BxTxNxH.reshape(*x_BxTxD.shape[:-1], -1), self.out, self.out_bias)
+        return query_BxTxNxH, Cache(key_BxTxKxH, value_BxTxKxH)
 
     def _heads(self, x_BxTxD: jax.Array) -> jax.Array:
         return x_BxTxD.reshape(*x_BxTxD.shape[:-1], -1, self.head_width)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import Attention, separate
+from models.attention import Attention, Cache, separate
 from models.config import DecoderConfig
 from models.depth import Constrain, identity, make_blocks, through_blocks
 from models.layers import (
@@ -61,6 +61,16 @@ class Block(nnx.Module):
     ) -> jax.Array:
         x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD), mask, places, depth)
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+    def extend(
+        self, x_BxSxD: jax.Array, cache: Cache, positions: jax.Array, depth: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """The same of S more tokens, which see those in the cache."""
+        mixed_BxSxD, cache = self.attention.extend(
+            self.attention_norm(x_BxSxD), cache, positions, depth
+        )
+        x_BxSxD = x_BxSxD + mixed_BxSxD
+        return x_BxSxD + self.mlp(self.mlp_norm(x_BxSxD)), cache
 
 
 class Decoder(nnx.Module):
@@ -138,6 +148,26 @@ class Decoder(nnx.Module):
             constrain=constrain,
         )
         return self.norm(x_BxTxD)
+
+    def extend(
+        self, tokens_BxS: jax.Array, cache: Cache, position: int | jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Features of S more tokens of each row, float[B, S, D]; see `models.cached`."""
+        rows, length = tokens_BxS.shape
+        starts_Bx1 = jnp.broadcast_to(jnp.asarray(position, jnp.int32), (rows,))[:, None]
+        places_BxS = starts_Bx1 + jnp.arange(length, dtype=jnp.int32)
+        x_BxSxD = self.tokens(tokens_BxS)
+        if self.positions is not None:
+            x_BxSxD = self.positions(x_BxSxD, places_BxS)
+        x_BxSxD, cache = through_blocks(
+            self.blocks,
+            lambda block, x, own: block.extend(x, own[1], places_BxS, own[0]),
+            x_BxSxD.astype(self.config.dtype),
+            (self._depths(), cache),
+            layers=self.config.layers,
+        )
+        inside_BxS = (places_BxS >= 0) & (places_BxS < cache.key.shape[2])
+        return jnp.where(inside_BxS[..., None], self.norm(x_BxSxD), jnp.nan), cache
 
     def _depths(self) -> jax.Array | None:
         """What each block divides its attention scores by, float32[layers]."""

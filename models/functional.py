@@ -1,5 +1,6 @@
 """A model as pure functions of a plain dict: what jit, grad and optimizers see."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,31 +70,43 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
     (3, 256)
     """
 
-    def make(key: jax.Array) -> Decoder | Encoder:
-        rngs = nnx.Rngs(key)
-        if isinstance(config, EncoderConfig):
-            return Encoder(config, rngs=rngs)
-        return Decoder(config, rngs=rngs)
-
     def init(key: jax.Array):
-        return nnx.to_pure_dict(nnx.state(make(key)))
+        return nnx.to_pure_dict(nnx.state(_make(config, key)))
 
     def apply(
         params, tokens_BxT: jax.Array, constrain: Constrain = identity, **inputs: jax.Array | None
     ) -> jax.Array:
-        return nnx.merge(graph, params)(tokens_BxT, constrain, **inputs)
+        return merge(params)(tokens_BxT, constrain, **inputs)
 
     def features(
         params, tokens_BxT: jax.Array, constrain: Constrain = identity, **inputs: jax.Array | None
     ) -> jax.Array:
-        return nnx.merge(graph, params).features(tokens_BxT, constrain, **inputs)
+        return merge(params).features(tokens_BxT, constrain, **inputs)
 
     def logits(params, x_xD: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params).logits(x_xD)
+        return merge(params).logits(x_xD)
 
     def linear(params) -> tuple[jax.Array, jax.Array | None]:
-        return nnx.merge(graph, params).linear()
+        return merge(params).linear()
 
-    graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
+    graph, state = _traced(config)
+    merge = functools.partial(nnx.merge, graph)
     specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
     return Functional(init, apply, specs, features, logits, linear)
+
+
+def module_of(config: DecoderConfig | EncoderConfig) -> Callable[[Any], Any]:
+    """`params -> module`: a `Decoder` or an `Encoder` that has them."""
+    return functools.partial(nnx.merge, _traced(config)[0])
+
+
+def _traced(config: DecoderConfig | EncoderConfig) -> tuple[Any, Any]:
+    """(graph, abstract state) of a module."""
+    return nnx.split(nnx.eval_shape(functools.partial(_make, config), jax.random.key(0)))
+
+
+def _make(config: DecoderConfig | EncoderConfig, key: jax.Array) -> Decoder | Encoder:
+    rngs = nnx.Rngs(key)
+    if isinstance(config, EncoderConfig):
+        return Encoder(config, rngs=rngs)
+    return Decoder(config, rngs=rngs)

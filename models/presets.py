@@ -45,9 +45,9 @@ LLAMA: dict[str, DecoderConfig] = {
     "llama-1b": dataclasses.replace(_SMALL_LLAMA, layers=24, width=2048, heads=32, ffn_width=5461),
     "llama2-7b": _LLAMA,
 }
-"""Byte-level `tiny-llama` with shared key/value heads, the small Llamas of GaLore's release (Zhao et
-al. 2024) and Llama-2 (Touvron et al. 2023): .125, 58.07, 134.11, 367.97, 1339.08 and 6738.42 million
-parameters."""
+"""Byte-level `tiny-llama` with shared key/value heads, the small Llamas of GaLore's release (Zhao
+et al. 2024) and Llama-2 (Touvron et al. 2023): .125, 58.07, 134.11, 367.97, 1339.08 and 6738.42
+million parameters."""
 
 _QWEN3 = dataclasses.replace(
     _LLAMA,
@@ -82,18 +82,18 @@ QWEN3: dict[str, DecoderConfig] = {
     ),
     "qwen3-0.6b": _QWEN3,
 }
-"""Byte-level `tiny-qwen3` with heads wider than width / heads (.134 million parameters), two readings
-of "Qwen 3 architecture, 134M", without embeddings and with (134.26 and 134.52), and the smallest
-published Qwen3 (596.05)."""
+"""Byte-level `tiny-qwen3` with heads wider than width / heads (.134 million parameters), two
+readings of "Qwen 3 architecture, 134M", without embeddings and with (134.26 and 134.52), and the
+smallest published Qwen3 (596.05)."""
 
 BERT: dict[str, EncoderConfig] = {
     "tiny-bert": EncoderConfig(vocab_size=260, context=64, layers=2, heads=4, width=64),
     "bert-small": EncoderConfig(layers=4, width=512, heads=8),
     "bert-base": EncoderConfig(),
 }
-"""`tiny-bert` of 256 bytes, then [PAD] 256, [CLS] 257, [SEP] 258 and [MASK] 259; Turc et al. 2019 for
-`bert-small`; Devlin et al. 2019. They have .125, 28.76 and 109.48 million parameters with the pooler
-and without a head."""
+"""`tiny-bert` of 256 bytes, then [PAD] 256, [CLS] 257, [SEP] 258 and [MASK] 259; Turc et al. 2019
+for `bert-small`; Devlin et al. 2019. They have .125, 28.76 and 109.48 million parameters with the
+pooler and without a head."""
 
 PRESETS: dict[str, DecoderConfig | EncoderConfig] = {**GPT2, **LLAMA, **QWEN3, **BERT}
 """Every named config."""
