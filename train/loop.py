@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,14 @@ class _Start(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def train(run: Config) -> History:
+def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
     """Trains a model in a new folder.
 
     Of several processes (`distributed.start`) all call it, with the same config.
 
     Args:
       run: such as `preset("tiny", "sophia-g")`, changed with `dataclasses.replace`.
+      others: take the metrics too, on process 0, and are closed at the end.
 
     Returns:
       The history: one dict for each line of the folder's `metrics.jsonl`.
@@ -73,7 +74,7 @@ def train(run: Config) -> History:
         program.use_compile_cache(run.run.compile_cache)
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
-            return _run(run, folder, programs, _Start(programs.init()), checkpoints)
+            return _run(run, folder, programs, _Start(programs.init()), checkpoints, others)
 
 
 def resume(
@@ -208,13 +209,14 @@ def _run(
     programs: program.Program,
     start: _Start,
     checkpoints: checkpoint.Checkpoints,
+    others: Sequence[writers.Writer] = (),
 ) -> History:
     """Trains from `start` to the last step, or until a signal, then reports."""
     state, first = start.state, int(start.state.step)
     done, stopped, agree = first, False, distributed.Agreement()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.stopping())
-        log = stack.enter_context(_log(run, folder, first))
+        log = stack.enter_context(_log(run, folder, first, others))
         for note in start.notes:
             log.print(note)
         step = _compiled(run, programs, range(first, run.steps), start.health.owed, log)
@@ -252,14 +254,16 @@ def _run(
     return history
 
 
-def _log(run: Config, folder: Path, first: int) -> metrics.RunLog:
-    main, others = distributed.is_main(), []
-    if main and run.run.tensorboard:
-        others.append(writers.TensorBoard(folder / "tensorboard", first))
-    if main and run.run.wandb:
-        others.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
+def _log(run: Config, folder: Path, first: int, others: Sequence[writers.Writer]) -> metrics.RunLog:
+    main, takers = distributed.is_main(), []
+    if main:
+        takers += others
+        if run.run.tensorboard:
+            takers.append(writers.TensorBoard(folder / "tensorboard", first))
+        if run.run.wandb:
+            takers.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
     return metrics.RunLog(
-        folder, run.steps, first, quiet=run.run.quiet, writers=others, silent=not main
+        folder, run.steps, first, quiet=run.run.quiet, writers=takers, silent=not main
     )
 
 
