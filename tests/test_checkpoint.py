@@ -184,16 +184,72 @@ def test_missing_folder_and_missing_steps_are_named(folder):
     "pattern", ["state", "state/_METADATA", "state/manifest.ocdbt", "state/d/*"]
 )
 @pytest.mark.parametrize("truncate", [True, False])
-def test_a_damaged_checkpoint_names_the_others(folder, pattern, truncate):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, pattern, truncate):
     states = saved(folder, 10, 20, 30)
     for file in (folder / "30").glob(pattern):
         damage(file, truncate)
     with Checkpoints(folder, save_interval=10) as checkpoints:
         with pytest.raises(CheckpointError, match=r"step 30 is unreadable .*\[10, 20\].* step="):
-            checkpoints.restore(abstract(states[30]))
-        assert_same(checkpoints.restore(abstract(states[20]), step=20)[1], states[20])
+            checkpoints.restore(abstract(states[30]), step=30)
+        step, state = checkpoints.restore(abstract(states[20]))
+        assert step == 20
+        assert_same(state, states[20])
+        assert "step 30 is unreadable" in checkpoints.notes[0]
+        assert checkpoints.notes[1] == "going on from step 20 instead"
         assert checkpoints.save(30, states[20])  # and the run can go on over the damaged one
         assert_same(checkpoints.restore(abstract(states[30]))[1], states[20])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_all_are_damaged_the_newest_is_named(folder):
+    states = saved(folder, 10, 20)
+    for step in (10, 20):
+        damage(folder / str(step) / "state" / "manifest.ocdbt", truncate=False)
+    with (
+        Checkpoints(folder, save_interval=10) as checkpoints,
+        pytest.raises(CheckpointError, match="step 20 is unreadable"),
+    ):
+        checkpoints.restore(abstract(states[20]))
+
+
+def test_what_stands_beside_the_arrays_is_shown_before_they_are_read(folder):
+    state, seen = train_state(), []
+    with Checkpoints(folder, save_interval=10) as checkpoints:
+        checkpoints.save(10, state, record={"step": 10, "config": {"gamma": 0.1, "axes": [1, 2]}})
+    with Checkpoints(folder, save_interval=10) as checkpoints:
+        checkpoints.restore(abstract(state), accept=seen.append)
+        assert (
+            seen == [checkpoints.record] == [{"step": 10, "config": {"gamma": 0.1, "axes": [1, 2]}}]
+        )
+
+        def refuse(record):
+            raise ValueError("another config")
+
+        with pytest.raises(ValueError, match="another config"):
+            checkpoints.restore(abstract(state), accept=refuse)
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(folder):
+    saved(folder, 10)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        data = file.read_bytes()
+        assert not (data[:1] == b"\x80" and data[-1:] == b"."), file  # as pickles begin and end
+
+
+def test_repair_clears_half_written_steps_and_puts_damaged_metrics_aside(folder):
+    states = saved(folder, 10)
+    with Checkpoints(folder, save_interval=10) as checkpoints:
+        checkpoints.restore(abstract(states[10]))
+        checkpoints.save(20, states[10], metrics={"loss": 1.0})
+    (folder / "30.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    damage(folder / "20" / "metrics" / "metrics", truncate=True)
+    with Checkpoints(folder, save_interval=10) as checkpoints:
+        checkpoints.repair()
+        assert checkpoints.restore(abstract(states[10]))[0] == 10
+        assert "the metrics of step 20 are damaged" in checkpoints.notes[0]
+        assert checkpoints.save(20, states[10])
+    assert sorted(os.listdir(folder)) == ["10", "20", "damaged-20"]
 
 
 def damage(path: Path, truncate: bool):

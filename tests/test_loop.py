@@ -5,15 +5,17 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import train
 from models import DecoderConfig
-from train import data, loop, metrics, program, reference, sample
+from train import checkpoint, data, loop, metrics, program, reference, sample
 from train.config import RunConfig, preset
 from train.step import token_losses
 
@@ -188,6 +190,48 @@ def test_a_run_in_micro_batches_is_the_run_in_one_piece(tmp_path):
     )
     whole, cut = (list(losses(history).values()) for history in runs)
     np.testing.assert_allclose(cut, whole, rtol=1e-5)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    """fsdp 8, and from the middle data 8: the same losses and the same parameters to rounding."""
+    norms, seen, folder = [], [], tmp_path / "run"
+    sharded = small(folder, mesh=program.mesh.MeshConfig(fsdp=8))
+    for mesh in (None, program.mesh.MeshConfig(data=8)):
+        if mesh is None:
+            history = train.train(sharded)
+        else:
+            history = train.resume(folder, step=6, mesh=mesh)
+            assert loop.config.load(folder).mesh == mesh
+        seen.append(list(losses(history).values()))
+        with loop._checkpoints(sharded, folder) as checkpoints:
+            step, state = checkpoints.restore(program.assemble(sharded).abstract)
+        assert step == 12
+        norms.append(float(optax.tree.norm(state.params)))
+    assert seen[0][:6] == seen[1][:6] and len(seen[1]) == 12
+    np.testing.assert_allclose(seen[1][6:], seen[0][6:], rtol=1e-5)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_run_that_saved_nothing_yet_starts_again_but_a_lost_checkpoint_is_named(tmp_path, capsys):
+    run = small(tmp_path / "run", "adamw", steps=4)
+    run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False, sample_length=0))
+    history = train.train(run)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert losses(train.resume(tmp_path / "run")) == losses(history)
+    assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss": 1.0}\n')  # of a run that must have saved by then
+    with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        train.resume(tmp_path / "run")
+
+
+def test_checkpoints_come_by_the_clock_too(tmp_path):
+    run = small(tmp_path / "run", "adamw", steps=4)
+    shown = dataclasses.replace(run.run, checkpoint_minutes=1e-9, keep_checkpoints=9)
+    train.train(dataclasses.replace(run, run=shown))
+    with loop._checkpoints(run, tmp_path / "run") as checkpoints:
+        assert checkpoints.steps == [1, 2, 3, 4]
 
 
 def test_a_taken_folder_is_refused(finished):

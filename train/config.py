@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optax
 import tyro
@@ -93,6 +93,10 @@ class Config:
     of curvature are, too, where each row is a group."""
     sequence_length: int = 64
     """Tokens a sequence."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of activations and matrix products, in place of model.dtype: bfloat16 on GPU and TPU and
+    as the model says elsewhere, or as said here. Parameters, softmax, losses, samples of curvature
+    and optimizers are float32."""
     loss_chunk: int = 0
     """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
     is large, and one more product with it in three; 0 holds all."""
@@ -157,7 +161,7 @@ class Config:
     @property
     def hash(self) -> str:
         """Changes with whatever can change the result, not with where it runs or is written."""
-        fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh")}
+        fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh", "precision")}
         places = ("cache", "download", "tfds_folder")
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -210,6 +214,20 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
         loss_chunk=128,
         warmup_steps=2000,
         evaluate_every=1000,
+    )
+
+
+def resolved(run: Config, platform: str) -> Config:
+    """The config with the precision that it has on a platform, so that it stays when that changes.
+
+    >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
+    ('bfloat16', 'float32')
+    """
+    dtype = run.precision
+    if dtype == "auto":
+        dtype = "bfloat16" if platform in ("gpu", "tpu") else run.model.dtype
+    return dataclasses.replace(
+        run, model=dataclasses.replace(run.model, dtype=dtype), precision=dtype
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +43,14 @@ class _Start(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def train(run: Config) -> History:
+def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
     """Trains a model in a new folder.
 
     Of several processes (`distributed.start`) all call it, with the same config.
 
     Args:
       run: such as `preset("tiny", "sophia-g")`, changed with `dataclasses.replace`.
+      others: take the metrics too, on process 0, and are closed at the end.
 
     Returns:
       The history: one dict for each line of the folder's `metrics.jsonl`.
@@ -63,6 +64,7 @@ def train(run: Config) -> History:
       Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
         KeyboardInterrupt, and ends a loop over runs.
     """
+    run = config.resolved(run, jax.default_backend())
     with _new(run) as folder:
         if run.run.recompute_reference:
             reference.recompute(run, train)
@@ -79,6 +81,7 @@ def begin(run: Config) -> None:
     Raises:
       ValueError, CheckpointError, OSError: as in `train`.
     """
+    run = config.resolved(run, jax.default_backend())
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
@@ -96,6 +99,7 @@ def _new(run: Config) -> Iterator[Path]:
     distributed.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     with _owned(folder):
         distributed.on_main(lambda: _must_be_free(folder))
+<<<<<<< HEAD
         yield folder
 
 
@@ -105,6 +109,14 @@ def _initial(run: Config, programs: program.Program) -> TrainState:
         params = saved.start_from(Path(run.start_from), run, state.params)
         state = state._replace(params=params)
     return state
+=======
+        if run.run.recompute_reference:
+            reference.recompute(run, train)
+        program.use_compile_cache(run.run.compile_cache)
+        programs = program.assemble(run)
+        with _checkpoints(run, folder) as checkpoints:
+            return _run(run, folder, programs, _Start(programs.init()), checkpoints, others)
+>>>>>>> loop
 
 
 def resume(
@@ -239,13 +251,14 @@ def _run(
     programs: program.Program,
     start: _Start,
     checkpoints: checkpoint.Checkpoints,
+    others: Sequence[writers.Writer] = (),
 ) -> History:
     """Trains from `start` to the last step, or until a signal, then reports."""
     state, first = start.state, int(start.state.step)
     done, stopped, agree = first, False, distributed.Agreement()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.stopping())
-        log = stack.enter_context(_log(run, folder, first))
+        log = stack.enter_context(_log(run, folder, first, others))
         for note in start.notes:
             log.print(note)
         step = _compiled(run, programs, range(first, run.steps), start.health.owed, log)
@@ -283,14 +296,16 @@ def _run(
     return history
 
 
-def _log(run: Config, folder: Path, first: int) -> metrics.RunLog:
-    main, others = distributed.is_main(), []
-    if main and run.run.tensorboard:
-        others.append(writers.TensorBoard(folder / "tensorboard", first))
-    if main and run.run.wandb:
-        others.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
+def _log(run: Config, folder: Path, first: int, others: Sequence[writers.Writer]) -> metrics.RunLog:
+    main, takers = distributed.is_main(), []
+    if main:
+        takers += others
+        if run.run.tensorboard:
+            takers.append(writers.TensorBoard(folder / "tensorboard", first))
+        if run.run.wandb:
+            takers.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
     return metrics.RunLog(
-        folder, run.steps, first, quiet=run.run.quiet, writers=others, silent=not main
+        folder, run.steps, first, quiet=run.run.quiet, writers=takers, silent=not main
     )
 
 

@@ -15,7 +15,7 @@ import models
 from train import data, evaluate, loss, mesh
 from train import step as step_lib
 from train.batch import Batch
-from train.config import Config
+from train.config import Config, resolved
 from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
 
@@ -40,6 +40,7 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
       ValueError: the mesh does not fit the devices, or the batch or the model not the mesh.
     """
     placed = mesh.make_mesh(run.mesh, devices)
+    run = resolved(run, placed.devices.flat[0].platform)
     _check_rows(run, placed)
     _check_model(run, placed)
     model = _split(run.model, placed)

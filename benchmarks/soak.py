@@ -1,0 +1,149 @@
+"""Whether a long run leaks: `python -m benchmarks.soak` (20,000 tiny steps, about ten minutes).
+
+Trains a very small model, with checkpoints and evaluations, and notes memory, open files and the
+time of a step as it goes. Prints each with the slope of a straight line through its second half,
+and draws them. The standard error takes the residuals for independent; they are not quite.
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from models import DecoderConfig
+from train import loop
+from train.config import Config, RunConfig, preset
+
+NAMES = {"memory": "resident memory (MB)", "files": "open files", "time": "time of a step (ms)"}
+
+
+class Point(NamedTuple):
+    """What is noted at a step."""
+
+    step: int
+    memory: float  # MB
+    files: int
+    time: float  # ms
+
+
+class Line(NamedTuple):
+    """A straight line through points, by least squares."""
+
+    slope: float  # a thousand steps
+    error: float  # standard error of it
+    grew: bool  # more than three errors, and more than a hundredth of the mean over the run
+
+
+class Probe:
+    """Takes metrics as they come, and notes what the process holds then."""
+
+    def __init__(self, tokens: int):
+        self.tokens, self.points = tokens, []
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """At evaluations nothing is noted: they have no time of a step."""
+        if "tokens_per_second" in metrics:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+            files = len(os.listdir("/proc/self/fd"))
+            time = 1e3 * self.tokens / metrics["tokens_per_second"]
+            self.points.append(Point(step, memory, files, time))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def config(steps: int, every: int, folder: str) -> Config:
+    """A run of a model so small that the host's part of a step is most of it."""
+    shown = RunConfig(
+        folder=folder,
+        log_every=every,
+        checkpoint_every=5 * every,
+        sample_length=0,
+        quiet=True,
+    )
+    return dataclasses.replace(
+        preset("tiny", "sophia-g"),
+        model=DecoderConfig(vocab_size=256, context=32, width=16, layers=1, heads=2),
+        run=shown,
+        steps=steps,
+        batch_size=8,
+        sequence_length=32,
+        warmup_steps=min(100, steps // 2),
+        evaluate_every=max(steps // 4, 1),
+    )
+
+
+def soak(run: Config) -> list[Point]:
+    """The points of a run; the first, at which programs were just loaded, is left out."""
+    probe = Probe(run.batch_size * run.sequence_length)
+    loop.train(run, others=[probe])
+    return probe.points[1:]
+
+
+def fit(points: Sequence[Point], name: str) -> Line:
+    """The line through the second half of the points."""
+    half = points[len(points) // 2 :]
+    x = np.array([p.step for p in half]) / 1000
+    y = np.array([getattr(p, name) for p in half], float)
+    if len(half) < 3:
+        return Line(float("nan"), float("nan"), False)
+    centred = x - x.mean()
+    slope = centred @ y / (centred @ centred)
+    rest = y - y.mean() - slope * centred
+    error = float(np.sqrt(rest @ rest / (len(x) - 2) / (centred @ centred)))
+    matters = slope * points[-1].step / 1000 > 0.01 * y.mean()
+    return Line(float(slope), error, bool(slope > 3 * error and matters))
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """One curve for each of what was noted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(len(NAMES), sharex=True), NAMES.items()):
+        axes.plot([p.step for p in points], [getattr(p, name) for p in points], linewidth=1)
+        axes.set(ylabel=label, ylim=(0, None))
+    figure.axes[-1].set_xlabel("step")
+    figure.savefig(path)
+
+
+def table(points: Sequence[Point]) -> Table:
+    """What was noted, at the start and at the end, and how it grew."""
+    shown = Table("", "first", "last", "slope a 1000 steps", "growth")
+    for name, label in NAMES.items():
+        line = fit(points, name)
+        ends = (f"{getattr(points[i], name):.4g}" for i in (0, -1))
+        shown.add_row(
+            label, *ends, f"{line.slope:.2g} ± {line.error:.1g}", "yes" if line.grew else "no"
+        )
+    return shown
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs, prints and draws."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--every", type=int, default=200, help="steps between points")
+    parser.add_argument("--plot", type=Path, default=Path("runs/soak.png"))
+    given = parser.parse_args(args)
+    if given.steps // given.every < 4:
+        parser.error("--steps must be at least four times --every")
+    with tempfile.TemporaryDirectory() as folder:
+        points = soak(config(given.steps, given.every, f"{folder}/run"))
+    given.plot.parent.mkdir(parents=True, exist_ok=True)
+    draw(points, given.plot)
+    console = Console()
+    console.print(table(points))
+    console.print(f"{given.steps} steps; drawn in {given.plot}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

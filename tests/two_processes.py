@@ -1,0 +1,60 @@
+"""One of the processes of tests/test_distributed.py: `python two_processes.py JOB`, a JSON object."""
+
+import json
+import os
+import sys
+
+job = json.loads(sys.argv[1])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+import jax
+
+from train import cli, data, distributed, loop, meter
+
+whole = data.shakespeare()
+data.shakespeare = lambda: whole._replace(heldout=whole.heldout[:4000])
+
+
+def disagree():
+    """All processes raise, each the same, and none waits for ever."""
+    try:
+        distributed.check_same({"optim": {"gamma": 0.05 + jax.process_index()}, "steps": 6})
+    except ValueError as error:
+        print(f"DISAGREE {error}", flush=True)
+
+    def fail():
+        raise OSError("no space")
+
+    try:
+        distributed.on_main(fail)
+    except (ValueError, OSError) as error:
+        print(f"FAILED {error}", flush=True)
+
+
+def stop_process_1(at):
+    """Its signal, at this step, is to stop both."""
+    report = meter.Meter.report
+
+    def reported(self, step, *args):
+        if step == at and jax.process_index() == 1:
+            os.kill(os.getpid(), 15)
+        report(self, step, *args)
+
+    meter.Meter.report = reported
+
+
+def checked(run):
+    disagree()
+    return train(run)
+
+
+train, loop.train = loop.train, checked
+if job["stop"]:
+    stop_process_1(job["stop"])
+cli.main(job["words"])
+print(f"END process {jax.process_index()} of {jax.process_count()}", flush=True)
