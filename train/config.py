@@ -94,9 +94,9 @@ class Config:
     sequence_length: int = 64
     """Tokens a sequence."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of activations and matrix products, in place of model.dtype: bfloat16 on GPU and TPU and
-    as the model says elsewhere, or as said here. Parameters, softmax, losses, samples of curvature
-    and optimizers are float32."""
+    """Dtype of activations and matrix products, in place of model.dtype; auto is bfloat16 on GPU and
+    TPU and as the model says elsewhere. Parameters, softmax, losses, samples of curvature and
+    optimizers are float32."""
     loss_chunk: int = 0
     """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
     is large, and one more product with it in three; 0 holds all."""

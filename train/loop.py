@@ -72,7 +72,8 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
         programs = program.assemble(run)
         programs.data()  # what cannot be read is no reason to compile
         with _checkpoints(run, folder) as checkpoints:
-            return _run(run, folder, programs, _Start(_initial(run, programs)), checkpoints)
+            start = _Start(_initial(run, programs))
+            return _run(run, folder, programs, start, checkpoints, others)
 
 
 def begin(run: Config) -> None:
@@ -99,7 +100,6 @@ def _new(run: Config) -> Iterator[Path]:
     distributed.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     with _owned(folder):
         distributed.on_main(lambda: _must_be_free(folder))
-<<<<<<< HEAD
         yield folder
 
 
@@ -109,14 +109,6 @@ def _initial(run: Config, programs: program.Program) -> TrainState:
         params = saved.start_from(Path(run.start_from), run, state.params)
         state = state._replace(params=params)
     return state
-=======
-        if run.run.recompute_reference:
-            reference.recompute(run, train)
-        program.use_compile_cache(run.run.compile_cache)
-        programs = program.assemble(run)
-        with _checkpoints(run, folder) as checkpoints:
-            return _run(run, folder, programs, _Start(programs.init()), checkpoints, others)
->>>>>>> loop
 
 
 def resume(
