@@ -165,7 +165,10 @@ def activations(run: Config, tensor: int = 1) -> float:
     centred = encoder or config.norm == "layernorm"
     norm = config.width * (2 * size + FLOAT32 * (1 + centred))
     attention = 2 * head * (heads + shared) * size
-    block = 2 * norm + (attention + _scores(run) + (3 + gated) * _hidden(config) * size) / tensor
+    mlp, scores = (3 + gated) * _hidden(config) * size, _scores(run)
+    if config.scan_layers and config.remat == "none":
+        mlp, scores = 2 * mlp, 1.5 * scores  # what a loop writes out no fusion can compute again
+    block = 2 * norm + (attention + scores + mlp) / tensor
     dots = head * (heads + 2 * shared) + (1 + gated) * _hidden(config)
     kept = {
         "none": block,
@@ -245,8 +248,17 @@ def collectives(
             add("all-reduce", times, shard)
     if mesh.shape["tensor"] > 1:
         stream = part.rows * run.sequence_length * run.model.width * _size(run.model)
-        add("all-reduce", 4 * run.model.layers * run.accumulation, stream)
+        add("all-reduce", run.accumulation * _tensor_sums(run.model, scatter), stream)
     return {kind: Collective(*both) for kind, both in found.items() if both[0]}
+
+
+def _tensor_sums(config: Model, together: bool) -> int:
+    """Sums of activations over "tensor": two a block each way, of embeddings, and of the head.
+
+    On CPU gradients by queries, keys and values (gate and up) are summed one by one.
+    """
+    gated = not isinstance(config, models.EncoderConfig) and config.mlp == "swiglu"
+    return 2 + config.layers * (4 if together else 6 + gated)
 
 
 TABLE = "['tokens']['embedding']"
@@ -261,8 +273,8 @@ def _passes(run: Config, part: Cut, mesh: Mesh) -> tuple[int, int, int]:
     """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
 
     Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
-    gathers again is the probe, and each matrix is in two products of a gradient's tangent. Groups side by
-    side add the two gradients of a table before they are summed over devices.
+    gathers again is the probe, and each matrix is in two products of a gradient's tangent. Groups
+    side by side add the two gradients of a table before they are summed over devices.
     """
     if not part.groups:
         return (run.accumulation,) * 3
