@@ -1,0 +1,123 @@
+"""Commands on runs: each on one that trained for a few steps."""
+
+import contextlib
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from models import PRESETS, DecoderConfig, huggingface
+from train import cli, loop, saved
+from train.config import RunConfig, load, preset
+from train.data import DataConfig
+from train.mesh import MeshConfig
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of eight steps on rows over eight devices."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    shown = RunConfig(folder=str(folder), compile_cache="", quiet=True, checkpoint_every=8)
+    loop.train(
+        dataclasses.replace(
+            preset("tiny", "adamw"),
+            model=DecoderConfig(vocab_size=256, context=16, width=16, layers=2, heads=2),
+            data=DataConfig(heldout_fraction=0.003),
+            mesh=MeshConfig(fsdp=8),
+            run=shown,
+            steps=8,
+            warmup_steps=2,
+            batch_size=8,
+            sequence_length=16,
+        )
+    )
+    return folder
+
+
+def test_eval_prints_what_the_run_measured(run, capsys):
+    cli.main(["eval", str(run)])
+    shown = capsys.readouterr().out
+    last = [row for row in loop.metrics.read_history(run) if "heldout_loss" in row][-1]
+    assert f"heldout loss: {last['heldout_loss']:.4f}" in shown
+    assert f"bits per byte: {last['bits_per_byte']:.4f}" in shown
+    assert f"{run} at step 8" in shown
+
+
+def test_sample_goes_on_from_the_prompt_and_repeats_itself(run, capsys):
+    words = ["sample", str(run), "To be", "--length", "12", "--top-k", "5", "--seed", "3"]
+    shown = []
+    for _ in range(2):
+        cli.main(words)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert shown[0].startswith("To be")
+    assert len(shown[0].rstrip("\n")) > len("To be")
+
+
+def test_export_and_import_give_back_the_model_bit_by_bit(run, tmp_path, capsys):
+    """The run's parameters, through a Hugging Face folder, in a run that can be resumed."""
+    cli.main(["export", str(run), str(tmp_path / "hf")])
+    cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "again"), "--optimizer", "lion"])
+    assert re.search(r"again holds the model; go on with: .* sample", capsys.readouterr().out)
+    before, after = saved.load(run), saved.load(tmp_path / "again")
+    assert after.step == 0 and after.run.name == "gpt2-30m-lion"
+    assert after.run.model.scan_layers and after.run.model.bias
+    cli.main(["export", str(tmp_path / "again"), str(tmp_path / "hf2")])
+    want, have = (huggingface.load(tmp_path / name)[1] for name in ("hf", "hf2"))
+    jax.tree.map(np.testing.assert_array_equal, have, want)
+    np.testing.assert_array_equal(want["tokens"]["embedding"], before.params["tokens"]["embedding"])
+
+
+def test_a_run_may_start_from_another_in_the_other_layout(run, tmp_path):
+    start = dataclasses.replace(
+        load(run),
+        start_from=str(run),
+        mesh=MeshConfig(tensor=2),
+        steps=9,
+        model=dataclasses.replace(load(run).model, scan_layers=True),
+        run=dataclasses.replace(load(run).run, folder=str(tmp_path / "next")),
+    )
+    loop.begin(start)
+    before, after = saved.load(run).params, saved.load(tmp_path / "next").params
+    for layer in range(2):
+        jax.tree.map(
+            lambda x, y, layer=layer: np.testing.assert_array_equal(x[layer], y),
+            after["blocks"],
+            before["blocks"][f"{layer:02d}"],
+        )
+
+
+def test_another_model_is_refused_by_the_name_of_a_leaf(run, tmp_path):
+    wider = dataclasses.replace(load(run).model, width=32)
+    start = dataclasses.replace(
+        load(run),
+        start_from=str(run),
+        model=wider,
+        run=dataclasses.replace(load(run).run, folder=str(tmp_path / "next")),
+    )
+    with pytest.raises(ValueError, match=r"'query'\] is \(16, 16\), not \(32, 32\)"):
+        loop.begin(start)
+
+
+@pytest.mark.parametrize("words", [["eval"], ["sample"], ["export"]])
+def test_a_folder_without_a_run_is_named(words, tmp_path):
+    extra = {"sample": ["x"], "export": [str(tmp_path / "out")]}.get(words[0], [])
+    with pytest.raises(SystemExit, match=r"holds no config\.json"):
+        cli.main([*words, str(tmp_path), *extra])
+
+
+def test_every_command_has_help(capsys):
+    for name in cli.COMMANDS:
+        with contextlib.suppress(SystemExit):
+            cli.main([name, "--help"])
+        assert "usage" in capsys.readouterr().out.lower(), name
+
+
+def test_the_table_of_models_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in PRESETS)
+    assert all(name in shown for name in cli.COMMANDS)
