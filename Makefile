@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests wait for XLA's compiler, which keeps one core busy in each of these processes.
+WORKERS ?= 2
 
 .PHONY: install train test lint bench clean
 
@@ -16,7 +18,7 @@ train: install  ## a tiny GPT on Shakespeare with Sophia-G, in under two minutes
 	$(BIN)/python -m train
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,6 +31,8 @@ from rich.table import Table
 
 import sophia_optax
 from models import PRESETS, DecoderConfig, split
+from train.batch import Batch
+from train.loss import outputs_of
 from train.step import init_state, make_step
 
 MODELS = ("gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m")
@@ -82,10 +84,11 @@ def lower(
 ) -> jax.stages.Lowered:
     """The trainer's step, lowered for shapes alone; with `refresh` None it decides for itself."""
     model, estimator = split(config), None if refresh is None else sampler.estimator
-    step = make_step(model.apply, sampler.tx, estimator=estimator)
+    step = make_step(outputs_of(model), sampler.tx, estimator=estimator)
     state = jax.eval_shape(functools.partial(init_state, model.init, sampler.tx, 0))
-    batch = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
-    return jax.jit(step, static_argnums=2, donate_argnums=0).lower(state, batch, refresh)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    step = jax.jit(step, static_argnums=2, donate_argnums=0)
+    return step.lower(state, Batch(tokens, tokens), refresh)
 
 
 def flops(program: Any) -> float:

@@ -35,9 +35,10 @@ from rich.table import Table
 
 from sophia_optax import gauss_newton_bartlett, hutchinson, value_grad_and_hessian
 from train import data, program
+from train.batch import next_tokens
 from train.config import Config, preset
+from train.loss import mean_loss
 from train.optimizers import refresh_due
-from train.step import mean_loss
 
 Flat = jax.Array  # float[P], all parameters
 Row = dict[str, Any]
@@ -108,7 +109,7 @@ def flat_problem(apply: Callable[..., jax.Array], params: Any, rows: jax.Array) 
         return apply(unravel(theta), rows[:, :-1])
 
     def loss_fn(theta, rows):
-        return mean_loss(apply, unravel(theta), rows)
+        return mean_loss(logits_fn(theta, rows), next_tokens(rows))
 
     return Problem(theta, logits_fn, loss_fn, rows)
 

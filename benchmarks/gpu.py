@@ -30,6 +30,8 @@ import sophia_optax
 from benchmarks.curvature_cost import SHARE, Sampler, decoder_flops, gauss_newton, hutchinson
 from benchmarks.update_cost import compile_update
 from models import PRESETS, DecoderConfig, split
+from train.batch import next_tokens
+from train.loss import outputs_of
 from train.step import init_state, make_step
 
 RATE = 1e-4
@@ -109,11 +111,12 @@ def step(name: str, size: Size) -> Row:
     (tx, estimator), refresh = STEPS[name]
     config = size.config
     model = split(config)
-    twice_differentiable = split(dataclasses.replace(config, attention="xla")).apply
-    one = make_step(model.apply, tx, estimator=estimator, hessian_apply=twice_differentiable)
+    twice_differentiable = outputs_of(split(dataclasses.replace(config, attention="xla")))
+    outputs = outputs_of(model)
+    one = make_step(outputs, tx, estimator=estimator, hessian_outputs=twice_differentiable)
     state = jax.jit(functools.partial(init_state, model.init, tx, 0))()
     shape = size.rows, config.context + 1
-    batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+    batch = next_tokens(jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size))
     program = jax.jit(one, static_argnums=2, donate_argnums=0).lower(state, batch, refresh)
     program = program.compile()
     memory = program.memory_analysis()

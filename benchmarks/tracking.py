@@ -33,6 +33,7 @@ from benchmarks import leaderboard
 from benchmarks.curvature_error import Moments, moments
 from sophia_optax import gauss_newton_bartlett
 from train import data, program
+from train.batch import Batch, next_tokens
 from train.config import Config, preset
 from train.optimizers import refresh_due
 
@@ -81,7 +82,7 @@ def track(
         return ravel_pytree(h)[0]
 
     def logits_fn(params, rows):
-        return programs.apply(params, rows[:, :-1])
+        return programs.apply(params, rows.inputs)
 
     averages = {kind: Average(b2s) for kind in samples}
     found = {"b2": list(b2s), "step": list(judged), "errors": {str(kind): [] for kind in samples}}
@@ -107,11 +108,11 @@ def track(
     return found
 
 
-def training_rows(config: Config, seed: int, rows: int, step: int) -> jax.Array:
+def training_rows(config: Config, seed: int, rows: int, step: int) -> Batch:
     """Training sequences in an order that no run of seed 0 has."""
     tokens, length = data.shakespeare().train, config.sequence_length
     batch = data.batch(tokens, batch_size=rows, sequence_length=length, seed=seed, step=step)
-    return jnp.asarray(batch)
+    return next_tokens(jnp.asarray(batch))
 
 
 def losses(

@@ -179,6 +179,10 @@ class Decoder(nnx.Module):
         """float32[..., V] of any features: of a chunk of positions, or of one."""
         return (self.tokens if self.head is None else self.head).logits(x_xD)
 
+    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V] or None): logits are `x @ matrix.T + bias`."""
+        return (self.tokens if self.head is None else self.head).linear()
+
 
 def check_length(tokens_BxT: jax.Array, context: int) -> None:
     """T is at most the context."""

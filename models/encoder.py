@@ -74,6 +74,12 @@ class MaskedTokenHead(nnx.Module):
         products = tied_logits(x_xD, tokens.embedding[...])
         return mask_padding(products + self.bias[...], tokens.vocab_size)
 
+    def linear(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V]): logits are `x @ matrix.T + bias`."""
+        assert self.bias is not None
+        table_VxD, padding = tokens.linear()
+        return table_VxD, self.bias[...] if padding is None else self.bias[...] + padding
+
 
 class ClassHead(nnx.Module):
     """A tanh layer on the first token (the pooler), then one on top, in float32."""
@@ -92,6 +98,12 @@ class ClassHead(nnx.Module):
         """float32[..., classes]."""
         del tokens  # what the other head writes with
         return affine(x_xD.astype(jnp.float32), self.out, self.out_bias)
+
+    def linear(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[classes, D], float32[classes])."""
+        del tokens
+        assert self.out_bias is not None
+        return self.out[...].T, self.out_bias[...]
 
 
 class Encoder(nnx.Module):
@@ -179,3 +191,7 @@ class Encoder(nnx.Module):
     def logits(self, x_xD: jax.Array) -> jax.Array:
         """float32[..., V] or float32[..., classes] of any features, as of a chunk of positions."""
         return self.head.logits(x_xD, self.tokens)
+
+    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+        """(float32[V, D], float32[V]): logits are `x @ matrix.T + bias`."""
+        return self.head.linear(self.tokens)

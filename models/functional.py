@@ -28,6 +28,7 @@ class Functional(NamedTuple):
     specs: Any  # PartitionSpec for each leaf of params, in the same nested dict
     features: Callable[..., jax.Array]  # as apply -> x[B, T, D], what logits are made of
     logits: Callable[[Any, jax.Array], jax.Array]  # (params, x[..., D]) -> float32[..., V]
+    linear: Callable[[Any], Any]  # params -> (float32[V, D], float32[V] or None), logits' factors
 
 
 def split(config: DecoderConfig | EncoderConfig) -> Functional:
@@ -54,6 +55,8 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
         features, logits: what `apply` composes. `logits(params, x)` is the last matrix product,
           float32[..., V] of x[..., D]: of all positions, or of as many at a time as fit in memory.
           Only a head for classes has features without a time axis, float[B, D].
+        linear: `params -> (matrix[V, D], bias[V] or None)`, with which logits are
+          `x @ matrix.T + bias`, for losses that never hold all of them.
 
     >>> import jax, jax.numpy as jnp
     >>> model = split(DecoderConfig(vocab_size=256, context=8, width=16, layers=1, heads=2))
@@ -83,10 +86,13 @@ def split(config: DecoderConfig | EncoderConfig) -> Functional:
     def logits(params, x_xD: jax.Array) -> jax.Array:
         return merge(params).logits(x_xD)
 
+    def linear(params) -> tuple[jax.Array, jax.Array | None]:
+        return merge(params).linear()
+
     graph, state = _traced(config)
     merge = functools.partial(nnx.merge, graph)
     specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
-    return Functional(init, apply, specs, features, logits)
+    return Functional(init, apply, specs, features, logits, linear)
 
 
 def module_of(config: DecoderConfig | EncoderConfig) -> Callable[[Any], Any]:

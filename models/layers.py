@@ -124,6 +124,18 @@ class Embedding(nnx.Module):
         """float32[..., V]."""
         return mask_padding(tied_logits(x_xD, self.embedding[...]), self.vocab_size)
 
+    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+        """Of which logits are made: float32[V, D], and float32[V] where rows are padding."""
+        table_VxD = self.embedding[...]
+        return table_VxD, padding_bias(len(table_VxD), self.vocab_size)
+
+
+def padding_bias(rows: int, vocab_size: int) -> jax.Array | None:
+    """What, added to logits, does as `mask_padding`; None where nothing is padded."""
+    if rows == vocab_size:
+        return None
+    return jnp.where(jnp.arange(rows) < vocab_size, 0.0, PADDING_LOGIT)
+
 
 class LearnedPositions(nnx.Module):
     """A learned vector for each of the first C positions, added to the embeddings."""

@@ -1,6 +1,6 @@
 """The two layouts of a model's blocks: a subtree for each, or one tree with a layer axis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ def block_name(layer: int) -> str:
 
 def is_stacked(params: Any) -> bool:
     """Whether the blocks of a tree shaped as params have a layer axis (`scan_layers`)."""
-    return "blocks" in params and block_name(0) not in params["blocks"]
+    if not isinstance(params, Mapping) or "blocks" not in params:
+        return False
+    return block_name(0) not in params["blocks"]
 
 
 def stack_blocks(params: Any) -> Any:

@@ -23,6 +23,7 @@ from sophia_optax.gradient import (
     weighted_squared_gradient,
 )
 from sophia_optax.hessian import hutchinson
+from sophia_optax.linear import LinearLogits, softmax_cross_entropy
 from sophia_optax.moments import (
     CenteredMomentState,
     centered_second_moment,
@@ -50,6 +51,9 @@ __all__ = [
     "squared_gradient",
     "value_grad_and_hessian",
     "weighted_squared_gradient",
+    # logits over a large vocabulary, chunk by chunk
+    "LinearLogits",
+    "softmax_cross_entropy",
     # transformations
     "CenteredMomentState",
     "ClipByRatioState",

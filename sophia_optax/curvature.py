@@ -107,6 +107,20 @@ def batch_size(inputs: Tree) -> int:
     return sizes.pop()
 
 
+def numbers_of(row_numbers: Any, rows: int) -> jax.Array:
+    """int32[B]: the numbers that were passed, or 0, 1, ..."""
+    if row_numbers is None:
+        return jnp.arange(rows)
+    if jnp.shape(row_numbers) != (rows,) or not jnp.issubdtype(
+        jnp.result_type(row_numbers), jnp.integer
+    ):
+        raise ValueError(
+            f"`row_numbers` must be int32[{rows}], a number for each row of `inputs`, but it is "
+            f"{jnp.result_type(row_numbers)}{list(jnp.shape(row_numbers))}."
+        )
+    return jnp.asarray(row_numbers)
+
+
 def every_nth_row(tree: Tree, fraction: float) -> Tree:
     """Every (1/fraction)-th row, so that each shard of the batch keeps its share.
 

@@ -1,5 +1,6 @@
 """Gauss-Newton-Bartlett: the Gauss-Newton diagonal from labels that the model draws itself."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,13 @@ from sophia_optax.curvature import (
     check_params,
     every_nth_row,
     mean_over_samples,
+    numbers_of,
     sum_over,
     varying,
     widen,
 )
 from sophia_optax.likelihood import SAMPLED_LOSSES, gradient_pass, logits_pass, user_pass
+from sophia_optax.linear import LinearLogits
 
 SIDE_BY_SIDE = "sophia_optax.gauss_newton_bartlett"
 """Name of the axis of groups under `jax.vmap`."""
@@ -68,26 +71,31 @@ def gauss_newton_bartlett(
         where their rows are).
 
     Extra arguments of `update`:
-      logits_fn: `params -> float[B, ..., V]`, or `(params, inputs)` when `inputs` is passed.
+      logits_fn: `params -> float[B, ..., V]`, or `(params, inputs)` when `inputs` is passed; of
+        "categorical" it may return `LinearLogits`, which are never held whole.
       sampled_loss_fn: instead of `logits_fn`, `(params, inputs, key) -> (summed loss on labels
         drawn from the model, number of counted outputs)`, for losses that never hold all logits;
         it weighs its own outputs, each cotangent times sqrt(w).
       inputs: pytree whose leaves lead with the batch axis.
       weights: `float[B, ...]` shaped as what B counts, 1 where an output counts, 0 for padding;
         default all ones.
+      row_numbers: `int32[B]`, default 0, 1, ...: the rows' numbers in a batch that is evaluated
+        in parts, each with the same key. The mean of the samples of K equal micro-batches, the
+        i-th of rows i, i + K, ..., is then the sample of the whole batch, to rounding, with a
+        group a row.
 
     Returns:
-      An estimator, which `value_grad_and_hessian` takes. Labels are functions of (key, row),
-      groups of rows: neither the mesh nor the number of groups changes which labels are drawn (a
-      `sampled_loss_fn` gets a key for each group instead). Under `axis_name` each shard groups
-      its own rows, and squares and B are summed over the shards. If nothing is counted (B = 0)
-      the sample is not finite and `hessian_estimate` rejects it. On a mesh with explicit axes,
-      wrap the call in `jax.sharding.auto_axes`.
+      An estimator, which `value_grad_and_hessian` takes. Labels are functions of (key, number of
+      the row), groups of rows: neither the mesh nor the number of groups changes which labels are
+      drawn (a `sampled_loss_fn` gets a key for each group instead, by its first number). Under
+      `axis_name` each shard groups its own rows and draws apart, and squares and B are summed over
+      the shards. If nothing is counted (B = 0) the sample is not finite and `hessian_estimate`
+      rejects it. On a mesh with explicit axes, wrap the call in `jax.sharding.auto_axes`.
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
-        `batch_fraction` without `inputs`; rows that do not divide into groups; `weights` of a
-        wrong shape; params are masked.
+        `batch_fraction` without `inputs`; rows that do not divide into groups; `weights` or
+        `row_numbers` of a wrong shape; params are masked.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 2, extended to groups and weights.
 
@@ -152,6 +160,7 @@ def gauss_newton_bartlett(
         sampled_loss_fn=None,
         inputs=None,
         weights=None,
+        row_numbers=None,
         axis_name=None,
         **unused,
     ):
@@ -161,7 +170,7 @@ def gauss_newton_bartlett(
             forward = logits_pass(likelihood, logits_fn)
         else:
             forward = user_pass(sampled_loss_fn, weights)
-        rows = _rows(inputs, weights, groups, batch_fraction)
+        rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
         return differentiate(key, varying(params, axis_name), forward, rows, axis_name)[2]
 
     def with_gradient(
@@ -174,6 +183,7 @@ def gauss_newton_bartlett(
         sampled_loss_fn=None,
         inputs=None,
         weights=None,
+        row_numbers=None,
         axis_name=None,
         **unused,
     ):
@@ -181,11 +191,11 @@ def gauss_newton_bartlett(
         check_params("gauss_newton_bartlett", params)
         _check_loss_fn(loss_fn, sampled_loss_fn)
         forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
-        rows = _rows(inputs, weights, groups, batch_fraction)
+        rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
         here = varying(params, axis_name)
         true, aux, h = differentiate(key, here, forward, rows, axis_name)
         if stride > 1:
-            rest = _other_rows(inputs, weights, stride)
+            rest = _other_rows(inputs, weights, row_numbers, stride)
             if spmd_axis_name is not None and axis_name is None:
                 logits_fn = _spread(logits_fn, shards, spmd_axis_name)
             others, other_aux = gradient_pass(likelihood, logits_fn, loss_fn, has_aux)(here, rest)
@@ -217,7 +227,9 @@ def _check_loss_fn(loss_fn: Any, sampled_loss_fn: Any) -> None:
     )
 
 
-def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tree, Any, Any]:
+def _rows(
+    inputs: Tree, weights: Any, row_numbers: Any, groups: int, fraction: float
+) -> tuple[Tree, Any, Any]:
     """(inputs, weights, row numbers) of the sub-batch; row numbers are those of the full batch."""
     if inputs is None:
         if groups > 1 or fraction != 1:
@@ -226,14 +238,15 @@ def _rows(inputs: Tree, weights: Any, groups: int, fraction: float) -> tuple[Tre
                 "from `inputs`, which was not passed. Pass `inputs=batch` and "
                 "`logits_fn=lambda params, inputs: ...`."
             )
-        return None, weights, None
-    numbers = jnp.arange(batch_size((inputs, weights)))
+        numbers = None if row_numbers is None else numbers_of(row_numbers, jnp.size(row_numbers))
+        return None, weights, numbers
+    numbers = numbers_of(row_numbers, batch_size((inputs, weights)))
     rows = every_nth_row((inputs, weights, numbers), fraction)
     check_groups(len(rows[2]), len(numbers), fraction, groups)
     return rows
 
 
-def _other_rows(inputs: Tree, weights: Any, stride: int) -> tuple[Tree, Any, Any]:
+def _other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tuple[Tree, Any, Any]:
     """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
     number = batch_size((inputs, weights))
     if number % stride:
@@ -244,7 +257,7 @@ def _other_rows(inputs: Tree, weights: Any, stride: int) -> tuple[Tree, Any, Any
         )
     return jax.tree.map(
         lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
-        (inputs, weights, jnp.arange(number)),
+        (inputs, weights, numbers_of(row_numbers, number)),
     )
 
 
@@ -269,8 +282,17 @@ def _spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
 
     def spread(params, inputs):
         cut = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), inputs)
-        outputs = jax.vmap(logits_fn, (None, 0), spmd_axis_name=spmd_axis_name)(params, cut)
-        return outputs.reshape(-1, *outputs.shape[2:])
+        # What has no rows, such as a head's matrix, is one for all shards.
+        mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
+        of_rows, whole = mapped(params, cut)
+        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])
+        return of_rows if whole is None else dataclasses.replace(whole, features=of_rows)
+
+    def parts(params, inputs):
+        outputs = logits_fn(params, inputs)
+        if not isinstance(outputs, LinearLogits):
+            return outputs, None
+        return outputs.features, dataclasses.replace(outputs, features=None)
 
     return spread
 

@@ -18,6 +18,7 @@ from sophia_optax.curvature import (
     check_params,
     every_nth_row,
     mean_over_samples,
+    numbers_of,
     sum_over,
     varying,
     widen,
@@ -47,7 +48,8 @@ def hutchinson(
         after one evaluation of the gradient.
       groups: number of equal sets of rows, each with a probe of its own, one after the other;
         needs `inputs` and an `obj_fn` that weighs all rows alike. Set g has the rows g, g + G,
-        ..., so that each shard of a batch has its part of each set.
+        ..., so that each shard of a batch has its part of each set. Its probe is of the key
+        `fold_in(key, n)`, n the smallest number of its rows; one set takes the key as it is.
       batch_fraction: share of the rows of `inputs` that the Hessian is taken of: every n-th row,
         n = round(1 / fraction).
       mode: "forward" (jvp of the gradient) or "reverse" (vjp of the gradient), for losses with
@@ -58,6 +60,10 @@ def hutchinson(
         `(params, inputs) -> scalar` when `inputs` is passed.
       inputs: pytree whose leaves lead with the batch axis; needed if `batch_fraction` < 1 or
         `groups` > 1.
+      row_numbers: `int32[B]`, default 0, 1, ...: the rows' numbers in a batch that is evaluated
+        in parts, each with the same key. The mean of the samples of K equal micro-batches, the
+        i-th of rows i, i + K, ..., each in G / K > 1 sets, is then the sample of the whole batch
+        in G sets, to rounding; in one set each, its sample in one set.
 
     Returns:
       An estimator, which `value_grad_and_hessian` takes: it shares work if `batch_fraction` and
@@ -67,7 +73,7 @@ def hutchinson(
 
     Raises:
       ValueError: an argument is out of range; `obj_fn` or `params` is missing; params are masked;
-        rows do not divide into groups.
+        rows do not divide into groups; `row_numbers` of a wrong shape.
       TypeError: `obj_fn` returns more than a scalar.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 1, with Rademacher instead of normal
@@ -109,7 +115,7 @@ def hutchinson(
 
         return grads, value, mean_over_samples(sample, key, num_samples)
 
-    def sampled(key, params, obj_fn, inputs, axis_name, has_aux=False):
+    def sampled(key, params, obj_fn, inputs, row_numbers, axis_name, has_aux=False):
         """(None or (gradient, (loss, aux)) of the rows, h)."""
         if groups == 1:
             gradient = _gradient(obj_fn, params, inputs, batch_fraction, has_aux)
@@ -117,20 +123,43 @@ def hutchinson(
             return (grads, value), h
 
         def of_group(x):
-            gradient = _gradient(obj_fn, params, x[1], 1, has_aux)
-            return differentiate(gradient, x[0], params, axis_name)[2], None
+            rows, numbers = x
+            gradient = _gradient(obj_fn, params, rows, 1, has_aux)
+            # A set is on all shards, and has one probe there.
+            number = across(jax.lax.pmin, varying(numbers.min(), axis_name), axis_name)
+            probe_key = jax.random.fold_in(key, number)
+            return differentiate(gradient, probe_key, params, axis_name)[2], None
 
-        rows = _every_nth_set(inputs, groups, batch_fraction)
-        total, _ = sum_over(of_group, (jax.random.split(key, groups), rows))
+        total, _ = sum_over(of_group, _every_nth_set(inputs, row_numbers, groups, batch_fraction))
         return None, optax.tree.scale(1 / groups, total)
 
-    def estimator(key, params, updates, *, obj_fn=None, inputs=None, axis_name=None, **unused):
+    def estimator(
+        key,
+        params,
+        updates,
+        *,
+        obj_fn=None,
+        inputs=None,
+        row_numbers=None,
+        axis_name=None,
+        **unused,
+    ):
         del updates, unused
-        return sampled(key, params, obj_fn, inputs, axis_name)[1]
+        return sampled(key, params, obj_fn, inputs, row_numbers, axis_name)[1]
 
-    def with_gradient(key, params, *, has_aux, obj_fn=None, inputs=None, axis_name=None, **unused):
+    def with_gradient(
+        key,
+        params,
+        *,
+        has_aux,
+        obj_fn=None,
+        inputs=None,
+        row_numbers=None,
+        axis_name=None,
+        **unused,
+    ):
         del unused
-        whole, h = sampled(key, params, obj_fn, inputs, axis_name, has_aux)
+        whole, h = sampled(key, params, obj_fn, inputs, row_numbers, axis_name, has_aux)
         if whole is None or round(1 / batch_fraction) > 1:
             # Means of parts do not combine: `obj_fn` may weigh its rows.
             gradient = _gradient(obj_fn, params, inputs, 1, has_aux)
@@ -150,15 +179,18 @@ def _linearize(mode: str, gradient: Callable, params: Tree) -> tuple[Tree, Calla
     return grads, lambda u: pullback(u)[0], beside  # H is symmetric
 
 
-def _every_nth_set(inputs: Tree, groups: int, fraction: float) -> Tree:
-    """Leaves [groups, rows / groups, ...] of a share of the rows, in sets of every n-th."""
+def _every_nth_set(
+    inputs: Tree, row_numbers: Any, groups: int, fraction: float
+) -> tuple[Tree, jax.Array]:
+    """(inputs, row numbers) [groups, rows / groups, ...] of a share, in sets of every n-th."""
     if inputs is None:
         raise ValueError(
             f"hutchinson(groups={groups}) cuts rows from `inputs`, which was not passed. Pass "
             "`inputs=batch` and `obj_fn=lambda params, inputs: ...`."
         )
-    rows = every_nth_row(inputs, fraction)
-    check_groups(batch_size(rows), batch_size(inputs), fraction, groups)
+    number = batch_size(inputs)
+    rows = every_nth_row((inputs, numbers_of(row_numbers, number)), fraction)
+    check_groups(len(rows[1]), number, fraction, groups)
     return jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), rows)
 
 

@@ -1,6 +1,7 @@
 """One forward pass over some rows: losses on labels drawn from the model, and on the true ones."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax.curvature import Tree, accumulation_dtype, widen
+from sophia_optax.linear import LinearLogits, check_factors, gradient_by_chunk
+
+Outputs = jax.Array | LinearLogits
 
 BLOCK = 128
 """Classes in a block of `sample_categorical`; vocabularies are padded to multiples of it."""
@@ -65,15 +69,18 @@ def logits_pass(
         inputs, weights, numbers = rows
         outputs, pullback = jax.vjp(_outputs_of(likelihood, logits_fn, inputs, numbers), params)
 
-        def sampled_loss(outputs, key):
-            outputs = widen(outputs)
-            rows = jnp.arange(outputs.shape[0]) if numbers is None else numbers
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-            losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, outputs)
-            return _weighted_sum(losses, weights)
+        def sampled_loss(outputs, keys):
+            losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, widen(outputs))
+            roots, count = _roots(weights, losses.shape, losses.dtype)
+            return jnp.sum(roots * losses), count
 
         def draw(key):
-            cotangent, count = jax.grad(sampled_loss, has_aux=True)(outputs, key)
+            rows = jnp.arange(outputs.shape[0]) if numbers is None else numbers
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+            if isinstance(outputs, LinearLogits):
+                cotangent, count = _gradient_by_chunk(keys, outputs, weights)
+            else:
+                cotangent, count = jax.grad(sampled_loss, has_aux=True)(outputs, keys)
             return pullback(cotangent)[0], count
 
         if loss_fn is None:
@@ -107,7 +114,7 @@ def gradient_pass(
 
 def _outputs_of(
     likelihood: str, logits_fn: Callable, inputs: Tree, numbers: jax.Array | None
-) -> Callable[[Tree], jax.Array]:
+) -> Callable[[Tree], Outputs]:
     """`params -> outputs`, of the form that the likelihood has."""
     arguments = () if inputs is None else (inputs,)
 
@@ -121,7 +128,7 @@ def _outputs_of(
 
 def _true_loss(
     loss_fn: Callable, inputs: Tree, weights: Any, has_aux: bool
-) -> Callable[[jax.Array], tuple[jax.Array, tuple[jax.Array, Tree]]]:
+) -> Callable[[Outputs], tuple[jax.Array, tuple[jax.Array, Tree]]]:
     """`outputs -> (mean of w l, (mean of w, auxiliary output))`."""
     arguments = () if inputs is None else (inputs,)
 
@@ -135,9 +142,18 @@ def _true_loss(
 
 def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> None:
     rank = 1 if likelihood == "bernoulli" else 2
+    linear = isinstance(outputs, LinearLogits)
+    if linear and likelihood != "categorical":
+        raise ValueError(
+            f"`logits_fn` returned LinearLogits, of which only labels of likelihood 'categorical' "
+            f"are drawn, not of {likelihood!r}. Return the product as an array."
+        )
+    if linear:
+        check_factors(outputs)
     rows = "B" if numbers is None else len(numbers)
-    shapes = jax.tree.map(jnp.shape, outputs)
-    if not isinstance(outputs, jax.Array) or outputs.ndim < rank or rows not in ("B", shapes[0]):
+    shapes = outputs.shape if linear else jax.tree.map(jnp.shape, outputs)
+    array = linear or (isinstance(outputs, jax.Array) and outputs.ndim >= rank)
+    if not array or rows not in ("B", shapes[0]):
         raise ValueError(
             f"`logits_fn` must return one array, float[{rows}, ..., V] with the rows of `inputs` "
             f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart."
@@ -163,17 +179,17 @@ def _losses(result: Any, rows: int, weights: Any, has_aux: bool) -> tuple[jax.Ar
     return losses, aux
 
 
-def _weighted_sum(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
-    """(Σ sqrt(w) l, Σ w): squaring the gradient of the first restores the weight w."""
+def _roots(weights: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(sqrt(w), Σ w) of losses: squaring the gradient of Σ sqrt(w) l restores the weight w."""
     if weights is None:
-        return jnp.sum(losses), jnp.asarray(losses.size, jnp.float32)
-    if jnp.shape(weights) != losses.shape:
+        return jnp.ones(shape, dtype), jnp.asarray(math.prod(shape), jnp.float32)
+    if jnp.shape(weights) != shape:
         raise ValueError(
             f"`weights` has shape {jnp.shape(weights)}, but the outputs that count have shape "
-            f"{losses.shape} (for 'categorical' and 'gaussian' the logits' without the last axis)."
+            f"{shape} (for 'categorical' and 'gaussian' the logits' without the last axis)."
         )
-    weights = jnp.asarray(weights, losses.dtype)
-    return jnp.sum(jnp.sqrt(weights) * losses), jnp.sum(weights, dtype=accumulation_dtype(weights))
+    weights = jnp.asarray(weights, dtype)
+    return jnp.sqrt(weights), jnp.sum(weights, dtype=accumulation_dtype(weights))
 
 
 def _weighted_mean(losses: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
@@ -195,17 +211,26 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     probability p in a block of probability P has an error of about (P + p / P) 2^-23. A class of
     probability 0 is never drawn; where logits are not finite, neither is the loss.
     """
+    return _invert_softmax(_uniforms(key, logits.shape[:-1], logits.dtype), logits)
+
+
+def _uniforms(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """[..., 2] in [0, 1): all that is random in labels of that shape."""
+    return jnp.moveaxis(jax.random.uniform(key, (2, *shape), dtype), 0, -1)
+
+
+def _invert_softmax(uniforms: jax.Array, logits: jax.Array) -> jax.Array:
+    """int32[...] labels at [..., 2] uniform numbers."""
     classes = logits.shape[-1]
     block = min(BLOCK, classes)
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -classes % block)]
     blocks = jnp.pad(logits, padding, constant_values=-jnp.inf)
     blocks = blocks.reshape(*logits.shape[:-1], -1, block)
     top = jnp.max(logits, -1, keepdims=True)
-    first, second = jax.random.uniform(key, (2, *logits.shape[:-1]), logits.dtype)
-    chosen = _invert(first, jnp.sum(jnp.exp(blocks - top[..., None]), -1))
+    chosen = _invert(uniforms[..., 0], jnp.sum(jnp.exp(blocks - top[..., None]), -1))
     # Of the logits, not of their exponentials: those are then never stored.
     inside = jnp.take_along_axis(blocks, chosen[..., None, None], -2)[..., 0, :]
-    return chosen * block + _invert(second, jnp.exp(inside - top))
+    return chosen * block + _invert(uniforms[..., 1], jnp.exp(inside - top))
 
 
 def _invert(u: jax.Array, masses: jax.Array) -> jax.Array:
@@ -217,6 +242,21 @@ def _invert(u: jax.Array, masses: jax.Array) -> jax.Array:
 def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     labels = sample_categorical(key, jax.lax.stop_gradient(logits))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _gradient_by_chunk(
+    keys: jax.Array, logits: LinearLogits, weights: Any
+) -> tuple[LinearLogits, jax.Array]:
+    """(gradient of Σ sqrt(w) l, Σ w) on the labels that the rows' keys draw from whole logits."""
+    shape, dtype = logits.shape[:-1], accumulation_dtype(logits.features)
+    roots, count = _roots(weights, shape, dtype)
+    uniforms = jax.vmap(lambda key: _uniforms(key, shape[1:], dtype))(keys)
+
+    def loss(logits, uniforms, roots):
+        labels = _invert_softmax(uniforms, jax.lax.stop_gradient(logits))
+        return jnp.sum(roots * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    return gradient_by_chunk(loss, logits, uniforms, roots), count
 
 
 def _bernoulli(key: jax.Array, logits: jax.Array) -> jax.Array:

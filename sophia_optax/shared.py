@@ -27,8 +27,9 @@ def value_grad_and_hessian(
     the mean that `obj_fn` returns may weigh them.
 
     Micro-batches of gradient accumulation may be shared: call this on those that curvature is
-    sampled from, each with a key of its own, and `jax.value_and_grad` on the others. The mean of
-    the samples is a sample of all their rows, exactly where B is the same in each.
+    sampled from, all with one key and each with the `row_numbers` of its rows, and
+    `jax.value_and_grad` on the others. The mean of the samples is a sample of all their rows,
+    exactly where B is the same in each.
 
     In units of one `jax.value_and_grad`, such a step of a small GPT-2 takes 1.68 times the
     floating-point operations with Gauss-Newton-Bartlett instead of 2.02, and 3.02 with Hutchinson
@@ -48,11 +49,12 @@ def value_grad_and_hessian(
       hessian=h)`. The key that `hessian_estimate(seed=s)` uses at its update n = 0, 1, ... is
       `jax.random.fold_in(jax.random.key(s), n)`. Of `extra` each estimator reads its own, and
       ignores the others:
-        obj_fn, inputs: as in `hutchinson`, whose loss this is.
+        obj_fn, inputs, row_numbers: as in `hutchinson`, whose loss this is.
         loss_fn: for `gauss_newton_bartlett`, the true loss of each output, unaveraged:
           `outputs -> float[B, ...]`, or `(outputs, inputs)` when `inputs` is passed; shaped as
           `weights` where there are some. The loss is Σ w l / Σ w, not finite if Σ w = 0.
-        logits_fn, inputs, weights: as in `gauss_newton_bartlett`.
+          Of `LinearLogits`, `softmax_cross_entropy`.
+        logits_fn, inputs, weights, row_numbers: as in `gauss_newton_bartlett`.
         axis_name: axis of an enclosing `shard_map`; loss and gradient are then those of all
           shards (Hutchinson: the mean of the shards' losses), auxiliary output is the shard's.
 

@@ -14,14 +14,18 @@ import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson
 from train import program
+from train.batch import next_tokens
 from train.config import preset
+from train.loss import mean_loss, outputs_of
 from train.mesh import MeshConfig
 from train.sophia import SophiaG, SophiaH
-from train.step import init_state, make_step, mean_loss, micro_batches
+from train.step import init_state, make_step, micro_batches
 
 ROWS, SEED = 16, 5
 MODEL = models.split(DecoderConfig(vocab_size=32, context=8, width=8, layers=1, heads=2))
-BATCHES = jnp.asarray(np.random.default_rng(0).integers(32, size=(5, ROWS, 9)))
+OUTPUTS = outputs_of(MODEL)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(32, size=(5, ROWS, 9)))
+BATCHES = [next_tokens(tokens) for tokens in TOKENS]
 
 
 def make(optim, accumulation):
@@ -31,7 +35,7 @@ def make(optim, accumulation):
         sampling["estimator"] = optim.estimator(1, ROWS, accumulation)
         sampling["sample_every"] = optim.strides(ROWS, accumulation)[0]
     tx = optim.make(lambda _: 1e-2, seed=SEED, total_steps=5, batch_size=ROWS)
-    step = make_step(MODEL.apply, tx, seed=SEED, accumulation=accumulation, **sampling)
+    step = make_step(OUTPUTS, tx, seed=SEED, accumulation=accumulation, **sampling)
     state = jax.jit(functools.partial(init_state, MODEL.init, tx, 0))()
     return jax.jit(step, static_argnames="refresh"), state
 
@@ -78,12 +82,17 @@ def test_a_sample_is_the_mean_of_those_of_the_sampled_micro_batches(kind, number
     params, batch, key = state.params, BATCHES[0], jax.random.fold_in(jax.random.key(SEED), 0)
     after, metrics = step(state, batch, refresh=True)
     extra = {
-        "logits_fn": lambda params, batch: MODEL.apply(params, batch[:, :-1]),
-        "obj_fn": functools.partial(mean_loss, MODEL.apply),
+        "logits_fn": OUTPUTS,
+        "obj_fn": lambda params, batch: mean_loss(OUTPUTS(params, batch), batch),
     }
-    sample = jax.jit(lambda key, rows: each(key, params, None, inputs=rows, **extra))
-    keys = jax.random.split(key, len(chosen)) if len(chosen) > 1 else [key]
-    samples = [sample(key, batch[i::4]) for key, i in zip(keys, chosen, strict=True)]
+
+    @jax.jit
+    def sample(tokens, numbers):
+        rows = next_tokens(tokens)
+        return each(key, params, None, inputs=rows, row_numbers=numbers, **extra)
+
+    numbers = jnp.arange(ROWS)
+    samples = [sample(TOKENS[0, i::4], numbers[i::4]) for i in chosen]
     state = optax.tree.get(after.opt_state, "HessianEstimateState")
     have = jax.tree.map(lambda h: h / state.mass, state.h)
     want = jax.tree.map(lambda *h: np.mean(h, 0), *samples)

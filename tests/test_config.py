@@ -13,8 +13,8 @@ import sophia_optax
 from models import PRESETS
 from train import config, reference
 from train.config import preset
+from train.layers import matrices
 from train.optimizers import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
-from train.peers import matrices
 
 
 @pytest.mark.parametrize(

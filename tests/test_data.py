@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train import data
+from train.data import windows
 
-TEXTS = Path(data.__file__).parent / "texts"
+TEXTS = Path(data.__file__).parent.parent / "texts"
 
 
 def rows_of(step, *, length=1003, batch_size=7, sequence_length=16, seed=3, **kwargs):
@@ -72,14 +73,12 @@ def test_rows_do_not_depend_on_how_the_list_is_cut_into_steps():
 
 def test_batch_is_a_function_of_seed_and_step_alone():
     first = rows_of(11)
-    data._epoch.cache_clear()
+    windows._epoch.cache_clear()
     rows_of(0), rows_of(500), rows_of(11, seed=4)
     np.testing.assert_array_equal(rows_of(11), first)
     assert not np.array_equal(rows_of(11, seed=4), first)
-    windows = 1003 // 16 - 1  # the second epoch of a seed is not the first of the next
-    assert not np.array_equal(
-        rows_of(1, batch_size=windows), rows_of(0, batch_size=windows, seed=4)
-    )
+    count = 1003 // 16 - 1  # the second epoch of a seed is not the first of the next
+    assert not np.array_equal(rows_of(1, batch_size=count), rows_of(0, batch_size=count, seed=4))
 
 
 def test_order_is_the_same_under_every_numpy():
@@ -104,9 +103,9 @@ def test_heldout_batches_cover_every_target_once_in_order():
     np.testing.assert_array_equal(real[:, 1:].ravel(), np.arange(1, 101))
     np.testing.assert_array_equal(real[:, :-1].ravel(), np.arange(100))
     assert sum(weight.sum() for _, weight in batches) == 10
-    for length, windows in ((100, 9), (101, 10)):  # one more token is one more target
+    for length, count in ((100, 9), (101, 10)):  # one more token is one more target
         batches = data.heldout_batches(np.arange(length), batch_size=1, sequence_length=10)
-        assert len(list(batches)) == windows
+        assert len(list(batches)) == count
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])

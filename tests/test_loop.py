@@ -80,7 +80,7 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     number, moment, finished, tmp_path, monkeypatch, capsys
 ):
-    due, report, handler = loop.refresh_due, loop._Meter.report, signal.getsignal(number)
+    due, report, handler = loop.refresh_due, loop.Meter.report, signal.getsignal(number)
 
     asked = []
 
@@ -91,16 +91,16 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
             os.kill(os.getpid(), number)
         return due(optimizer, step)
 
-    def after(meter, step, measured):
+    def after(meter, step, measured, sampled):
         if step == 8 and moment == "after the step":
             os.kill(os.getpid(), number)
-        report(meter, step, measured)
+        report(meter, step, measured, sampled)
 
     run = small(tmp_path / "cut")
     run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "refresh_due", before)
-        patch.setattr(loop._Meter, "report", after)
+        patch.setattr(loop.Meter, "report", after)
         with pytest.raises(KeyboardInterrupt, match="step 8"):
             train.train(run)
     assert "stopped at step 8 of 12, which is saved" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_programs_are_compiled_before_the_first_step_and_never_again(
 
     monkeypatch.setattr(program.step_lib, "make_step", watched)
     monkeypatch.setattr(program, "assemble", kept)
-    monkeypatch.setattr(loop._Meter, "report", lambda *args: events.append("step"))
+    monkeypatch.setattr(loop.Meter, "report", lambda *args: events.append("step"))
     run = small(tmp_path / "run", steps=5)
     train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
     assert events == [True, False, *["step"] * 5]
@@ -195,17 +195,74 @@ def test_a_taken_folder_is_refused(finished):
         train.train(small(finished[0]))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_good_checkpoint(tmp_path):
+def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoint(tmp_path):
     folder = tmp_path / "run"
     train.train(small(folder, "adamw", steps=6))
     run = loop.config.load(folder)
     hot = dataclasses.replace(run.optim, learning_rate=float("inf"))
-    every = dataclasses.replace(run.run, checkpoint_every=1, log_every=100)
-    loop.config.save(dataclasses.replace(run, optim=hot, run=every), folder)
-    with pytest.raises(FloatingPointError, match=r"at step 8\. Lower.*step 7 is kept"):
+    shown = dataclasses.replace(run.run, checkpoint_every=1, keep_checkpoints=1)
+    loop.config.save(dataclasses.replace(run, optim=hot, run=shown), folder)
+    with pytest.raises(ValueError, match=r"step 6: optim.learning_rate 0\.01 -> inf\. Put back"):
         train.resume(folder, steps=12)
+    with pytest.raises(FloatingPointError, match=r"at step 7, .* not saved.*step 6 is kept"):
+        train.resume(folder, steps=12, allow_changes=True)
     with loop._checkpoints(run, folder) as checkpoints:
-        assert 6 in checkpoints.steps
+        assert checkpoints.steps == [6]
+
+
+def spoiled(monkeypatch, *bad):
+    """Batches of these steps have a target that is no token, and a loss that is no number."""
+    assemble, sampled = program.assemble, []
+
+    def spoil(run):
+        programs = assemble(run)
+
+        def batch(step):
+            sampled.append([step, None])
+            whole = programs.batch(step)
+            return whole.at[3, -1].set(999) if step in bad else whole
+
+        def compile(refresh):
+            step = programs.compile(refresh)
+
+            def noted(state, batch):
+                sampled[-1][1] = refresh
+                return step(state, batch)
+
+            return noted
+
+        return programs._replace(batch=batch, compile=compile)
+
+    monkeypatch.setattr(program, "assemble", spoil)
+    return sampled
+
+
+def test_bad_steps_change_nothing_and_a_sample_of_curvature_is_retaken(tmp_path, monkeypatch):
+    """Also across a resume right after the step at which the sample was due."""
+    sampled = spoiled(monkeypatch, 4, 10)
+    history = train.train(small(tmp_path / "whole", steps=14))
+    rows = {row["step"]: row for row in history if "grad_norm" in row}
+    assert [step for step, row in rows.items() if math.isnan(row["loss"])] == [5, 11]
+    assert [rows[step]["skipped_steps"] for step in (4, 5, 10, 11, 14)] == [0, 1, 1, 2, 2]
+    assert rows[5]["hessian_age"] == rows[4]["hessian_age"]  # counters stand still
+    assert [step for step, refresh in sampled if refresh] == [0, 10, 11]
+    assert rows[5]["learning_rate"] == rows[6]["learning_rate"]
+    sampled.clear()
+    train.train(small(tmp_path / "cut", steps=11))
+    sampled.clear()
+    assert losses(train.resume(tmp_path / "cut", steps=14))[14] == pytest.approx(
+        rows[14]["loss"], rel=1e-2
+    )  # of a schedule that was shorter at first
+    assert [step for step, refresh in sampled if refresh] == [11]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+    spoiled(monkeypatch, 2, 4, 5, 6)
+    run = small(tmp_path / "run", "adamw")
+    run = dataclasses.replace(run, run=dataclasses.replace(run.run, max_bad_steps=3))
+    with pytest.raises(FloatingPointError, match=r"at 3 steps in a row, up to step 7: none of"):
+        train.train(run)
+    assert max(losses(metrics.read_history(tmp_path / "run"))) == 7
 
 
 def test_only_optimizers_with_an_interval_sample_curvature():

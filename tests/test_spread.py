@@ -11,13 +11,17 @@ import pytest
 import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
+from train.batch import next_tokens
+from train.loss import mean_loss, outputs_of
 from train.optimizers import refresh_due
 from train.sophia import SophiaG, SophiaH
-from train.step import init_state, make_step, mean_loss
+from train.step import init_state, make_step
 
 ROWS, SEED, INTERVAL = 16, 5, 4
 MODEL = models.split(DecoderConfig(vocab_size=32, context=8, width=8, layers=1, heads=2))
-BATCHES = jnp.asarray(np.random.default_rng(0).integers(32, size=(INTERVAL, ROWS, 9)))
+OUTPUTS = outputs_of(MODEL)
+TOKENS = np.random.default_rng(0).integers(32, size=(INTERVAL, ROWS, 9))
+BATCHES = [next_tokens(jnp.asarray(tokens)) for tokens in TOKENS]
 CHANGED = {"update_interval": INTERVAL, "batch_fraction": 0.5, "b2": 0.9}
 CONFIGS = {
     "sophia-g": SophiaG(spread=True, groups=0, **CHANGED),
@@ -28,15 +32,15 @@ SLICES = {
     "sophia-h": hutchinson(batch_fraction=0.5 / INTERVAL),
 }
 EXTRA = {
-    "logits_fn": lambda params, batch: MODEL.apply(params, batch[:, :-1]),
-    "obj_fn": functools.partial(mean_loss, MODEL.apply),
+    "logits_fn": OUTPUTS,
+    "obj_fn": lambda params, batch: mean_loss(OUTPUTS(params, batch), batch),
 }
 
 
 def make(optim):
     """(step, initial state)."""
     tx = optim.make(lambda _: 1e-2, seed=SEED, batch_size=ROWS)
-    step = make_step(MODEL.apply, tx, estimator=optim.estimator(1, ROWS), seed=SEED)
+    step = make_step(OUTPUTS, tx, estimator=optim.estimator(1, ROWS), seed=SEED)
     return step, jax.jit(functools.partial(init_state, MODEL.init, tx, 0))()
 
 

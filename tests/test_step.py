@@ -11,6 +11,8 @@ import pytest
 import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g
+from train.batch import next_tokens
+from train.loss import outputs_of
 from train.step import init_state, make_step
 
 MODEL = models.split(DecoderConfig(vocab_size=32, context=8, width=8, layers=1, heads=2))
@@ -31,7 +33,7 @@ def make(estimator, shared, interval=2):
     """(step, initial state); `shared` is what the step itself may sample with."""
     optimizer = sophia_g(1e-3, estimator=estimator, update_interval=interval, seed=5)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
-    step = make_step(MODEL.apply, tx, estimator=shared, seed=5)
+    step = make_step(outputs_of(MODEL), tx, estimator=shared, seed=5)
     init = functools.partial(init_state, MODEL.init, tx, 0)
     return jax.jit(step, static_argnames="refresh"), jax.jit(init)
 
@@ -41,7 +43,7 @@ def two_steps(step, init, refreshes):
     state = init()
     batches = np.random.default_rng(0).integers(32, size=(2, 8, 9))
     for batch, refresh in zip(batches, refreshes, strict=True):
-        state, metrics = step(state, jnp.asarray(batch), refresh=refresh)
+        state, metrics = step(state, next_tokens(jnp.asarray(batch)), refresh=refresh)
     return state, metrics
 
 

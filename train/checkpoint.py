@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import importlib
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ _DISK = "check free space and permissions"
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, unreadable, unwritable or of another model; says what to do."""
+
+
+class _Unreadable(CheckpointError):
+    """Damaged on disk, so that another step may do."""
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
@@ -32,6 +38,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.directory = Path(directory).absolute()
         self._interval, self._keep_last = save_interval, keep_last
         self._current: int | None = None  # the step last saved or restored through this object
+        self.record: dict[str, Any] = {}  # what was saved with the state last restored
+        self.notes: list[str] = []  # what a user should know of the last `repair` and `restore`
 
     @property
     def steps(self) -> list[int]:
@@ -43,11 +51,20 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """The last of `steps`; None where there is none."""
         return max(self.steps, default=None)
 
-    def save(self, step: int, state: Any, *, metrics: Metrics = None, force: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Metrics = None,
+        record: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ) -> bool:
         """Start to save a pytree of `jax.Array`; its buffers may be donated once this returns.
 
         Waits for the save before it and for the copy to the host. After `restore` of an older
         step the later ones are an abandoned future: the first save deletes those at or after it.
+        `record`, plain JSON values, is kept beside the arrays.
         `force` saves off the interval too. Returns whether a save began: not for the step last
         saved or restored. Raises CheckpointError if this or the save before it failed, or if the
         folder holds `step` or a later one that this object neither saved nor went back from.
@@ -67,33 +84,79 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             for s in abandoned:
                 self._manager.delete(s)
             values = None if metrics is None else {k: float(v) for k, v in metrics.items()}
-            self._manager.save_async(step, state, force=True, metrics=values)
+            beside = None if record is None else dict(record)
+            self._manager.save_async(
+                step, state, force=True, metrics=values, custom_metadata=beside
+            )
         self._current = step
         return True
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any]:
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        *,
+        accept: Callable[[Mapping[str, Any]], object] = lambda record: None,
+    ) -> tuple[int, Any]:
         """Read (step, state) onto the devices that `abstract_state` names, from whatever mesh.
 
         `abstract_state` is a pytree of `jax.ShapeDtypeStruct` with shardings; `step` is one of
-        `steps`, by default the last. Raises CheckpointError.
+        `steps`, by default the last that can be read: `notes` tell of those that could not.
+        `accept` is shown what was saved beside the arrays, before these are read, and may raise.
+        Raises CheckpointError.
         """
         steps = self.steps
         if not steps:
             what = "holds no checkpoint" if self.directory.is_dir() else "does not exist"
             raise CheckpointError(f"{self.directory} {what}: give the folder of a run that saved")
-        step = steps[-1] if step is None else step
-        if step not in steps:
+        if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}: restore one of {steps}")
+        errors: list[CheckpointError] = []
+        for candidate in steps[::-1] if step is None else [step]:
+            try:
+                state = self._read(candidate, steps, abstract_state, accept)
+            except _Unreadable as error:
+                errors.append(error)
+                continue
+            self.notes += [f"{error}" for error in errors]
+            if errors:
+                self.notes.append(f"going on from step {candidate} instead")
+            self._current = candidate
+            return candidate, state
+        raise errors[0]
+
+    def repair(self) -> None:
+        """Clears what a killed run left half-written; for the one process that owns the folder.
+
+        A step whose metrics are damaged would keep all others from being opened: it is renamed.
+        """
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path)
+        for path in self.directory.glob("[0-9]*/metrics/metrics"):
+            step = path.parent.parent
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                aside = step.with_name(f"damaged-{step.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                step.rename(aside)
+                self.notes.append(f"the metrics of step {step.name} are damaged: now in {aside}")
+
+    def _read(
+        self, step: int, steps: list[int], abstract_state: Any, accept: Callable[..., object]
+    ) -> Any:
         others = [s for s in steps if s != step]
         cure = f"others are there: {others}, pick one by step=" if others else "it was the only one"
-        with self._explain(f"step {step} is unreadable", cure):
+        with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             self._manager.wait()
-            saved = self._manager.metadata(step).metadata
+            metadata = self._manager.metadata(step)
+        self.record = dict(metadata.custom_metadata or {})
+        accept(self.record)
+        with self._explain(f"step {step} is unreadable", cure, _Unreadable):
+            saved = metadata.metadata
             if saved is not None:  # where the metadata is damaged, load says how
                 _compare(saved, abstract_state, self.directory)
-            state = self._manager.load(step, abstract_state)
-        self._current = step
-        return step, state
+            return self._manager.load(step, abstract_state)
 
     def close(self) -> None:
         """Wait for the save in progress. Raises CheckpointError if it failed."""
@@ -121,7 +184,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             )
 
     @contextlib.contextmanager
-    def _explain(self, what: str, cure: str) -> Iterator[None]:
+    def _explain(
+        self, what: str, cure: str, kind: type[CheckpointError] = CheckpointError
+    ) -> Iterator[None]:
         """Orbax's errors and logs tell of its handlers; the first of the chain is the cause."""
         log = logging.getLogger("absl")
         disabled, log.disabled = log.disabled, True
@@ -134,7 +199,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             while root.__cause__ is not None:
                 root = root.__cause__
             cause = f"{type(root).__name__}: {str(root).partition(chr(10))[0][:200]}"
-            raise CheckpointError(f"{self.directory}: {what} ({cause}); {cure}") from root
+            raise kind(f"{self.directory}: {what} ({cause}); {cure}") from root
         finally:
             log.disabled = disabled
 

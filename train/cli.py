@@ -1,34 +1,55 @@
-"""The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or `resume RUN`."""
+"""The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or a command and its own."""
 
+import dataclasses
+import importlib
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import tyro
 
 from models import PRESETS
-from train import config, loop
+from train import config, distributed, signals
 from train.checkpoint import CheckpointError
+from train.distributed import DistributedConfig
 from train.optimizers import OPTIMIZERS
 
+COMMANDS = {
+    "resume": ("train.commands", "resume", "go on with a run as if it had not stopped"),
+    "eval": ("train.commands", "evaluate", "a run's loss on the held-out data"),
+    "sample": ("train.commands", "sample", "text from a run"),
+    "plan": ("train.plan_tables", "command", "memory, operations and traffic of a run, without it"),
+    "import": ("train.commands", "import_", "a run from a Hugging Face folder"),
+    "export": ("train.commands", "export", "a Hugging Face folder from a run"),
+    "prepare": ("train.data.prepare", "prepare", "a text as tokens in binary files"),
+    "train-tokenizer": ("train.data.prepare", "train_tokenizer", "a vocabulary from a text"),
+}
+"""Name -> (module, function, what it makes); modules are imported when asked for."""
 
-def _optimizers() -> str:
+PARSES_ITSELF = ("resume", "plan")
+"""Commands whose defaults depend on their first words."""
+
+
+def _lines(rows: dict[str, str]) -> str:
+    return "\n".join(f"  {name:18}{text}" for name, text in rows.items())
+
+
+def _usage() -> str:
     firsts = {name: str(kind.__doc__).partition("\n")[0] for name, kind in OPTIMIZERS.items()}
-    return "\n".join(f"  {name:18}{first}" for name, first in firsts.items())
-
-
-USAGE = f"""Train a language model on the embedded text (ten plays of Shakespeare, byte by byte).
+    return f"""Train a language model, by default on the embedded text (ten plays of Shakespeare).
 
 usage: python -m train [MODEL] [OPTIMIZER] [flags]
-       python -m train resume RUN [--steps N] [--step CHECKPOINT]
+       python -m train COMMAND ...
 
 MODEL
   {", ".join(PRESETS)}
 
 OPTIMIZER
-{_optimizers()}
+{_lines(firsts)}
+
+COMMAND, each with a --help of its own
+{_lines({name: text for name, (_, _, text) in COMMANDS.items()})}
 
 python -m train                          the tiny model with Sophia-G, in under two minutes
 python -m train tiny adamw --steps 500   another optimizer, a shorter run
@@ -42,27 +63,62 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs a command; a mistake of the user's ends it with one line that names the cure."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        if args and args[0] == "resume":
-            tyro.cli(resume, args=args[1:], prog="python -m train resume")
-        else:
-            loop.train(parse(args))
+        _run(args)
     except BrokenPipeError:  # the reader has enough, such as `head`; there is nothing to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ConnectionError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error}. Choose a folder that can be written with --run.folder.")
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except signals.Stopped:
+        pass  # as it was told to: the run has said how to go on
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports an interrupt; the run has said how to go on
+        sys.exit(130)  # as a shell reports an interrupt
 
 
-def parse(args: Sequence[str]) -> config.Config:
+def _run(args: list[str]) -> None:
+    name = args[0] if args else ""
+    if name in PARSES_ITSELF:
+        _command(name)(args[1:])
+    elif name in COMMANDS:
+        tyro.cli(_command(name), args=args[1:], prog=f"python -m train {name}")
+    else:
+        from train import loop  # the heavier half
+
+        run, processes = parse_all(args)
+        distributed.start(processes)
+        loop.train(run)
+
+
+def _command(name: str) -> Callable[..., Any]:
+    module, function, _ = COMMANDS[name]
+    return getattr(importlib.import_module(module), function)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """What a command line of a new run holds."""
+
+    config: Annotated[config.Config, tyro.conf.arg(name="")]
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+def parse(args: Sequence[str], prog: str = "python -m train") -> config.Config:
     """The config that a command line names: positional names first, then flags.
 
     >>> parse(["tiny", "lion", "--steps", "300"]).name
     'tiny-lion'
     """
+    return parse_all(args, prog)[0]
+
+
+def parse_all(
+    args: Sequence[str], prog: str = "python -m train"
+) -> tuple[config.Config, DistributedConfig]:
+    """The config, and the processes that share the work."""
     names = []
     for arg in args[:2]:
         if arg.startswith("-"):
@@ -70,26 +126,12 @@ def parse(args: Sequence[str]) -> config.Config:
         names.append(arg)
     default = config.preset(*names)
     if {"-h", "--help"} & set(args):
-        print(USAGE)  # tyro would reflow it
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[config.Config],
+        print(_usage())  # tyro would reflow it
+    words = tyro.cli(
+        tyro.conf.AvoidSubcommands[_Words],
         args=args[len(names) :],
-        default=default,
+        default=_Words(default),
         description="",
-        prog=" ".join(["python -m train", *names]),
+        prog=" ".join([prog, *names]),
     )
-
-
-def resume(
-    run: Annotated[Path, tyro.conf.Positional],
-    steps: int | None = None,
-    step: int | None = None,
-) -> None:
-    """Go on with a run as if it had not stopped.
-
-    Args:
-      run: folder of the run, such as runs/tiny-sophia-g-20260101-120000.
-      steps: train to this many steps instead; the learning rate follows the longer schedule.
-      step: start from this checkpoint instead of the newest.
-    """
-    loop.resume(run, steps=steps, step=step)
+    return words.config, words.distributed

@@ -11,10 +11,12 @@ from typing import Any
 import optax
 import tyro
 
-from models import PRESETS, DecoderConfig
+from models import PRESETS, DecoderConfig, EncoderConfig
+from train import files, profiling
+from train.data.config import DataConfig
 from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS, Optimizer, name_of
-from train.presets import GPT2, TINY
+from train.presets import LARGE, TINY
 from train.sophia import SophiaG, SophiaH
 
 
@@ -28,6 +30,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 400
     """Steps between checkpoints; the last step always has one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which there is a checkpoint, wherever the steps are; 0 counts steps alone."""
     keep_checkpoints: int = 2
     """Checkpoints kept: the last few, and the best of those saved at an evaluation."""
     sample_length: int = 400
@@ -38,25 +42,43 @@ class RunConfig:
     """Folder of compiled programs, for fast restarts; empty for none."""
     quiet: bool = False
     """Show no progress."""
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, after which a run gives up. Each of them
+    changes nothing, and the next takes the next batch."""
+    spike: float = 0.0
+    """Standard deviations above the mean of the last 50 logged losses from which a loss is called
+    a spike: shown, and counted in metrics.jsonl; 0 looks for none."""
+    profile: str = ""
+    """Steps to trace with the profiler of JAX, such as 10:15; empty traces none."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, into the run's folder."""
+    wandb: str = ""
+    """Project at Weights & Biases that gets the metrics too; empty for none."""
 
     def __post_init__(self):
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("checkpoint_minutes", "spike"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
+        profiling.parse(self.profile)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run on the embedded text.
+    """A training run.
 
     >>> preset("tiny", "adamw").name
     'tiny-adamw'
     """
 
-    model: DecoderConfig
+    model: DecoderConfig | EncoderConfig
     """Shape of the model."""
     optim: Optimizer
     """The optimizer and its hyperparameters."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """What it is trained on."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How devices are arranged."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -68,9 +90,12 @@ class Config:
     accumulation: int = 1
     """Micro-batches that a step evaluates one after the other, for less memory: of batch_size
     sequences together, which they and the devices must divide. The gradient is the same; samples
-    of curvature draw other labels and probes."""
+    of curvature are, too, where each row is a group."""
     sequence_length: int = 64
     """Tokens a sequence."""
+    loss_chunk: int = 0
+    """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
+    is large, and one more product with it in three; 0 holds all."""
     warmup_steps: int = 100
     """Steps over which the learning rate grows from 0 to its peak."""
     final_learning_rate: float = 0.05
@@ -81,6 +106,9 @@ class Config:
     """Steps between evaluations on the whole held-out text."""
     seed: int = 0
     """Of initial parameters, data order, and curvature samples."""
+    start_from: str = ""
+    """Folder of a run, or of a Hugging Face model, whose parameters to begin with; a head for
+    classes that it lacks begins at random. Empty begins all at random."""
     base: tyro.conf.Suppress[str] = "tiny"
     """The model's name, before any flag changed it."""
 
@@ -97,6 +125,7 @@ class Config:
             self.optim.estimator(1, self.batch_size, self.accumulation)
         if self.gradient_clip < 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
+        _check_task(self.data.task, self.model)
         if self.sequence_length > self.model.context:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is longer than the model's context of "
@@ -129,7 +158,21 @@ class Config:
     def hash(self) -> str:
         """Changes with whatever can change the result, not with where it runs or is written."""
         fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh")}
+        places = ("cache", "download", "tfds_folder")
+        fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
+    classes = getattr(model, "classes", 0)
+    encoder = isinstance(model, EncoderConfig)
+    if encoder != (task != "next-token") or (task == "classify") != bool(classes):
+        kind = f"an encoder for {classes} classes" if classes else "an encoder" * encoder
+        raise ValueError(
+            f"data.task={task} does not go with {kind or 'a decoder'}: decoders name the next "
+            "token, encoders hidden ones (--data.task masked), those with --model.classes above 0 "
+            "classes (--data.task classify)."
+        )
 
 
 def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
@@ -140,7 +183,7 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
       optimizer: a name in `OPTIMIZERS`.
 
     Returns:
-      Its config: the published one for GPT-2 sizes, a two-minute one for `tiny`; `train.presets`
+      Its config: the published one for GPT-2 sizes, a two-minute one for tiny ones; `train.presets`
       says which hyperparameters are published, measured or guesses.
 
     Raises:
@@ -151,16 +194,20 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     """
     _known(model, PRESETS, "model", ("resume",))
     _known(optimizer, OPTIMIZERS, "optimizer")
-    if model == "tiny":
-        return Config(PRESETS[model], TINY[optimizer])
+    shape = PRESETS[model]
+    data = DataConfig(task="masked" if isinstance(shape, EncoderConfig) else "next-token")
+    if model not in LARGE:
+        return Config(shape, TINY[optimizer], data, base=model)
     return Config(
-        PRESETS[model],
-        GPT2[model][optimizer],
+        dataclasses.replace(shape, scan_layers=True),
+        LARGE[model][optimizer],
+        data,
         base=model,
         run=RunConfig(checkpoint_every=1000),
         steps=100_000,
         batch_size=480,
-        sequence_length=1024,
+        sequence_length=min(1024, shape.context),
+        loss_chunk=128,
         warmup_steps=2000,
         evaluate_every=1000,
     )
@@ -223,8 +270,9 @@ def from_json(fields: dict[str, Any]) -> Config:
     """
     fields = dict(fields)
     return Config(
-        model=DecoderConfig(**fields.pop("model")),
+        model=type(PRESETS[fields["base"]])(**fields.pop("model")),
         optim=OPTIMIZERS[fields.pop("optimizer")](**fields.pop("optim")),
+        data=DataConfig(**fields.pop("data")),
         mesh=MeshConfig(**fields.pop("mesh")),
         run=RunConfig(**fields.pop("run")),
         **fields,
@@ -233,7 +281,7 @@ def from_json(fields: dict[str, Any]) -> Config:
 
 def save(config: Config, folder: Path) -> None:
     """Writes `config.json` into a run's folder."""
-    (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+    files.replace_text(folder / "config.json", json.dumps(to_json(config), indent=1) + "\n")
 
 
 def load(folder: Path) -> Config:

@@ -2,26 +2,51 @@
 
 import contextlib
 import dataclasses
-import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from train import checkpoint, config, metrics, program, reference, report
-from train.config import Config
+from train import (
+    checkpoint,
+    config,
+    distributed,
+    files,
+    lock,
+    metrics,
+    profiling,
+    program,
+    record,
+    reference,
+    report,
+    saved,
+    signals,
+    writers,
+)
+from train.config import Config, RunConfig
+from train.mesh import MeshConfig
+from train.meter import Health, Meter
 from train.optimizers import refresh_due
 from train.step import TrainState
 
 History = list[dict[str, Any]]
 
 
+class _Start(NamedTuple):
+    """Where a run begins."""
+
+    state: TrainState
+    health: Health = Health()
+    notes: tuple[str, ...] = ()
+
+
 def train(run: Config) -> History:
     """Trains a model in a new folder.
+
+    Of several processes (`distributed.start`) all call it, with the same config.
 
     Args:
       run: such as `preset("tiny", "sophia-g")`, changed with `dataclasses.replace`.
@@ -30,187 +55,317 @@ def train(run: Config) -> History:
       The history: one dict for each line of the folder's `metrics.jsonl`.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the batch not the mesh; the folder is taken.
-      FloatingPointError: the loss is not finite.
-      KeyboardInterrupt: SIGINT or SIGTERM came; the step under way was finished and saved first.
+      ValueError: the mesh does not fit the devices, or the batch not the mesh; the folder is taken;
+        processes disagree.
+      FloatingPointError: the loss or the gradient was not finite, too many steps in a row.
+      CheckpointError: a checkpoint cannot be written.
+      OSError: another file cannot.
+      Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
+        KeyboardInterrupt, and ends a loop over runs.
     """
+    with _new(run) as folder:
+        if run.run.recompute_reference:
+            reference.recompute(run, train)
+        program.use_compile_cache(run.run.compile_cache)
+        programs = program.assemble(run)
+        programs.data()  # what cannot be read is no reason to compile
+        with _checkpoints(run, folder) as checkpoints:
+            return _run(run, folder, programs, _Start(_initial(run, programs)), checkpoints)
+
+
+def begin(run: Config) -> None:
+    """Makes the folder of a run that has done no step, with a checkpoint to go on from.
+
+    Raises:
+      ValueError, CheckpointError, OSError: as in `train`.
+    """
+    with _new(run) as folder:
+        programs = program.assemble(run)
+        with _checkpoints(run, folder) as checkpoints:
+            beside = record.make(0, config.to_json(run), _fingerprint(programs), Health())
+            checkpoints.save(0, _initial(run, programs), record=beside, force=True)
+        distributed.on_main(lambda: config.save(run, folder))
+
+
+@contextlib.contextmanager
+def _new(run: Config) -> Iterator[Path]:
+    """A folder that no run has, held by this one."""
+    distributed.check_same(_shared(run))
     folder = Path(run.run.folder or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} already holds a run: resume it with `python -m train resume {folder}`, or "
-            "choose another --run.folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if run.run.recompute_reference:
-        reference.recompute(run, train)
-    program.use_compile_cache(run.run.compile_cache)
-    programs = program.assemble(run)
-    with _checkpoints(run, folder) as checkpoints:
-        return _run(run, folder, programs, programs.init(), checkpoints)
+    folder = Path(distributed.from_main(str(folder)))
+    distributed.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    with _owned(folder):
+        distributed.on_main(lambda: _must_be_free(folder))
+        yield folder
 
 
-def resume(folder: Path, *, steps: int | None = None, step: int | None = None) -> History:
+def _initial(run: Config, programs: program.Program) -> TrainState:
+    state = programs.init()
+    if run.start_from:
+        params = saved.start_from(Path(run.start_from), run, state.params)
+        state = state._replace(params=params)
+    return state
+
+
+def resume(
+    folder: Path,
+    *,
+    steps: int | None = None,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    allow_changes: bool = False,
+    compile_cache: str | None = None,
+) -> History:
     """Goes on with a run as if it had not stopped.
 
     Args:
       folder: of the run.
       steps: train to this many steps instead; the learning rate then follows the other schedule,
         which is higher where it is longer.
-      step: start from this checkpoint; default the newest.
+      step: start from this checkpoint; default the newest that can be read, and the beginning
+        where the run was stopped before its first.
+      mesh: other than before.
+      allow_changes: go on although config or data are not those of the checkpoint.
+      compile_cache: as in `RunConfig`; a run's folder may come from elsewhere, and must not say
+        where compiled programs are taken from.
 
     Returns:
       The history of the whole run.
 
     Raises:
-      ValueError: the folder is missing or holds no run; `steps` are fewer than were done.
+      ValueError: the folder is missing or holds no run, or is in use; `steps` are fewer than were
+        done; config or data are not those of the checkpoint.
       CheckpointError: no checkpoint can be read.
-      FloatingPointError: the loss is not finite.
-      KeyboardInterrupt: as in `train`.
+      FloatingPointError, OSError, Stopped: as in `train`.
     """
+    folder = Path(folder)
     run = config.load(folder)
     run = dataclasses.replace(run, steps=run.steps if steps is None else steps)
-    program.use_compile_cache(run.run.compile_cache)
-    programs = program.assemble(run)
-    with _checkpoints(run, folder) as checkpoints:
-        done, state = checkpoints.restore(programs.abstract, step)
-        if run.steps < done:
-            raise ValueError(
-                f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
-                "more, or start from an older one with --step."
-            )
-        return _run(run, folder, programs, state, checkpoints)
+    run = dataclasses.replace(run, mesh=mesh or run.mesh)
+    distributed.check_same(_shared(run) | {"folder": str(folder), "step": step})
+    with _owned(folder):
+        program.use_compile_cache(_cache(run.run, compile_cache))
+        programs = program.assemble(run)
+        with _checkpoints(run, folder) as checkpoints:
+            start = _restored(run, folder, programs, checkpoints, step, allow_changes)
+            return _run(run, folder, programs, start, checkpoints)
+
+
+def _shared(run: Config) -> dict[str, Any]:
+    return {"config": config.to_json(run), "versions": record.versions()}
+
+
+def _cache(shown: RunConfig, asked: str | None) -> str:
+    if asked is not None:
+        return asked
+    return shown.compile_cache and RunConfig.compile_cache
+
+
+def _must_be_free(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} already holds a run: resume it with `python -m train resume {folder}`, or "
+            "choose another --run.folder."
+        )
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, on process 0 for all."""
+
+    def hold() -> None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} does not exist: give the folder of a run.")
+        stack.enter_context(lock.hold(folder, print))
+
+    with contextlib.ExitStack() as stack:
+        distributed.on_main(hold)
+        yield
 
 
 def _checkpoints(run: Config, folder: Path) -> checkpoint.Checkpoints:
     return checkpoint.Checkpoints(
-        folder / "checkpoints",
+        files.inside(folder, "checkpoints"),
         save_interval=run.run.checkpoint_every,
         keep_last=run.run.keep_checkpoints,
     )
+
+
+def _restored(
+    run: Config,
+    folder: Path,
+    programs: program.Program,
+    checkpoints: checkpoint.Checkpoints,
+    step: int | None,
+    allow_changes: bool,
+) -> _Start:
+    """The state to go on from, and what to say about it."""
+    notes: list[str] = []
+
+    def accept(saved: Any) -> None:
+        now = config.to_json(run)
+        notes[:] = record.check(saved, now, _fingerprint(programs), allow_changes=allow_changes)
+
+    distributed.on_main(checkpoints.repair)
+    if step is None and not checkpoints.steps and _never_saved(run, folder):
+        return _Start(programs.init(), notes=("no checkpoint yet: starting from step 0",))
+    done, state = checkpoints.restore(programs.abstract, step, accept=accept)
+    if run.steps < done:
+        raise ValueError(
+            f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
+            "more, or start from an older one with --step."
+        )
+    health = Health(**checkpoints.record.get("health", {}))
+    return _Start(state, health, (*checkpoints.notes, *notes))
+
+
+def _never_saved(run: Config, folder: Path) -> bool:
+    """Whether the run was killed before its first checkpoint; else that is missing.
+
+    The second save waits for the end of the first, and metrics are written before both.
+    """
+    path = folder / metrics.FILE
+    rows = metrics.read_history(folder) if path.exists() else []
+    return max((row["step"] for row in rows), default=0) <= 2 * run.run.checkpoint_every
+
+
+def _fingerprint(programs: program.Program) -> str:
+    return programs.data().fingerprint
 
 
 def _run(
     run: Config,
     folder: Path,
     programs: program.Program,
-    state: TrainState,
+    start: _Start,
     checkpoints: checkpoint.Checkpoints,
 ) -> History:
-    """Trains from `state` to the last step, or until a signal, then reports."""
-    first = done = int(state.step)
-    measured, heldout = {}, {}
+    """Trains from `start` to the last step, or until a signal, then reports."""
+    state, first = start.state, int(start.state.step)
+    done, stopped, agree = first, False, distributed.Agreement()
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet))
-        step = _compiled(run, programs, range(first, run.steps), log)
-        config.save(run, folder)  # only now: a run that does not compile leaves its folder free
-        stop = stack.enter_context(_signals())
-        meter = _Meter(run, log, checkpoints, first)
-
-        def save(force: bool) -> None:
-            if force or done % run.run.checkpoint_every == 0:
-                _check_finite(measured, done, checkpoints)
-                checkpoints.save(done, state, metrics=heldout or None, force=force)
-
-        while done < run.steps and not stop.is_set():
-            state, measured = step[refresh_due(run.optim, done)](state, programs.batch(done))
+        stop = stack.enter_context(signals.stopping())
+        log = stack.enter_context(_log(run, folder, first))
+        for note in start.notes:
+            log.print(note)
+        step = _compiled(run, programs, range(first, run.steps), start.health.owed, log)
+        # Only now: a run that does not compile leaves its folder free.
+        distributed.on_main(lambda: config.save(run, folder))
+        meter = Meter(run, log, first, start.health)
+        saver = _Saver(run, programs, checkpoints, meter)
+        shown = run.run.profile if distributed.is_main() else ""
+        trace = stack.enter_context(profiling.profiler(shown, folder / "profile", log.print))
+        trace(first, state)
+        while done < run.steps and not stopped:
+            refresh = _refresh(run, done, meter.health)
+            state, measured = step[refresh](state, programs.batch(done))
             done, heldout = done + 1, {}
-            meter.report(done, measured)
+            meter.report(done, measured, refresh is True)
+            trace(done, measured)
             if done % run.evaluate_every == 0 or done == run.steps:
                 meter.flush()
                 evaluated = programs.evaluate(state.params)
                 log.evaluate(done, evaluated)
                 heldout = {"loss": evaluated["heldout_loss"]}
                 meter.restart(done)
-            save(force=False)
-        meter.flush()
-        save(force=True)
-    history = metrics.read_history(folder)
-    report.finish(run, folder, history, programs.apply, state)
+            stopped, overdue = agree(stop.is_set(), saver.overdue())
+            last = stopped or done == run.steps
+            saver.save(done, state, heldout, overdue=overdue, last=last)
+        if stopped:
+            log.print(f"stopping: waiting until step {done} is saved")
+        if first == run.steps:  # nothing to do, but that the schedule may be a new one
+            saver.save(done, state, {}, last=True)
+    checkpoints.close()  # what is said to be saved is
+    history = metrics.read_history(folder) if distributed.is_main() else []
+    report.finish(run, folder, history, programs, state)
     if done < run.steps:
-        raise KeyboardInterrupt(f"stopped at step {done}, which is saved")
+        raise signals.Stopped(folder, done)
     return history
 
 
+def _log(run: Config, folder: Path, first: int) -> metrics.RunLog:
+    main, others = distributed.is_main(), []
+    if main and run.run.tensorboard:
+        others.append(writers.TensorBoard(folder / "tensorboard", first))
+    if main and run.run.wandb:
+        others.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
+    return metrics.RunLog(
+        folder, run.steps, first, quiet=run.run.quiet, writers=others, silent=not main
+    )
+
+
+def _refresh(run: Config, step: int, health: Health) -> bool | None:
+    """Whether this step samples curvature: if it is due, or was at a step that changed nothing."""
+    due = refresh_due(run.optim, step)
+    return True if due is False and health.owed else due
+
+
 def _compiled(
-    run: Config, programs: program.Program, steps: range, log: metrics.RunLog
+    run: Config, programs: program.Program, steps: range, owed: bool, log: metrics.RunLog
 ) -> dict[bool | None, Any]:
     """The programs that these steps need, by `refresh`: what does not compile fails before them."""
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
-    for refresh in dict.fromkeys(refresh_due(run.optim, step) for step in steps):
+    due = [_refresh(run, step, Health(owed=owed and step == steps.start)) for step in steps]
+    for refresh in dict.fromkeys(due):
         with log.compiling(names[refresh]):
             compiled[refresh] = programs.compile(refresh)
     return compiled
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets: the state is whole only between steps.
-
-    The second SIGINT interrupts at once. Outside the main thread signals are not ours to handle.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _check_finite(measured: Mapping[str, Any], step: int, checkpoints: checkpoint.Checkpoints):
-    """A state with a loss that is not finite must never push a good one out."""
-    loss = float(measured.get("loss", 0.0))
-    if not math.isfinite(loss):
-        kept = checkpoints.latest
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step}. Lower --optim.learning-rate, or lengthen "
-            "--warmup-steps"
-            + (f"; the checkpoint of step {kept} is kept." if kept else "; nothing was saved yet.")
-        )
-
-
-class _Meter:
-    """Fetches metrics one step late, so that the device always has a step to work on."""
+class _Saver:
+    """When there is a checkpoint: by steps, by minutes, and at the end."""
 
     def __init__(
         self,
         run: Config,
-        log: metrics.RunLog,
+        programs: program.Program,
         checkpoints: checkpoint.Checkpoints,
-        first: int,
+        meter: Meter,
     ):
-        self.run, self.log, self.checkpoints = run, log, checkpoints
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.restart(first)
+        self.run, self.programs, self.checkpoints, self.meter = run, programs, checkpoints, meter
+        self.clock = time.perf_counter()
 
-    def restart(self, step: int) -> None:
-        """Starts the clock at a step: what came before is not counted as training."""
-        self.since, self.clock = step, time.perf_counter()
+    def overdue(self) -> bool:
+        """By the clock of this process."""
+        minutes = self.run.run.checkpoint_minutes
+        return minutes > 0 and time.perf_counter() - self.clock > 60 * minutes
 
-    def report(self, step: int, measured: dict[str, jax.Array]) -> None:
-        self.flush()
-        if step % self.run.run.log_every == 0 or step in (1, self.run.steps):
-            self.pending = (step, measured)
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        heldout: dict[str, float],
+        *,
+        overdue: bool = False,
+        last: bool = False,
+    ) -> None:
+        """Saves a state that is due, after the metrics that led to it.
 
-    def flush(self) -> None:
-        if self.pending is None:
+        Raises:
+          FloatingPointError: parameters are not finite. Such a state must never push a good one
+            out, and no later step can mend it.
+        """
+        due = step % self.run.run.checkpoint_every == 0
+        if not (due or overdue or last):
             return
-        (step, measured), self.pending = self.pending, None
-        values = {name: float(value) for name, value in jax.device_get(measured).items()}
-        _check_finite(values, step, self.checkpoints)
-        seconds = max(time.perf_counter() - self.clock, 1e-9)
-        tokens = (step - self.since) * self.run.batch_size * self.run.sequence_length
-        values["learning_rate"] = float(jax.device_get(self.run.schedule(step - 1)))
-        values["tokens_per_second"] = tokens / seconds
-        self.log.train(step, values)
-        self.restart(step)
+        self.meter.flush()
+        if not bool(_finite(state.params)):
+            raise FloatingPointError(
+                f"parameters are not finite at step {step}, which is not saved. Lower "
+                f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
+            )
+        self.meter.log.sync()
+        settings, health = config.to_json(self.run), self.meter.health
+        beside = record.make(step, settings, _fingerprint(self.programs), health)
+        self.checkpoints.save(step, state, metrics=heldout or None, record=beside, force=True)
+        self.clock = time.perf_counter()
+
+    def _kept(self) -> str:
+        latest = self.checkpoints.latest
+        return "nothing was saved yet" if latest is None else f"step {latest} is kept"
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))

@@ -8,8 +8,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp")
-"""The batch is sharded over both axes, parameters and optimizer state over the second."""
+ROWS = ("data", "fsdp")
+"""The axes that rows of a batch are spread over; activations lie where their rows do."""
+AXES = (*ROWS, "tensor")
+"""Parameters and optimizer state are sharded over the last two: along the model's width, and along
+heads, hidden units and vocabulary. An axis for experts would come before "tensor", one more of
+those that rows are spread over outside the experts; one for sequences would cut the second axis of
+activations, with ring attention, and belongs between "fsdp" and "tensor"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,57 +24,80 @@ class MeshConfig:
     data: int = 0
     """Devices that hold copies of the parameters; 0 takes all that fsdp leaves."""
     fsdp: int = 1
-    """Devices over which parameters, gradients and optimizer state are sharded."""
+    """Devices over which parameters, gradients and optimizer state are sharded, to be gathered
+    layer by layer; each has rows of its own."""
+    tensor: int = 1
+    """Devices that share the rows and divide each matrix: heads, hidden units, vocabulary. Costs
+    four reductions of activations a layer, so keep it within a machine."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices, or of those given, with axes "data" and "fsdp" of type Auto.
+    """A mesh of all devices, or of those given, with the axes `AXES` of type Auto.
 
     Raises:
       ValueError: the product of the axes is not the number of devices (`jax.make_mesh` would
         leave the surplus idle).
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    data = config.data or count // max(config.fsdp, 1)
-    if config.fsdp < 1 or config.data < 0 or data * config.fsdp != count:
+    count, rest = len(devices), config.fsdp * config.tensor
+    data = config.data or count // max(rest, 1)
+    if min(config.fsdp, config.tensor) < 1 or config.data < 0 or data * rest != count:
         raise ValueError(
-            f"a mesh of data={config.data or 'the rest'} x fsdp={config.fsdp} does not use "
-            f"{count} devices exactly. Choose factors of {count}: --mesh.data 0 takes what "
-            "--mesh.fsdp leaves."
+            f"a mesh of data={config.data or 'the rest'} x fsdp={config.fsdp} x tensor="
+            f"{config.tensor} does not use {count} devices exactly. Choose factors of {count}: "
+            "--mesh.data 0 takes what --mesh.fsdp and --mesh.tensor leave."
         )
-    shape = (data, config.fsdp)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def row_devices(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices."""
-    return NamedSharding(mesh, P(AXES))
+    """Rows over `ROWS`, copies over the rest."""
+    return NamedSharding(mesh, P(ROWS))
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Keeps activations sharded by rows; left alone, XLA gathers them to save a weight gather."""
-    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES)))
+    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
 
 
 def constrain_group(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keeps the activations of a group of rows where these are: on one device.
+    """Keeps the activations of a group of rows where these are: in one place of `ROWS`.
 
     For groups side by side under a vmap over the mesh (`gauss_newton_bartlett(spmd_axis_name=)`).
     """
     return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
 
 
-def gather_embedding(mesh: Mesh, apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A model's `apply` that gathers the embedding before it reads rows of it.
+def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`function(shared, rows)` by row, evaluated where the rows are.
+
+    What a loop inside adds to the gradient of `shared` is then added up over the devices once, at
+    its end; XLA would do it in each of its rounds.
+    """
+    if row_devices(mesh) == 1:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(ROWS), axis_names=set(ROWS)
+    )
+
+
+def gather_embedding(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of params and more that gathers the token embeddings over "fsdp" before it.
 
     XLA would look up rows of what each device holds, and move activations (all-to-all) instead.
+    The vocabulary stays cut over "tensor": each device looks up what it has, and they add up.
     """
 
     def gathered(params, *args, **kwargs):
         table = params["tokens"]["embedding"]
-        table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P()))
-        return apply(params | {"tokens": {"embedding": table}}, *args, **kwargs)
+        table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor", None)))
+        return function(params | {"tokens": {"embedding": table}}, *args, **kwargs)
 
     return gathered
 

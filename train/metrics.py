@@ -21,8 +21,56 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from train import files
+from train.writers import Writer
+
 FILE = "metrics.jsonl"
 _PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+
+
+class JsonLines:
+    """Appends to `folder/metrics.jsonl`; what it holds after step `start` is dropped first.
+
+    Args:
+        folder: exists.
+        start: steps already done; 0 begins the file anew.
+    """
+
+    def __init__(self, folder: Path, start: int = 0):
+        self._path = folder / FILE
+        rows = _rows(self._path) if start and self._path.exists() else []
+        self.kept = [row for row in rows if row["step"] <= start]
+        with self._explain():
+            lines = "".join(json.dumps(row) + "\n" for row in self.kept)
+            files.replace_text(self._path, lines)
+            self._file = self._path.open("a", buffering=1)  # a killed run loses no whole line
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line; what is not finite becomes null."""
+        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        with self._explain():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def sync(self) -> None:
+        """Returns when the lines are on the disk: a checkpoint must not be ahead of them."""
+        with self._explain():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Nothing is written after it."""
+        with self._explain():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: metrics cannot be written, check free space and permissions",
+                str(self._path),
+            ) from error
 
 
 class RunLog:
@@ -37,6 +85,8 @@ class RunLog:
         start_step: steps already done; 0 begins the file anew.
         quiet: show nothing.
         console: where to show; default standard output.
+        writers: others that take the metrics; they are closed with it.
+        silent: write nothing either, since another process does.
     """
 
     def __init__(
@@ -47,31 +97,48 @@ class RunLog:
         *,
         quiet: bool = False,
         console: Console | None = None,
+        writers: Sequence[Writer] = (),
+        silent: bool = False,
     ):
-        self._path = Path(folder) / FILE
+        self._folder, self._silent = Path(folder), silent
         self._total, self._start = total_steps, start_step
+        self._others: list[Writer] = list(writers)
+        self._lines: JsonLines | None = None
+        quiet = quiet or silent
         self._console = Console(quiet=True) if quiet else console or Console()
         self._bar = self._console.is_terminal and not quiet
         self._progress = _progress(self._console, shown=self._bar)
         self._task = self._progress.add_task(
-            self._path.parent.name, total=total_steps, completed=start_step, loss="", rate=""
+            self._folder.name, total=total_steps, completed=start_step, loss="", rate=""
         )
         self._next_line = 0.0  # on the clock: the first step always has one
 
     def __enter__(self) -> "RunLog":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = _rows(self._path) if self._start and self._path.exists() else []
-        kept = [row for row in rows if row["step"] <= self._start]
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(whole, self._path)
-        self._file = self._path.open("a", buffering=1)  # a killed run loses no whole line
+        if not self._silent:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lines = JsonLines(self._folder, self._start)
         self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
-        self._file.close()
+        with contextlib.ExitStack() as stack:  # all are closed, whichever fails
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """Rows of the steps that were done before, of this process's file."""
+        return self._lines.kept if self._lines else []
+
+    @property
+    def _writers(self) -> list[Writer]:
+        return ([self._lines] if self._lines else []) + self._others
+
+    def sync(self) -> None:
+        """Returns when all that was recorded is on the disk."""
+        if self._lines:
+            self._lines.sync()
 
     @contextlib.contextmanager
     def compiling(self, name: str) -> Iterator[None]:
@@ -106,8 +173,8 @@ class RunLog:
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+        for writer in self._writers:
+            writer.write(int(step), values)
 
     def _time_left(self) -> str:
         seconds = self._progress.tasks[0].time_remaining
@@ -161,7 +228,7 @@ def plot(
     label = _label("held-out", heldout)
     axes.plot(*heldout, "o-", color="#d9480f", markersize=4, linewidth=1.2, label=label)
     _decorate(axes, title, unit, np.concatenate([train, heldout, other], axis=1))
-    figure.savefig(path)
+    files.replace(Path(path), figure.savefig)
 
 
 def _decorate(axes: Any, title: str, unit: str, points: np.ndarray) -> None:

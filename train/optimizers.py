@@ -10,6 +10,7 @@ from typing import Literal
 import optax
 
 import sophia_optax
+from train.layers import matrices
 from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
 from train.sophia import SophiaG, SophiaH, StateDtype, arguments_of
 
@@ -145,7 +146,8 @@ class OrthoSoph:
 
     def make(self, learning_rate: optax.Schedule, **unused):
         """The transformation."""
-        return sophia_optax.orthosoph(**arguments_of(dataclasses.asdict(self), learning_rate))
+        arguments = arguments_of(dataclasses.asdict(self), learning_rate)
+        return sophia_optax.orthosoph(**arguments, block_mask=matrices)
 
 
 @dataclasses.dataclass(frozen=True)

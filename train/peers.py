@@ -6,15 +6,10 @@ decoupled, multiplied by the learning rate, and moves matrices only; those witho
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 import optax
 
-
-def matrices(params: Any) -> Any:
-    """The weight-decay mask of every optimizer here: matrices yes, vectors and norms no."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+from train.layers import dimension_numbers, each_layer, matrices, of_two_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +114,7 @@ class Sm3:
     def make(self, learning_rate: optax.Schedule, **unused):
         """The transformation."""
         return optax.chain(  # optax.sm3 takes no schedule
-            optax.scale_by_sm3(self.momentum, self.b2, self.eps),
+            each_layer(optax.scale_by_sm3(self.momentum, self.b2, self.eps)),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -154,7 +149,7 @@ class Adafactor:
 
     def make(self, learning_rate: optax.Schedule, **unused):
         """The transformation."""
-        return optax.adafactor(
+        tx = optax.adafactor(
             learning_rate,
             min_dim_size_to_factor=self.min_dim_size_to_factor,
             decay_rate=self.decay_rate,
@@ -164,8 +159,9 @@ class Adafactor:
             # optax leaves the learning rate out of this decay
             weight_decay_rate=lambda count: self.weight_decay * learning_rate(count),
             eps=self.eps,
-            weight_decay_mask=matrices,
+            weight_decay_mask=of_two_axes,
         )
+        return each_layer(tx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +191,7 @@ class Muon:
             consistent_rms=self.consistent_rms,
             weight_decay=self.weight_decay,
             weight_decay_mask=matrices,
+            muon_weight_dimension_numbers=dimension_numbers,
         )
 
 
@@ -229,15 +226,16 @@ class GaLore:
 
     def make(self, learning_rate: optax.Schedule, **unused):
         """The transformation."""
-        return optax.contrib.galore(
+        tx = optax.contrib.galore(
             learning_rate,
             rank=self.rank,
             update_proj_gap=self.update_proj_gap,
             scale=self.scale,
             base_optimizer=optax.scale_by_adam(self.b1, self.b2, self.eps),
             weight_decay=self.weight_decay,
-            mask=matrices,
+            mask=of_two_axes,
         )
+        return each_layer(tx)
 
 
 @dataclasses.dataclass(frozen=True)

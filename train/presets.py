@@ -18,7 +18,7 @@ from train.optimizers import (
 from train.peers import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
 
 
-def _gpt2(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Optimizer]:
+def _at(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Optimizer]:
     return {
         "sophia-g": SophiaG(  # published, where the sample is half the rows, squared at once
             learning_rate=rate, gamma=gamma, weight_decay=0.2, batch_fraction=1 / 10, groups=0
@@ -42,13 +42,32 @@ def _gpt2(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, 
 
 
 # Sophia's rate, Sophia-G's gamma, AdamW's rate, GaLore's rank
-GPT2: dict[str, dict[str, Optimizer]] = {
-    "gpt2-30m": _gpt2(6e-4, 0.05, 6e-4, 128),  # 125m's; the rank published for a Llama of 60m
-    "gpt2-125m": _gpt2(6e-4, 0.05, 6e-4, 256),  # published
-    "gpt2-355m": _gpt2(7e-4, 0.08, 3e-4, 256),  # published
-    "gpt2-540m": _gpt2(3e-4, 0.05, 2e-4, 512),  # 770m's
-    "gpt2-770m": _gpt2(3e-4, 0.05, 2e-4, 512),  # published; the rank that of a Llama of 1b
+_OF_SIZE: dict[str, dict[str, Optimizer]] = {
+    "30m": _at(6e-4, 0.05, 6e-4, 128),  # 125m's; the rank published for a Llama of 60m
+    "125m": _at(6e-4, 0.05, 6e-4, 256),  # published
+    "355m": _at(7e-4, 0.08, 3e-4, 256),  # published
+    "540m": _at(3e-4, 0.05, 2e-4, 512),  # 770m's
+    "770m": _at(3e-4, 0.05, 2e-4, 512),  # published; the rank that of a Llama of 1b
 }
+_SIZES = {  # of a GPT-2 for those whose hyperparameters are guessed from it
+    "gpt2-30m": "30m",
+    "gpt2-125m": "125m",
+    "gpt2-355m": "355m",
+    "gpt2-540m": "540m",
+    "gpt2-770m": "770m",
+    "llama-60m": "30m",
+    "llama-130m": "125m",
+    "llama-350m": "355m",
+    "llama-1b": "770m",
+    "llama2-7b": "770m",
+    "qwen3-134m": "125m",
+    "qwen3-134m-gqa": "125m",
+    "qwen3-0.6b": "540m",
+    "bert-small": "30m",
+    "bert-base": "125m",
+}
+LARGE: dict[str, dict[str, Optimizer]] = {name: _OF_SIZE[size] for name, size in _SIZES.items()}
+"""Every model that is no tiny one."""
 
 # At 1,200 steps of 16 x 64 bytes, where long momentum hurts sign-like steps.
 TINY: dict[str, Optimizer] = {

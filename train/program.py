@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import models
-from train import data, evaluate, mesh
+from train import data, evaluate, loss, mesh
 from train import step as step_lib
+from train.batch import Batch
 from train.config import Config
 from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
@@ -23,12 +23,13 @@ from train.sophia import SophiaG, SophiaH
 class Program(NamedTuple):
     """What a config is turned into before anything is allocated."""
 
-    apply: step_lib.Apply
+    apply: Callable[..., jax.Array]  # (params, tokens[B, T]) -> logits
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
     compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
     evaluate: Any  # params -> dict of floats
-    batch: Any  # step number -> int32[B, T + 1] on the mesh
+    data: Callable[[], data.Data]  # read at the first call, with its errors
+    batch: Any  # step number -> Batch on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
 
 
@@ -36,29 +37,21 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
     """The programs of a run, on all devices there are or on those given.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the batch or the width not the mesh.
+      ValueError: the mesh does not fit the devices, or the batch or the model not the mesh.
     """
     placed = mesh.make_mesh(run.mesh, devices)
-    parts = placed.size * run.accumulation
-    if run.batch_size % parts:
-        cut = f" in {run.accumulation} micro-batches" * (run.accumulation > 1)
-        raise ValueError(
-            f"batch_size={run.batch_size} does not divide over {placed.size} devices{cut}; choose "
-            f"a multiple of {parts}."
-        )
-    if run.model.width % run.mesh.fsdp:
-        raise ValueError(
-            f"--mesh.fsdp {run.mesh.fsdp} does not divide the model's width of {run.model.width}, "
-            "along which parameters are sharded; choose a factor of it."
-        )
+    _check_rows(run, placed)
+    _check_model(run, placed)
     model = _split(run.model, placed)
     tx = _optimizer(run)
     init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
     abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batch, heldout = _batches(run, mesh.batch_sharding(placed))
+    shapes = _batch_shapes(run, placed)
+    loaded = functools.cache(functools.partial(_load, run))
+    outputs = loss.outputs_of(model, run.loss_chunk)
     step = jax.jit(
-        _step(run, model, tx, placed),
+        _step(run, outputs, tx, placed),
         static_argnames="refresh",
         donate_argnums=0,
         out_shardings=(shardings, None),
@@ -67,14 +60,15 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
         apply=model.apply,
         init=jax.jit(init, out_shardings=shardings),
         step=step,
-        compile=functools.partial(_compile, step, abstract, _abstract_batch(run, placed)),
+        compile=functools.partial(_compile, step, abstract, shapes),
         evaluate=evaluate.make_evaluate(
-            model.apply,
-            heldout,
+            functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
+            loaded,
             mesh.batch_sharding(placed),
-            constrain=mesh.constrain_activations(placed),
+            whole_text=run.data.task == "next-token",
         ),
-        batch=batch,
+        data=loaded,
+        batch=lambda number: _place(functools.partial(loaded().batch, number), shapes),
         abstract=abstract,
     )
 
@@ -83,6 +77,39 @@ def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs: a restart takes seconds."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+def _check_rows(run: Config, placed: Mesh) -> None:
+    devices = mesh.row_devices(placed)
+    parts = devices * run.accumulation
+    if run.batch_size % parts:
+        cut = f" in {run.accumulation} micro-batches" * (run.accumulation > 1)
+        raise ValueError(
+            f"batch_size={run.batch_size} does not divide over {devices} devices{cut}; choose "
+            f"a multiple of {parts}."
+        )
+
+
+def _check_model(run: Config, placed: Mesh) -> None:
+    """Each axis of a parameter divides; half a head is no use to attention."""
+    model, fsdp, tensor = run.model, placed.shape["fsdp"], placed.shape["tensor"]
+    if model.width % fsdp:
+        raise ValueError(
+            f"--mesh.fsdp {fsdp} does not divide the model's width of {model.width}, along which "
+            "parameters are sharded; choose a factor of it."
+        )
+    sizes = {
+        "heads": model.heads,
+        "key/value heads": getattr(model, "kv_heads", 0) or model.heads,
+        "hidden units (ffn_width)": model.ffn_width or 4 * model.width,
+        "words (--model.vocab-multiple pads them)": model.padded_vocab,
+    }
+    for name, size in sizes.items():
+        if size % tensor:
+            raise ValueError(
+                f"--mesh.tensor {tensor} does not divide the model's {size} {name}; choose a "
+                "common factor of them."
+            )
 
 
 def _optimizer(run: Config) -> optax.GradientTransformation:
@@ -109,50 +136,73 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
     )
 
 
-def _abstract_batch(run: Config, placed: Mesh) -> jax.ShapeDtypeStruct:
-    shape = (run.batch_size, run.sequence_length + 1)
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.batch_sharding(placed))
+def _batch_shapes(run: Config, placed: Mesh) -> Batch:
+    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.batch_sharding(placed)),
+        data.batch_shapes(run.data, **sizes),
+    )
 
 
-def _compile(step, state: step_lib.TrainState, batch: jax.ShapeDtypeStruct, refresh: bool | None):
+def _load(run: Config) -> data.Data:
+    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+    loaded = data.load(run.data, **sizes, seed=run.seed)
+    if loaded.vocab_size > run.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {run.data.tokenizer} has {loaded.vocab_size} tokens, more than the "
+            f"{run.model.vocab_size} of the model: set --model.vocab-size {loaded.vocab_size}."
+        )
+    wanted = getattr(run.model, "classes", 0)
+    if loaded.classes != wanted:
+        raise ValueError(
+            f"{run.data.source} has {loaded.classes} classes ({', '.join(loaded.class_names)}), "
+            f"the model {wanted}: set --model.classes {loaded.classes}."
+        )
+    return loaded
+
+
+def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
+    """A batch on the mesh, of which each process makes the rows that its devices hold, once."""
+    made = functools.cache(lambda start, stop: make(slice(start, stop)))
+
+    def leaf(name: str, like: jax.ShapeDtypeStruct | None):
+        if like is None:
+            return None
+        rows = lambda rows: getattr(made(rows.start, rows.stop), name)  # noqa: E731
+        return data.to_mesh(rows, like.shape, like.sharding)
+
+    return Batch(**{name: leaf(name, like) for name, like in shapes._asdict().items()})
+
+
+def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None):
     return step.lower(state, batch, refresh=refresh).compile()
 
 
-def _split(config: models.DecoderConfig, placed: Mesh) -> models.Functional:
+def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) -> models.Functional:
     model = models.split(config)
-    return model._replace(apply=mesh.gather_embedding(placed, model.apply))
+    gathered = functools.partial(mesh.gather_embedding, placed)
+    functions = ("apply", "features", "logits", "linear")
+    return model._replace(**{name: gathered(getattr(model, name)) for name in functions})
 
 
-def _step(run: Config, model: models.Functional, tx: optax.GradientTransformation, placed: Mesh):
+def _step(run: Config, outputs: loss.Outputs, tx: optax.GradientTransformation, placed: Mesh):
     # cuDNN attention has no second derivative.
-    twice_differentiable = dataclasses.replace(run.model, attention="xla")
+    twice_differentiable = _split(dataclasses.replace(run.model, attention="xla"), placed)
     sampling = {}
     if isinstance(run.optim, SophiaG | SophiaH):
         cut = run.batch_size, run.accumulation
-        shards = run.optim.shards(placed.size, *cut)
+        shards = run.optim.shards(mesh.row_devices(placed), *cut)
         sampling["estimator"] = run.optim.estimator(shards, *cut)
         sampling["sample_every"] = run.optim.strides(*cut)[0]
         if shards > 1:
             sampling["constrain_group"] = mesh.constrain_group(placed)
     return step_lib.make_step(
-        model.apply,
+        outputs,
         tx,
         seed=run.seed,
-        hessian_apply=_split(twice_differentiable, placed).apply,
+        hessian_outputs=loss.outputs_of(twice_differentiable, run.loss_chunk),
         constrain=mesh.constrain_activations(placed),
+        over_rows=functools.partial(mesh.over_rows, placed),
         accumulation=run.accumulation,
         **sampling,
     )
-
-
-def _batches(run: Config, sharding: NamedSharding):
-    """(step number -> batch on the mesh, () -> iterator of the held-out batches)."""
-    tokens = data.shakespeare()
-    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
-
-    def batch(step: int) -> jax.Array:
-        rows = functools.partial(data.batch, tokens.train, **sizes, seed=run.seed, step=step)
-        shape = (run.batch_size, run.sequence_length + 1)
-        return data.to_mesh(lambda chosen: rows(rows=chosen), shape, sharding)
-
-    return batch, functools.partial(data.heldout_batches, tokens.heldout, **sizes)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train import config
+from train import config, distributed
 from train.config import Config
 
 PATH = Path(__file__).parent / "references.json"
@@ -53,7 +53,7 @@ def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> N
             "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
         }
     }
-    PATH.write_text(json.dumps(stored, indent=1) + "\n")
+    distributed.on_main(lambda: PATH.write_text(json.dumps(stored, indent=1) + "\n"))
 
 
 def _stored() -> dict[str, dict[str, Any]]:

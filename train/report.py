@@ -7,25 +7,39 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from train import config, metrics, reference, sample
+from train import config, distributed, files, metrics, reference, sample
 from train.config import Config
-from train.step import Apply, TrainState
+from train.program import Program
+from train.step import TrainState
 
 PROMPT = "HAMLET.\n"
 
 
-def finish(run: Config, folder: Path, history: list[dict], apply: Apply, state: TrainState) -> None:
-    """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command."""
-    step, baseline = int(state.step), reference.find(run)
+def finish(
+    run: Config, folder: Path, history: list[dict], programs: Program, state: TrainState
+) -> None:
+    """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command.
+
+    All processes call it, since all hold parts of the model that the sample is drawn from.
+    """
+    step, text = int(state.step), ""
+    wanted = run.run.sample_length and not run.run.quiet and run.data.task == "next-token"
+    if wanted and step == run.steps:
+        text = _sample(run, programs, state)
+    if distributed.is_main():
+        _write(run, folder, history, step, text)
+
+
+def _write(run: Config, folder: Path, history: list[dict], step: int, text: str) -> None:
+    baseline = reference.find(run)
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
     metrics.plot(history, folder / "loss.png", title=run.name, reference=curve)
     if run.run.quiet:
         return
     console = Console()
-    if run.run.sample_length and step == run.steps:
-        text = _sample(run, apply, state)
-        (folder / "sample.txt").write_text(text)
+    if text:
+        files.replace_text(folder / "sample.txt", text)
         console.print(Panel(Text(text), title="sample", title_align="left"))
     console.print(f"[bold]{_result(run, history)}[/bold]", highlight=False)
     console.print(_comparison(run, baseline), highlight=False, soft_wrap=True)
@@ -42,26 +56,33 @@ def _next(run: Config, folder: Path, step: int) -> str:
     return f"{why}\n{command} --steps {2 * run.steps}"
 
 
-def _sample(run: Config, apply: Apply, state: TrainState) -> str:
-    return sample.sample(
-        apply,
+def _sample(run: Config, programs: Program, state: TrainState) -> str:
+    data = programs.data()
+    tokens = sample.sample(
+        run.model,
         state.params,
-        PROMPT,
+        data.encode(PROMPT),
         length=run.run.sample_length,
-        context=run.sequence_length,
+        tokens=data.vocab_size,
         seed=run.seed,
     )
+    return data.decode(tokens)
 
 
 def _result(run: Config, history: list[dict]) -> str:
-    rows = [row for row in history if "bits_per_byte" in row]
+    rows = [row for row in history if "heldout_loss" in row]
     if not rows:
         return f"{run.name}: stopped before its first evaluation"
     last = rows[-1]
-    return (
-        f"{run.name}: {last['bits_per_byte']:.3f} bits a byte on held-out text "
-        f"({last['heldout_loss']:.3f} nats) after {last['step']} steps"
-    )
+    nats = f"{last['heldout_loss']:.3f} nats"
+    figures = {
+        "bits_per_byte": "{:.3f} bits a byte on held-out text ({})",
+        "accuracy": "{:.1%} of the held-out rows right ({})",
+    }
+    for name, form in figures.items():
+        if name in last:
+            return f"{run.name}: {form.format(last[name], nats)} after {last['step']} steps"
+    return f"{run.name}: {nats} a hidden token of held-out text after {last['step']} steps"
 
 
 def _comparison(run: Config, baseline: reference.Reference | None) -> str:

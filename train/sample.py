@@ -1,54 +1,139 @@
-"""Text from a trained model."""
+"""Text from a trained model: a cache of keys and values, and ways to pick the next token."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from train import data
-from train.step import Apply
+import models
+
+
+class Picking(NamedTuple):
+    """How the next token is drawn from its logits."""
+
+    temperature: float = 0.8
+    """Of the softmax; lower is safer and duller, 0 takes the likeliest."""
+    top_k: int = 0
+    """Tokens to draw from, the likeliest; 0 for all."""
+    top_p: float = 1.0
+    """Probability to draw from, that of the likeliest tokens which reach it."""
+
+    def check(self) -> None:
+        """Raises ValueError for what is no way to pick."""
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{self} cannot pick: temperature and top_k must not be negative (0 takes the "
+                "likeliest, and all), top_p above 0 and at most 1."
+            )
+
+
+def pick(key: jax.Array, logits_V: jax.Array, how: Picking) -> jax.Array:
+    """A token, int32; ties at the edge of `top_k` and `top_p` stay in.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+
+    >>> logits = jnp.log(jnp.array([.1, .6, .3]))
+    >>> int(pick(jax.random.key(0), logits, Picking(temperature=0)))
+    1
+    """
+    if how.temperature == 0:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+    scaled = logits_V / how.temperature
+    falling = jnp.sort(scaled, descending=True)
+    least = falling[min(how.top_k or len(falling), len(falling)) - 1]
+    if how.top_p < 1:
+        before = jnp.cumsum(jax.nn.softmax(falling)) - jax.nn.softmax(falling)
+        reached = jnp.where(before < how.top_p, falling, jnp.inf)
+        least = jnp.maximum(least, jnp.min(reached))
+    return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf)).astype(
+        jnp.int32
+    )
 
 
 def sample(
-    apply: Apply,
+    config: models.DecoderConfig,
     params: Any,
-    prompt: str,
+    prompt: np.ndarray,
     *,
     length: int,
-    context: int,
-    temperature: float = 0.8,
+    how: Picking | None = None,
+    tokens: int | None = None,
     seed: int = 0,
-) -> str:
-    """Continues a prompt, byte by byte.
+) -> np.ndarray:
+    """Continues a prompt, token by token, each of which costs one position.
+
+    Where the context is full, the later half of it is read again and the text goes on from there.
 
     Args:
-      apply: the model.
+      config: of the model.
       params: its parameters.
-      prompt: not empty.
-      length: bytes to add.
-      context: longest window the model reads.
-      temperature: of the softmax; lower is safer and duller.
+      prompt: int32[S], not empty; of a longer one than the context the end is read.
+      length: tokens to add.
+      how: to pick; default `Picking()`.
+      tokens: the first that may be drawn, which the tokenizer knows; default all of the model's.
       seed: of the draws.
 
     Returns:
-      The prompt and what follows it.
+      int32[S + length], the prompt and what follows it.
 
     Raises:
-      ValueError: the prompt is empty.
+      ValueError: the prompt is empty, `how` picks nothing, or the model is no decoder.
     """
-    tokens = data.encode(prompt)
-    if not len(tokens):
-        raise ValueError("the prompt is empty: the model needs a byte to start from.")
-    start, total = len(tokens), len(tokens) + length
-    window = min(context, total)
-    buffer = jnp.zeros(total, jnp.int32).at[:start].set(tokens)
+    how = how or Picking()
+    how.check()
+    if not isinstance(config, models.DecoderConfig):
+        raise ValueError("an encoder names hidden tokens and continues no text: give a decoder.")
+    extend = _extend(config, how, tokens or config.vocab_size, _mesh_of(params))
+    text = np.asarray(prompt, np.int32)
+    if not len(text):
+        raise ValueError("the prompt is empty: the model needs a token to start from.")
+    end = len(text) + length
+    while len(text) < end:
+        half = max(config.context // 2, 1)
+        window = text if len(text) < config.context else text[-half:]
+        steps = min(config.context - len(window) + 1, end - len(text))
+        new = extend(params, window[None], np.array([seed, len(text)], np.uint32), steps)
+        text = np.concatenate([text, np.asarray(new)])
+    return text
 
-    def extend(position, buffer):
-        first = jnp.maximum(position - window, 0)
-        logits = apply(params, jax.lax.dynamic_slice(buffer, (first,), (window,))[None])[0]
-        last = logits[position - first - 1, :256] / temperature
-        key = jax.random.fold_in(jax.random.key(seed), position)
-        return buffer.at[position].set(jax.random.categorical(key, last).astype(jnp.int32))
 
-    filled = jax.jit(lambda buffer: jax.lax.fori_loop(start, total, extend, buffer))(buffer)
-    return data.decode(jax.device_get(filled))
+def _mesh_of(params: Any) -> jax.sharding.Mesh | None:
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _extend(
+    config: models.DecoderConfig, how: Picking, tokens: int, mesh: jax.sharding.Mesh | None
+) -> Callable[..., jax.Array]:
+    """(params, window int32[1, S], (seed, place) uint32[2], steps) -> int32[steps].
+
+    Whole on every device of the mesh, since each process reads it; the key is made inside, since
+    one of one device alone is no argument of a program of several processes.
+    """
+    model = models.cached(config)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def extend(params, window, seed, steps):
+        start = window.shape[1]
+        key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+
+        def next_token(tokens_BxS, cache, position):
+            logits, cache = model.apply(params, tokens_BxS, cache, position)
+            key_here = jax.random.fold_in(key, position)
+            return pick(key_here, logits[0, -1, :tokens], how), cache
+
+        def one(carry, position):
+            token, cache = carry
+            token, cache = next_token(token[None, None], cache, position)
+            return (token, cache), token
+
+        first, cache = next_token(window, model.init(1, start + steps - 1), 0)
+        _, others = jax.lax.scan(one, (first, cache), jnp.arange(start, start + steps - 1))
+        return jnp.concatenate([first[None], others])
+
+    return jax.jit(extend, static_argnames="steps", out_shardings=whole)

@@ -8,8 +8,8 @@ import optax
 
 import sophia_optax
 from sophia_optax.curvature import check_fraction
-from train.mesh import AXES
-from train.peers import matrices
+from train.layers import matrices
+from train.mesh import ROWS
 
 StateDtype = Literal["float32", "bfloat16"]
 
@@ -100,7 +100,7 @@ class _Sophia:
             )
         return min(stride, accumulation), max(stride // accumulation, 1)
 
-    def _groups(self, batch_size: int, accumulation: int) -> int:
+    def groups_of(self, batch_size: int, accumulation: int) -> int:
         """Groups of each micro-batch that is sampled."""
         every, stride = self.strides(batch_size, accumulation)
         rows = batch_size // (accumulation * stride)
@@ -142,16 +142,16 @@ class SophiaG(_Sophia):
         """What samples curvature of one micro-batch, which is the batch unless that is cut.
 
         Args:
-          shards: groups side by side, over all axes of the mesh; 1 for one after the other.
+          shards: groups side by side, over the mesh axes of rows; 1 for one after the other.
           batch_size: rows of the batch; 0 for any number, if `groups` is not 0.
           accumulation: micro-batches of the batch.
         """
         return sophia_optax.gauss_newton_bartlett(
-            groups=self._groups(batch_size, accumulation),
+            groups=self.groups_of(batch_size, accumulation),
             batch_fraction=1 / self.strides(batch_size, accumulation)[1],
             num_samples=self.num_samples,
             shards=shards,
-            spmd_axis_name=AXES if shards > 1 else None,
+            spmd_axis_name=ROWS if shards > 1 else None,
         )
 
     def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
@@ -160,7 +160,7 @@ class SophiaG(_Sophia):
         All, for one reduction of their squares; above 8 a device, whose gradients of a layer all
         live at once, a group a device.
         """
-        groups = self._groups(batch_size, accumulation)
+        groups = self.groups_of(batch_size, accumulation)
         if devices == 1 or groups < devices:
             return 1
         if groups <= 8 * devices:
@@ -207,7 +207,7 @@ class SophiaH(_Sophia):
         return sophia_optax.hutchinson(
             probe=self.probe,
             num_samples=self.num_samples,
-            groups=self._groups(batch_size, accumulation),
+            groups=self.groups_of(batch_size, accumulation),
             batch_fraction=1 / self.strides(batch_size, accumulation)[1],
         )
 

@@ -1,0 +1,294 @@
+"""`prepare`: what it writes, that it goes on where it stopped, and the tokenizers it uses."""
+
+import hashlib
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
+from train.data import DataConfig, parts, sources, tokenizers
+from train.data.prepare import prepare, train_tokenizer
+from train.data.readers import Broken
+
+END = tokenizers.load("bytes").end
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Four files of fifty documents."""
+    for i in range(4):
+        records = [{"text": text} for text in DOCUMENTS[50 * i : 50 * i + 50]]
+        write_jsonl(tmp_path / f"{i}.jsonl", records)
+    return f"jsonl:{tmp_path}/?.jsonl"
+
+
+def documents_of(path):
+    pieces = np.fromfile(path, np.uint8).tobytes().split(bytes([END]))
+    assert pieces.pop() == b""  # the last one ends too
+    return [piece.decode() for piece in pieces]
+
+
+def test_every_document_is_kept_once_on_the_side_of_its_hash(files, tmp_path):
+    header = prepare(files, tmp_path / "out", DataConfig(heldout_fraction=0.2), quiet=True)
+    train, heldout = (documents_of(tmp_path / "out" / f"{s}.bin") for s in ("train", "heldout"))
+    want = [[d for d in DOCUMENTS if parts.held_out(d.encode(), 0.2) == side] for side in (0, 1)]
+    assert [train, heldout] == want and 20 < len(heldout) < 60
+    assert header["heldout"] == "documents by hash"
+    for name, kept in (("train", train), ("heldout", heldout)):
+        split = header["splits"][name]
+        assert split["documents"] == len(kept) and split["bytes"] == sum(map(len, kept))
+        raw = (tmp_path / "out" / f"{name}.bin").read_bytes()
+        assert split["tokens"] == len(raw) == split["bytes"] + len(kept)
+        assert split["sha256"] == hashlib.sha256(raw).hexdigest()
+        assert split["largest"] == max(raw)
+    found = loader(tmp_path)(f"bin:{tmp_path / 'out'}")
+    kept = header["splits"]["heldout"]
+    assert found.bytes_per_token == pytest.approx(kept["bytes"] / kept["tokens"])
+
+
+def test_copies_of_a_document_are_on_one_side(tmp_path):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": d + end} for end in "\n \t" for d in DOCUMENTS]
+    )
+    prepare(f"jsonl:{path}", tmp_path / "out", DataConfig(heldout_fraction=0.3), quiet=True)
+    sides = [
+        {d.strip() for d in documents_of(tmp_path / "out" / f"{s}.bin")}
+        for s in ("train", "heldout")
+    ]
+    assert all(sides) and not sides[0] & sides[1]
+
+
+def test_of_one_document_the_end_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(DOCUMENTS))
+    header = prepare(f"text:{tmp_path / 'a.txt'}", tmp_path / "out", quiet=True)
+    assert header["heldout"] == "tail"
+    whole = b"".join((tmp_path / "out" / f"{s}.bin").read_bytes() for s in ("train", "heldout"))
+    assert whole == "".join(DOCUMENTS).encode() + bytes([END])
+    tokens = header["splits"]["heldout"]["tokens"]
+    assert tokens == round(0.05 * len(whole)) == (tmp_path / "out/heldout.bin").stat().st_size
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_finished_is_not_done_again_and_the_result_is_the_same(
+    files, tmp_path, monkeypatch, workers
+):
+    want = prepare(files, tmp_path / "whole", quiet=True)
+    write, done = parts.write, []
+
+    def fails_at_the_third(shard, *args):
+        if shard.path.name == "2.jsonl":
+            raise OSError("no space left")
+        done.append(shard.path.name)
+        return write(shard, *args)
+
+    monkeypatch.setattr(parts, "write", fails_at_the_third)
+    with pytest.raises(OSError, match="no space left"):
+        prepare(files, tmp_path / "out", quiet=True, workers=workers)
+    assert sources.read_header(tmp_path / "out") is None  # not complete, and not taken for it
+    with pytest.raises(ValueError, match=r"no header\.json"):
+        loader(tmp_path)(f"bin:{tmp_path / 'out'}")
+    again = []
+    monkeypatch.setattr(
+        parts, "write", lambda shard, *a: (again.append(shard), write(shard, *a))[1]
+    )
+    got = prepare(files, tmp_path / "out", quiet=True, workers=workers)
+    finished = {name for name in done if name not in {s.path.name for s in again}}
+    assert len(again) + len(finished) == 4 and (finished or workers > 1)
+    assert got["splits"] == want["splits"]
+    for name in ("train.bin", "heldout.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "out/parts").exists()
+    monkeypatch.setattr(parts, "write", None)
+    assert (
+        prepare(files, tmp_path / "out", quiet=True) == got
+    )  # a third time there is nothing to do
+
+
+def test_a_folder_of_something_else_is_left_alone(files, tmp_path):
+    prepare(files, tmp_path / "out", quiet=True)
+    before = (tmp_path / "out/train.bin").read_bytes()
+    with pytest.raises(ValueError, match="prepared otherwise or from other files"):
+        prepare(files, tmp_path / "out", DataConfig(heldout_fraction=0.3), quiet=True)
+    write_jsonl(tmp_path / "0.jsonl", [{"text": "other"}])
+    with pytest.raises(ValueError, match="prepared otherwise or from other files"):
+        prepare(files, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out/train.bin").read_bytes() == before
+    bad = tmp_path / "9.jsonl"
+    bad.write_text("{")
+    for name, message in ((bad, "line 1"), (tmp_path / "0.jsonl", "unfinished preparation")):
+        with pytest.raises(ValueError, match=message):
+            prepare(f"jsonl:{name}", tmp_path / "half", quiet=True)
+
+
+def test_two_processes_at_one_folder_wait_for_each_other(files, tmp_path):
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(prepare(files, tmp_path / "out", quiet=True))
+        )
+        for _ in range(3)
+    ]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert len(results) == 3 and results[0] == results[1] == results[2]
+
+
+def test_sources_agree_on_the_same_documents(files, tmp_path):
+    small = loader(tmp_path)
+    want = small(files).fingerprint
+    (tmp_path / "all.txt").write_text("<|end|>".join(DOCUMENTS))
+    assert small(f"text:{tmp_path / 'all.txt'}", separator="<|end|>").fingerprint == want
+    rows = "".join(f'{i},"{text}"\n' for i, text in enumerate(DOCUMENTS))
+    (tmp_path / "all.csv").write_text("number,body\n" + rows)
+    assert small(f"csv:{tmp_path / 'all.csv'}", text_field="body").fingerprint == want
+    (tmp_path / "all.tsv").write_text("text\n" + "\n".join(DOCUMENTS))
+    assert small(f"tsv:{tmp_path / 'all.tsv'}").fingerprint == want
+    import bz2
+    import lzma
+
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
+    for suffix, pack in ((".xz", lzma.compress), (".bz2", bz2.compress)):
+        (tmp_path / f"all.jsonl{suffix}").write_bytes(pack(lines))
+        assert small(f"jsonl:{tmp_path}/all.jsonl{suffix}").fingerprint == want
+
+
+def test_parquet_row_groups_are_read_one_by_one_and_only_the_column(files, tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow", reason="the extra data is not installed")
+    import pyarrow.parquet as pq
+
+    table = arrow.table({"text": DOCUMENTS, "other": range(200)})
+    for i in range(2):
+        pq.write_table(table[100 * i : 100 * i + 100], tmp_path / f"{i}.parquet", row_group_size=30)
+    asked, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda *args: asked.append(args[1:]) or read(*args)
+    )
+    small = loader(tmp_path)
+    assert small(f"parquet:{tmp_path}/*.parquet").fingerprint == small(files).fingerprint
+    assert sorted(groups for _, groups, _ in asked) == sorted([[0], [1], [2], [3]] * 2)
+    assert all(columns == ["text"] for _, _, columns in asked)
+
+
+def test_a_held_out_source_is_all_judged_by_and_the_other_all_trained_on(files, tmp_path):
+    found = loader(tmp_path)(files, heldout_source="embedded", sequence_length=64)
+    assert found.rows.heldout_count > 10_000
+    other = loader(tmp_path)("embedded", heldout_source=files, sequence_length=64)
+    assert other.rows.heldout_count == (sum(len(d) + 1 for d in DOCUMENTS) - 1) // 64
+    assert other.bytes_per_token == pytest.approx(
+        sum(map(len, DOCUMENTS)) / sum(len(d) + 1 for d in DOCUMENTS)
+    )
+
+
+def test_headerless_files_are_cut_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(32, 127, 1000)
+    small = loader(tmp_path)
+    one = small(f"bin:{write_tokens(tmp_path / 'one.bin', tokens)}", headerless="uint16")
+    assert one.rows.heldout_count == 49 // 16 and one.bytes_per_token == 1
+    (tmp_path / "two").mkdir()
+    write_tokens(tmp_path / "two/train.bin", tokens[:950], np.uint32)
+    write_tokens(tmp_path / "two/val.bin", tokens[950:], np.uint32)
+    two = small(f"bin:{tmp_path / 'two'}", headerless="uint32")
+    np.testing.assert_array_equal(one.batch(3).inputs, two.batch(3).inputs)
+    np.testing.assert_array_equal(next(one.heldout()).targets, next(two.heldout()).targets)
+
+
+def tiny_gpt2(folder):
+    """A vocabulary in GPT-2's files: bytes and four merges."""
+    folder.mkdir(exist_ok=True)
+    characters = list(tokenizers._byte_characters().values())
+    merges = ["t h", "th e", "Ġ the", "# #"]
+    words = [*characters, *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
+    (folder / "encoder.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return folder
+
+
+def test_gpt2_tokens_are_those_of_another_implementation(tmp_path):
+    pytest.importorskip("tiktoken", reason="the extra data is not installed")
+    library = pytest.importorskip("tokenizers", reason="the extra data is not installed")
+    ours = tokenizers.load(str(tiny_gpt2(tmp_path / "gpt2")))
+    vocabulary = json.loads((tmp_path / "gpt2/encoder.json").read_text())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("#", "#")]
+    theirs = library.ByteLevelBPETokenizer(vocabulary, merges)
+    text = "the  other: they'll see ### é☃\n\n the<|endoftext|>"
+    plain = text.replace("<|endoftext|>", "")
+    assert ours.encode(plain).tolist() == theirs.encode(plain).ids
+    assert ours.decode(ours.encode(text)) == text and ours.end not in ours.encode(text)
+    assert ours.vocab_size == 261 and ours.end == 260 and ours.dtype == np.uint16
+    with pytest.raises(
+        ValueError, match="tokens reach from 1 to 300, the vocabulary from 0 to 260"
+    ):
+        ours.decode(np.array([1, 300]))
+    (tmp_path / "gpt2/vocab.bpe").write_text("th e\nt h\n")
+    with pytest.raises(ValueError, match="do not belong together"):
+        tokenizers.load(str(tmp_path / "gpt2"))
+
+
+def test_tokens_of_another_tokenizer_are_refused_and_the_cure_works(files, tmp_path):
+    pytest.importorskip("tiktoken", reason="the extra data is not installed")
+    config = DataConfig(tokenizer=str(tiny_gpt2(tmp_path / "gpt2")))
+    prepare(files, tmp_path / "out", config, quiet=True)
+    small = loader(tmp_path)
+    with pytest.raises(ValueError, match="prepared with another tokenizer") as error:
+        small(f"bin:{tmp_path / 'out'}")
+    cure = str(error.value).rpartition("--data.tokenizer ")[2].rstrip(".")
+    found = small(f"bin:{tmp_path / 'out'}", tokenizer=cure)
+    assert found.vocab_size == 261
+    assert found.fingerprint != small(files).fingerprint
+    assert "so it goes" in found.decode(found.batch(0).inputs[0])
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_trained_tokenizer_reads_its_text_back(files, tmp_path, kind):
+    pytest.importorskip("tokenizers", reason="the extra data is not installed")
+    path = train_tokenizer(files, tmp_path / kind / "tokenizer.json", 300, kind)
+    found = tokenizers.load(str(path))
+    text = "document 7: so it goes so it goes"
+    assert found.decode(found.encode(text)).replace(" :", ":") == text
+    assert len(found.encode(text)) < len(text) / 2 and 40 < found.vocab_size <= 300
+    task = {"bpe": "next-token", "wordpiece": "masked"}[kind]
+    batch = loader(tmp_path)(files, tokenizer=str(path), task=task).batch(0)
+    if kind == "wordpiece":
+        assert found.decode(batch.targets[0, [0, -1]]) == "[CLS] [SEP]"
+    else:
+        with pytest.raises(ValueError, match=r"no \[MASK\] token"):
+            loader(tmp_path)(files, tokenizer=str(path), task="masked")
+    with pytest.raises(ValueError, match=r"must end in \.json"):
+        train_tokenizer(files, tmp_path / "tokenizer", 300, kind)
+
+
+def test_wordpiece_lowers_words_unless_its_vocabulary_has_capitals(tmp_path):
+    pytest.importorskip("tokenizers", reason="the extra data is not installed")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*special, "so", "##fa", "it"]))
+    assert tokenizers.load(str(path)).encode("Sofa it goes").tolist() == [5, 6, 7, 1]
+    assert tokenizers.load(str(tmp_path)).hash == tokenizers.load(str(path)).hash
+    path.write_text("\n".join([*special, "So", "so", "it"]))
+    found = tokenizers.load(str(path))
+    assert found.encode("So so").tolist() == [5, 6]
+    assert (found.begin, found.end, found.pad, found.mask) == (2, 3, 0, 4)
+    path.write_text("so\nit")
+    with pytest.raises(ValueError, match=r"no WordPiece vocabulary: \[CLS\], \[MASK\]"):
+        tokenizers.load(str(path))
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is no tokenizer\.json"):
+        tokenizers.load(str(tmp_path / "x.json"))
+
+
+def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):
+    write = parts.write
+
+    def interrupted(shard, *args):
+        if shard.path.name == "0.jsonl":
+            raise KeyboardInterrupt
+        return write(shard, *args)
+
+    monkeypatch.setattr(parts, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, tmp_path / "out", quiet=True, workers=1)
+    assert not isinstance(KeyboardInterrupt(), Broken)
+    assert sources.read_header(tmp_path / "out") is None

@@ -1,0 +1,30 @@
+"""A run that is killed and resumed is the run that was not killed, bit by bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).with_name("kills.py")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(kills, tmp_path):
+    """Parameters, optimizer state and metrics.jsonl; all but tokens_per_second, which is timed."""
+    command = [sys.executable, str(DRIVER), str(tmp_path), str(kills)]
+    environment = os.environ | {"PYTHONPATH": str(DRIVER.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    log = (tmp_path / "log.txt").read_text()
+    assert result["step"] == 40 and result["arrays"] > 20, log
+    assert result["same"] == {"state": True, "metrics": True}, log
+    *killed, end = result["attempts"]
+    assert end == ["end", 0], log
+    wanted = {"term": 0}  # as a shell wants it after a signal that was obeyed
+    assert [code for _, code in killed] == [wanted.get(moment, -9) for moment, _ in killed], log
+    assert {"save", "line", "term"} <= {moment for moment, _ in killed}
+    assert "stopped at step" in log and "python -m train resume" in log

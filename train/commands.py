@@ -1,0 +1,160 @@
+"""Commands on runs that were saved, each a function that `tyro` makes flags of."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from models import PRESETS, huggingface
+from train import config, distributed, loop, saved
+from train import sample as sampling
+from train.distributed import DistributedConfig
+from train.mesh import MeshConfig
+
+Folder = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run as if it had not stopped."""
+
+    run: Folder
+    """Folder of the run, such as runs/tiny-sophia-g-20260101-120000."""
+    steps: int | None = None
+    """Train to this many steps instead; the learning rate follows the longer schedule."""
+    step: int | None = None
+    """Start from this checkpoint instead of the newest."""
+    allow_changes: bool = False
+    """Go on although config or data are not those of the checkpoint."""
+    compile_cache: str | None = None
+    """Folder of compiled programs; by default that of a new run."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How devices are arranged; by default as before."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
+def resume(args: Sequence[str]) -> None:
+    """Goes on with a run."""
+    again = parse_resume(args)
+    distributed.start(again.distributed)
+    loop.resume(
+        again.run,
+        steps=again.steps,
+        step=again.step,
+        mesh=again.mesh,
+        allow_changes=again.allow_changes,
+        compile_cache=again.compile_cache,
+    )
+
+
+def parse_resume(args: Sequence[str]) -> Resume:
+    """What `resume` is told; the default mesh is that of the run.
+
+    Raises:
+      ValueError: the first word names no run.
+    """
+    folder = Path(args[0]) if args and not args[0].startswith("-") else None
+    mesh = config.load(folder).mesh if folder else MeshConfig()
+    default = Resume(run=tyro.MISSING, mesh=mesh)
+    return tyro.cli(Resume, args=args, default=default, prog="python -m train resume")
+
+
+def evaluate(run: Folder, step: int | None = None) -> None:
+    """Loss of a run on the whole held-out data.
+
+    Args:
+      run: folder of the run.
+      step: of a checkpoint; default the newest.
+    """
+    loaded = saved.load(run, step)
+    for name, value in loaded.programs.evaluate(loaded.params).items():
+        _say(f"{name.replace('_', ' ')}: {value:.4f}")
+    _say(f"{run} at step {loaded.step}")
+
+
+def sample(
+    run: Folder,
+    prompt: Annotated[str, tyro.conf.Positional],
+    length: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    step: int | None = None,
+) -> None:
+    """Continue a prompt.
+
+    Args:
+      run: folder of the run.
+      prompt: the text to go on from.
+      length: tokens to add.
+      temperature: of the softmax; lower is safer and duller, 0 takes the likeliest.
+      top_k: tokens to draw from, the likeliest; 0 for all.
+      top_p: probability to draw from, that of the likeliest tokens which reach it.
+      seed: of the draws.
+      step: of a checkpoint; default the newest.
+    """
+    how = sampling.Picking(temperature, top_k, top_p)
+    how.check()
+    loaded = saved.load(run, step)
+    data = loaded.programs.data()
+    tokens = sampling.sample(
+        loaded.run.model,
+        loaded.params,
+        data.encode(prompt),
+        length=length,
+        how=how,
+        tokens=data.vocab_size,
+        seed=seed,
+    )
+    _say(data.decode(tokens))
+
+
+def export(run: Folder, output: Folder, step: int | None = None) -> None:
+    """Write a run's model as a Hugging Face folder: `config.json` and `model.safetensors`.
+
+    Args:
+      run: folder of the run.
+      output: the folder to write; a model in it is replaced.
+      step: of a checkpoint; default the newest.
+    """
+    loaded = saved.load(run, step)
+    huggingface.save(loaded.params, loaded.run.model, output)
+    _say(f"{output} holds {run} at step {loaded.step}, for transformers' from_pretrained")
+
+
+def import_(
+    folder: Folder, run: Folder, optimizer: str = "adamw", tokenizer: str = "bytes"
+) -> None:
+    """Make a run, at step 0, of a model in a Hugging Face folder.
+
+    `eval`, `sample`, `export` and `resume` take it. To train it with settings of your own, give
+    the folder to a new run: `python -m train MODEL OPTIMIZER --start-from FOLDER`.
+
+    Args:
+      folder: with `config.json` and `model.safetensors`, of GPT-2, Llama, Qwen3 or BERT.
+      run: the folder to make.
+      optimizer: that `resume` goes on with.
+      tokenizer: of the model's text, as for `--data.tokenizer`.
+    """
+    model, _ = huggingface.load(folder)
+    family = huggingface.write_config(model)["model_type"]
+    base = next(name for name in PRESETS if name.startswith(family))
+    made = config.preset(base, optimizer)
+    made = dataclasses.replace(
+        made,
+        model=dataclasses.replace(model, scan_layers=made.model.scan_layers),
+        data=dataclasses.replace(made.data, tokenizer=tokenizer),
+        sequence_length=min(made.sequence_length, model.context),
+        start_from=str(folder),
+        run=dataclasses.replace(made.run, folder=str(run)),
+    )
+    loop.begin(made)
+    _say(f"{run} holds the model; go on with: {config.python()} -m train sample {run} 'PROMPT'")
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,22 @@
+"""Tokens to train on: `load` turns a `DataConfig` into batches that are functions of the step."""
+
+from train.data.config import DataConfig
+from train.data.embedded import Corpus, decode, encode, shakespeare
+from train.data.loading import load
+from train.data.placement import to_mesh
+from train.data.rows import Data, batch_shapes
+from train.data.windows import batch, heldout_batches
+
+__all__ = [
+    "Corpus",
+    "Data",
+    "DataConfig",
+    "batch",
+    "batch_shapes",
+    "decode",
+    "encode",
+    "heldout_batches",
+    "load",
+    "shakespeare",
+    "to_mesh",
+]

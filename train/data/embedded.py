@@ -1,0 +1,69 @@
+"""The text that is shipped with the trainer, and its tokens: bytes."""
+
+import functools
+import lzma
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HELDOUT_FRACTION = 0.05
+_TEXT = Path(__file__).parent.parent / "texts" / "shakespeare.txt.xz"
+
+
+class Corpus(NamedTuple):
+    """Tokens to train on and tokens to be judged by."""
+
+    train: np.ndarray  # uint8 [N]
+    heldout: np.ndarray  # uint8 [M], the end of the text
+
+
+@functools.cache
+def shakespeare() -> Corpus:
+    """Ten plays of Shakespeare, 1.27 MB, shipped with the trainer (`texts/PROVENANCE.md`).
+
+    Returns:
+        The corpus: the last `HELDOUT_FRACTION` of the text, from *The Tempest*, is held out.
+        The arrays are read-only, since every caller shares them.
+
+    >>> decode(shakespeare().train[:16])
+    'ROMEO AND JULIET'
+    """
+    return cut(np.frombuffer(lzma.decompress(_TEXT.read_bytes()), np.uint8), HELDOUT_FRACTION)
+
+
+def cut(tokens: np.ndarray, fraction: float) -> Corpus:
+    """The last `fraction` of a text held out.
+
+    >>> cut(np.arange(10), 0.2).heldout
+    array([8, 9])
+    """
+    first = len(tokens) - round(fraction * len(tokens))
+    return Corpus(tokens[:first], tokens[first:])
+
+
+def encode(text: str) -> np.ndarray:
+    """The UTF-8 bytes of a text as tokens, int32 [T].
+
+    >>> encode("hé")
+    array([104, 195, 169], dtype=int32)
+    """
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def decode(tokens: np.ndarray) -> str:
+    """The text of byte tokens [T]; bytes that are not UTF-8 become the replacement character.
+
+    Raises:
+        ValueError: a token is no byte.
+
+    >>> decode(encode("Exeunt."))
+    'Exeunt.'
+    """
+    tokens = np.asarray(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() <= 255:
+        raise ValueError(
+            f"tokens reach from {tokens.min()} to {tokens.max()}, bytes from 0 to 255: sample from "
+            "the first 256 logits, or decode with the tokenizer that the model was trained on"
+        )
+    return tokens.astype(np.uint8).tobytes().decode(errors="replace")

@@ -1,0 +1,74 @@
+"""Rows of a language model: windows of documents laid end to end."""
+
+import numpy as np
+
+from train.batch import Batch, next_tokens
+from train.data import sources
+from train.data.rows import Rows
+from train.data.sources import Tokens
+from train.data.windows import Windows
+
+
+def next_token_rows(
+    tokens: Tokens, *, sequence_length: int, seed: int, vocab_size: int, end: int | None = None
+) -> Rows:
+    """Windows of T tokens and one more, by `windows.batch`'s law.
+
+    Args:
+      tokens: to be cut.
+      sequence_length: T.
+      seed: of the order.
+      vocab_size: every token must be below it.
+      end: the token that ends a document: rows then have `segments`, and the token after it, which
+        nothing foretells, does not count. None for plain rows, all of which count.
+
+    Raises:
+      ValueError: a part shorter than one window.
+    """
+    train, heldout = windows_of(tokens, sequence_length, 1, seed)
+
+    def row(tokens_BxT1: np.ndarray) -> Batch:
+        check_tokens(tokens_BxT1, vocab_size, tokens.where)
+        rows = next_tokens(tokens_BxT1)
+        if end is None:
+            return rows
+        ends_BxT = rows.inputs == end
+        return rows._replace(
+            weights=(~ends_BxT).astype(np.float32), segments=segments_of(rows.inputs, end)
+        )
+
+    def weighted(index_N: np.ndarray) -> Batch:
+        rows = row(heldout.in_order(index_N))
+        if rows.weights is not None:
+            return rows
+        return rows._replace(weights=np.ones(rows.targets.shape, np.float32))
+
+    return Rows(lambda number_N: row(train.shuffled(number_N)), weighted, heldout.count)
+
+
+def segments_of(tokens_BxT: np.ndarray, end: int) -> np.ndarray:
+    """The number of the document that each token of a row is of, from 0; its end is part of it.
+
+    >>> segments_of(np.array([[5, 9, 6, 7, 9, 9, 8]]), end=9)
+    array([[0, 0, 1, 1, 1, 2, 3]], dtype=int32)
+    """
+    ends_BxT = (tokens_BxT == end).astype(np.int32)
+    return np.cumsum(ends_BxT, axis=1, dtype=np.int32) - ends_BxT
+
+
+def windows_of(tokens: Tokens, stride: int, extra: int, seed: int) -> tuple[Windows, Windows]:
+    """Windows to train on and to be judged by; the error names which part is too short."""
+    found = []
+    for part, cure in (("train", "give more text"), ("heldout", "raise --data.heldout-fraction")):
+        try:
+            found.append(Windows(getattr(tokens, part), stride=stride, extra=extra, seed=seed))
+        except ValueError as error:
+            raise ValueError(f"{tokens.where}, {part} part: {error}; or {cure}.") from error
+    return found[0], found[1]
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raises a ValueError on a token that the model has no row for; JAX would read another's."""
+    if tokens.size and (tokens.max() >= vocab_size or tokens.min() < 0):
+        worst = tokens.max() if tokens.max() >= vocab_size else tokens.min()
+        raise ValueError(sources.outside(int(worst), vocab_size, where))

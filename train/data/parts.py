@@ -1,0 +1,160 @@
+"""The work of `prepare`: files to parts, parts to token files."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data import sources
+from train.data.config import DataConfig
+from train.data.documents import documents
+from train.data.readers import Shard
+from train.data.tokenizers import Tokenizer
+
+_SPLITS = ("train", "heldout")
+_FLUSH = 2**20  # tokens held before they are written
+
+
+def write(
+    shard: Shard,
+    fields: tuple[str, ...],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    stem: Path,
+    tick: Callable[[int], None],
+) -> dict[str, Any]:
+    """Tokens of one file, in a train and a held-out file, and their counts in a third."""
+    count: dict[str, Any] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in _SPLITS}
+    skipped: list[str] = []
+    waiting: dict[str, list[np.ndarray]] = {split: [] for split in _SPLITS}
+    end = np.array([tokenizer.end])
+    with contextlib.ExitStack() as stack:
+        file = {s: stack.enter_context(stem.with_suffix(f".{s}").open("wb")) for s in _SPLITS}
+
+        def flush() -> None:
+            for split in _SPLITS:
+                if waiting[split]:
+                    file[split].write(np.concatenate(waiting[split]).astype(tokenizer.dtype).data)
+                    waiting[split].clear()
+
+        held = 0
+        for values in documents(shard, data, fields, skipped):
+            text = "\n".join(values)
+            raw = text.encode()
+            split = _SPLITS[held_out(raw, data.heldout_fraction)]
+            tokens = tokenizer.encode(text)
+            waiting[split] += [tokens, end]
+            for key, value in (("tokens", len(tokens) + 1), ("bytes", len(raw)), ("documents", 1)):
+                count[split][key] += value
+            held += len(tokens) + 1
+            if held >= _FLUSH:
+                flush()
+                tick(held)
+                held = 0
+        flush()
+        tick(held)
+    count["skipped"] = {"count": len(skipped), "first": skipped[:5]}
+    _write_json(stem.with_suffix(".json"), count)
+    return count
+
+
+def held_out(raw: bytes, fraction: float) -> bool:
+    """Whether a document is one to be judged by: a function of its text, so copies agree.
+
+    >>> sum(held_out(str(i).encode(), 0.2) for i in range(1000))
+    181
+    """
+    digest = hashlib.blake2b(raw.strip(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def merge(
+    folder: Path,
+    counts: list[Any],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    output: Path,
+) -> dict[str, Any]:
+    splits = {
+        split: {key: sum(c[split][key] for c in counts) for key in ("tokens", "bytes", "documents")}
+        for split in _SPLITS
+    }
+    skipped = {
+        "count": sum(c["skipped"]["count"] for c in counts),
+        "first": [line for c in counts for line in c["skipped"]["first"]][:5],
+    }
+    if not sum(split["documents"] for split in splits.values()):
+        first = f"; skipped {skipped['count']}, first {skipped['first'][0]}" * bool(
+            skipped["count"]
+        )
+        raise ValueError(f"the source has no documents{first}.")
+    names = {split: [folder / f"{i:05}.{split}" for i in range(len(counts))] for split in _SPLITS}
+    # With few documents all may fall on one side: then the end of the text is held out.
+    by_tail = data.heldout_fraction > 0 and not all(splits[s]["documents"] for s in _SPLITS)
+    if by_tail:
+        names = {"train": names["train"] + names["heldout"], "heldout": []}
+        splits["train"] = {key: sum(splits[s][key] for s in _SPLITS) for key in splits["train"]}
+    for split in _SPLITS:
+        _join(names[split], output / f"{split}.bin")
+    if by_tail:
+        _cut_tail(output, splits, tokenizer.dtype, data.heldout_fraction)
+    for split in _SPLITS:
+        splits[split] |= _inspect(output / f"{split}.bin", tokenizer.dtype)
+    return {
+        "format": sources.FORMAT,
+        "dtype": tokenizer.dtype.name,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "hash": tokenizer.hash,
+            "vocab_size": tokenizer.vocab_size,
+            "end": tokenizer.end,
+        },
+        "heldout": "tail" if by_tail else "documents by hash",
+        "splits": splits,
+        "skipped": skipped,
+    }
+
+
+def _join(files: list[Path], target: Path) -> None:
+    with target.open("wb") as out:
+        for path in files:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, out, 2**22)
+
+
+def _cut_tail(output: Path, splits: dict[str, Any], dtype: np.dtype, fraction: float) -> None:
+    """Moves the end of train.bin; bytes are shared out in proportion to tokens."""
+    whole, total = splits["train"], splits["train"]["tokens"]
+    tail = round(fraction * total)
+    with (output / "train.bin").open("r+b") as file:
+        file.seek((total - tail) * dtype.itemsize)
+        (output / "heldout.bin").write_bytes(file.read())
+        file.truncate((total - tail) * dtype.itemsize)
+    for split, tokens in (("train", total - tail), ("heldout", tail)):
+        size = whole["bytes"] * tokens / total
+        splits[split] = {"tokens": tokens, "bytes": size, "documents": whole["documents"]}
+
+
+def _inspect(path: Path, dtype: np.dtype) -> dict[str, Any]:
+    digest, largest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
+    return {"sha256": digest.hexdigest(), "largest": largest}
+
+
+def done(stem: Path) -> dict[str, Any] | None:
+    path = stem.with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)

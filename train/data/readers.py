@@ -1,0 +1,198 @@
+"""Records out of files: text, JSON lines, CSV, TSV and Parquet.
+
+Files are read in pieces: a line, a CSV row, or a batch of one Parquet row group at a time, and of
+Parquet only the columns that are asked for.
+"""
+
+import bz2
+import csv
+import functools
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from train.data.config import DataConfig
+from train.data.tokenizers import need
+
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_ROW_GROUP_LIMIT = 2**32  # bytes of a column that are unpacked at a time
+
+
+class Broken(ValueError):
+    """Data that cannot be read; the message begins with file and line."""
+
+
+class Shard(NamedTuple):
+    """What one thread reads on its own: one file."""
+
+    kind: str  # a key of READERS
+    path: Path
+    decode: Any = None  # of tfds: bytes -> dict
+
+
+class Record(NamedTuple):
+    """A line, row or example."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file, unpacked if its name says that it is packed; an empty one is refused."""
+    if path.stat().st_size == 0:
+        raise Broken(f"{path} is empty")
+    if path.suffix in (".zst", ".zip", ".lz4"):
+        raise Broken(f"{path}: {path.suffix} cannot be read; unpack it, or pack it with gzip")
+    return _OPEN.get(path.suffix, open)(path, "rb")
+
+
+def decode_utf8(raw: bytes | bytearray, where: str) -> str:
+    """The text of bytes.
+
+    Raises:
+      Broken: they are not UTF-8.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise Broken(
+            f"{where}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert it, as "
+            "by iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
+    with open_bytes(shard.path) as file:
+        for number, raw in enumerate(_pieces(file, config, shard.path), 1):
+            where = f"{shard.path}, document {number}" if config.separator else str(shard.path)
+            try:
+                text = decode_utf8(raw, where)
+            except Broken as fault:
+                yield fault
+                continue
+            if text.strip():
+                yield Record(where, {fields[0]: text})
+
+
+def _pieces(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes | bytearray]:
+    separator, buffer = config.separator.encode(), bytearray()
+    while chunk := file.read(2**20):
+        buffer += chunk
+        if separator:
+            *whole, buffer = buffer.split(separator)
+            yield from whole
+        if len(buffer) > config.document_limit:
+            cure = "part it with --data.separator or raise the limit"
+            raise Broken(f"{path}: a document has {limit(config)}; {cure}")
+    yield buffer
+
+
+def _jsonl(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
+    del fields
+    with open_bytes(shard.path) as file:
+        for number, line in enumerate(_lines(file, config, shard.path), 1):
+            where = f"{shard.path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                fields_of_line = json.loads(decode_utf8(line, where))
+                if not isinstance(fields_of_line, dict):
+                    raise Broken(f"{where}: {short(fields_of_line)} is no JSON object")
+                yield Record(where, fields_of_line)
+            except Broken as fault:
+                yield fault
+            except (ValueError, RecursionError) as error:
+                yield Broken(f"{where}: broken JSON ({error})")
+
+
+def _lines(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(config.document_limit + 1):
+        number += 1
+        if len(line) > config.document_limit:
+            raise Broken(f"{path}, line {number}: a line of {limit(config)}")
+        yield line
+
+
+def _table(
+    shard: Shard, config: DataConfig, fields: tuple[str, ...], **dialect: Any
+) -> Iterator[Record | Broken]:
+    del config, fields
+    with open_bytes(shard.path) as file:
+        rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""), **dialect)
+        try:
+            for row in rows:
+                where = f"{shard.path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    yield Broken(f"{where}: not {len(rows.fieldnames or ())} columns as the first")
+                else:
+                    yield Record(where, row)
+        except csv.Error as error:
+            raise Broken(f"{shard.path}, line {rows.line_num + 1}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise Broken(f"{shard.path}, after line {rows.line_num}: not UTF-8") from error
+
+
+def _parquet(
+    shard: Shard, config: DataConfig, fields: tuple[str, ...]
+) -> Iterator[Record | Broken]:
+    arrow = need("pyarrow", "data", "a Parquet file")
+    parquet = need("pyarrow.parquet", "data", "a Parquet file")
+    open_bytes(shard.path).close()
+    try:
+        with parquet.ParquetFile(shard.path) as file:
+            there = file.schema_arrow.names
+            columns = list(dict.fromkeys(fields))
+            if missing := [field for field in columns if field not in there]:
+                raise Broken(
+                    f"{shard.path}: no column {missing[0]!r}; there are {', '.join(there)}"
+                )
+            for group in range(file.num_row_groups):
+                _check_group(file.metadata.row_group(group), columns, shard.path, group)
+                row = 0
+                for batch in file.iter_batches(256, [group], columns):
+                    for values in batch.to_pylist():
+                        where = f"{shard.path}, row group {group}, row {row}"
+                        yield Record(where, values)
+                        row += 1
+    except arrow.ArrowException as error:
+        raise Broken(f"{shard.path}: not a whole Parquet file ({error})") from error
+
+
+def _check_group(group: Any, columns: list[str], path: Path, number: int) -> None:
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
+    if size > _ROW_GROUP_LIMIT:
+        raise Broken(
+            f"{path}, row group {number}: {size} bytes unpacked, more than {_ROW_GROUP_LIMIT}; "
+            "write it again with smaller row groups"
+        )
+
+
+def _tfds(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
+    from train.data import tfds
+
+    return tfds.records(shard, config, fields)
+
+
+READERS: dict[str, Callable[[Shard, DataConfig, tuple[str, ...]], Iterator[Record | Broken]]] = {
+    "text": _text,
+    "jsonl": _jsonl,
+    "csv": _table,
+    "tsv": functools.partial(_table, delimiter="\t", quoting=csv.QUOTE_NONE),
+    "parquet": _parquet,
+    "tfds": _tfds,
+}
+
+
+def short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) < 40 else shown[:40] + "..."
+
+
+def limit(config: DataConfig) -> str:
+    return f"more than --data.document-limit {config.document_limit}"

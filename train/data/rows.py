@@ -1,0 +1,95 @@
+"""Rows by number, and the batches that are cut from them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from train.batch import Batch
+from train.data.config import DataConfig
+from train.data.tokenizers import Tokenizer
+
+
+class Rows(NamedTuple):
+    """A task's rows as pure functions of their numbers."""
+
+    train: Callable[[np.ndarray], Batch]  # int64[N], places in an endless list -> N rows
+    heldout: Callable[
+        [np.ndarray], Batch
+    ]  # int64[N] below `heldout_count` -> N rows, weights included
+    heldout_count: int  # held-out rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run is trained on and judged by; see `load`."""
+
+    rows: Rows
+    batch_size: int
+    tokenizer: Tokenizer
+    bytes_per_token: float
+    """UTF-8 bytes of the held-out text a token, for bits a byte."""
+    fingerprint: str
+    """Hash of the tokenizer and of all tokens: a run that is resumed must find the same."""
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token is below it."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def classes(self) -> int:
+        """How many classes the targets name; 0 where they are tokens."""
+        return len(self.class_names)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of a text, int32[T]."""
+        return np.asarray(self.tokenizer.encode(text), np.int32)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of tokens [T]."""
+        return self.tokenizer.decode(np.asarray(tokens))
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The rows of a step, or those of them that a process holds: `batch(s, r)` equals every
+        leaf of `batch(s)` cut to r.
+
+        Raises:
+          ValueError: a negative step, or a token outside the vocabulary.
+        """
+        if step < 0:
+            raise ValueError(f"step={step} must not be negative: count from 0")
+        return self.rows.train(step * self.batch_size + np.arange(self.batch_size)[rows])
+
+    def heldout(self) -> Iterator[Batch]:
+        """All held-out rows, once and in order, in batches of one shape; rows of zeros, of weight
+        0, fill the last.
+        """
+        for first in range(0, self.rows.heldout_count, self.batch_size):
+            index_N = np.arange(first, min(first + self.batch_size, self.rows.heldout_count))
+            missing = self.batch_size - len(index_N)
+            yield Batch(*(_fill(leaf, missing) for leaf in self.rows.heldout(index_N)))
+
+
+def batch_shapes(config: DataConfig, *, batch_size: int, sequence_length: int) -> Batch:
+    """The shapes of a batch to train on, `jax.ShapeDtypeStruct`, before any data is there.
+
+    >>> batch_shapes(DataConfig(), batch_size=2, sequence_length=8).weights is None
+    True
+    """
+    tokens = jax.ShapeDtypeStruct((batch_size, sequence_length), np.int32)
+    counts = jax.ShapeDtypeStruct(tokens.shape, np.float32)
+    if config.task == "classify":
+        classes = jax.ShapeDtypeStruct((batch_size,), np.int32)
+        return Batch(
+            tokens, classes, jax.ShapeDtypeStruct((batch_size,), np.float32), tokens, tokens
+        )
+    weighted = config.task == "masked" or config.segments
+    return Batch(tokens, tokens, counts if weighted else None, tokens if config.segments else None)
+
+
+def _fill(leaf: np.ndarray | None, missing: int) -> np.ndarray | None:
+    return None if leaf is None else np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
