@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import curvature_cost, gpu, scaling
 from models import PRESETS, DecoderConfig
+from train.flops import peak_flops
+from train.hlo import collectives
 
 ROOT = Path(__file__).parents[1]
 PAPER = {"rows": 480, "length": 1024}
@@ -28,7 +30,7 @@ PAPER = {"rows": 480, "length": 1024}
 def test_xla_counts_a_plain_step_as_the_formula_does(model):
     config = PRESETS[model]
     plain = curvature_cost.lower(config, curvature_cost.gauss_newton(), False, **PAPER)
-    by_hand = curvature_cost.decoder_flops(config, **PAPER)
+    by_hand = curvature_cost.model_flops(config, **PAPER)
     assert curvature_cost.flops(plain) == pytest.approx(by_hand, rel=0.02)
 
 
@@ -121,7 +123,7 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
 
     talk = jax.shard_map(talk, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     arguments = jnp.ones((8, 10)), jnp.ones(6, jnp.bfloat16)
-    found = scaling.collectives(jax.jit(talk).lower(*arguments).compile().as_text())
+    found = collectives(jax.jit(talk).lower(*arguments).compile().as_text())
     assert found["all-reduce"] == (1, 8 * 10 * 4)
     assert found["reduce-scatter"] == (1, 2 * 10 * 4)
     assert found["all-gather"][0] == 1 and found["all-gather"][1] in (4 * 6 * 2, 4 * 6 * 4)
@@ -204,8 +206,8 @@ def test_figures_are_put_in_relation_to_bandwidth_peak_and_plain_step():
     ],
 )
 def test_the_peak_is_known_by_device_or_given(kind, teraflops):
-    assert gpu.peak_flops(kind, None) == (teraflops and pytest.approx(1e12 * teraflops))
-    assert gpu.peak_flops(kind, 500) == 5e14
+    assert peak_flops(kind, None) == (teraflops and pytest.approx(1e12 * teraflops))
+    assert peak_flops(kind, 500) == 5e14
 
 
 def in_this_process(case, argv, timeout):

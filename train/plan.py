@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from train import hlo, memory
+from train import hlo, memory, traffic
 from train.config import Config
-from train.flops import curvature_flops, model_flops, step_flops
+from train.flops import model_flops
 from train.hlo import Collective
 from train.optimizers import refresh_due
 from train.program import Program, assemble
 from train.sophia import SophiaG, SophiaH
+from train.work import curvature_flops, step_flops
 
 # For speed alone: what a program needs is decided before code is made of it.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -114,8 +115,8 @@ def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compil
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,
-        memory.collectives(*shapes),
-        memory.collectives(*shapes, scatter=False),
+        traffic.collectives(*shapes),
+        traffic.collectives(*shapes, scatter=False),
         compiled(program, refresh) if compile else None,
     )
 
