@@ -123,7 +123,7 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
 
     talk = jax.shard_map(talk, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     arguments = jnp.ones((8, 10)), jnp.ones(6, jnp.bfloat16)
-    found = collectives(jax.jit(talk).lower(*arguments).compile().as_text())
+    found = collectives(str(jax.jit(talk).lower(*arguments).compile().as_text()))
     assert found["all-reduce"] == (1, 8 * 10 * 4)
     assert found["reduce-scatter"] == (1, 2 * 10 * 4)
     assert found["all-gather"][0] == 1 and found["all-gather"][1] in (4 * 6 * 2, 4 * 6 * 4)

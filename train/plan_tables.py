@@ -100,7 +100,7 @@ def _collectives(figures: Plan) -> Table:
 
 
 def _cell(found: dict[str, Collective], kind: str) -> str:
-    return f"{found[kind].count:,}  {found[kind].bytes / 1e6:,.1f}" if kind in found else ""
+    return f"{found[kind].number:,}  {found[kind].bytes / 1e6:,.1f}" if kind in found else ""
 
 
 def _speed(figures: Plan, peak_tflops: float | None) -> Table:
