@@ -32,6 +32,7 @@ from rich.table import Table
 import sophia_optax
 from models import PRESETS, DecoderConfig, split
 from train.batch import Batch
+from train.flops import model_flops
 from train.loss import outputs_of
 from train.step import init_state, make_step
 
@@ -44,16 +45,6 @@ GROUPS = 4
 # Buffers are assigned before code is generated; this is for speed alone.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 Figures = dict[str, dict[str, float]]
-
-
-def decoder_flops(config: DecoderConfig, rows: int, length: int) -> float:
-    """Operations of loss and gradient by hand: products of matrices alone, each one thrice.
-
-    Forward, a token takes 2 (12 L D² + V D) in its matrices and 4 L T D in attention, which masks
-    half of its T x T scores and computes all.
-    """
-    D, L, V = config.width, config.layers, config.vocab_size
-    return 3 * rows * length * (2 * (12 * L * D * D + V * D) + 4 * L * length * D)
 
 
 class Sampler(NamedTuple):
@@ -103,7 +94,7 @@ def amortised(refresh: float, plain: float, interval: int) -> float:
 def operations(config: DecoderConfig, rows: int, length: int, denominators: Sequence[int]):
     """A row for the plain step, and for a step with each kind of sample."""
     plain = flops(lower(config, gauss_newton(), False, rows, length))
-    by_hand = decoder_flops(config, rows, length)
+    by_hand = model_flops(config, rows, length)
     figures: Figures = {"plain": {"flops": plain, "over_by_hand": plain / by_hand}}
     for name, sampler in samplers(denominators).items():
         refresh = flops(lower(config, sampler, True, rows, length))

@@ -2,7 +2,7 @@
 
 Updates alone, against the time in which a copy moves the bytes that they must read and write;
 steps of a GPT-2 that computes in bfloat16, with and without a sample of curvature: tokens a second,
-MFU by the operations of `benchmarks.curvature_cost.decoder_flops`, of which a sample has none, and
+MFU by the operations of `train.flops.model_flops`, of which a sample has none, and
 memory. Each measurement is a process of its own, so that peaks of memory are apart and one that
 fails takes no other along; the file is written after each. `--small` is a test of the script.
 """
@@ -27,17 +27,16 @@ from rich.console import Console
 from rich.table import Table
 
 import sophia_optax
-from benchmarks.curvature_cost import SHARE, Sampler, decoder_flops, gauss_newton, hutchinson
+from benchmarks.curvature_cost import SHARE, Sampler, gauss_newton, hutchinson
 from benchmarks.update_cost import compile_update
 from models import PRESETS, DecoderConfig, split
 from train.batch import next_tokens
+from train.flops import model_flops, peak_flops
 from train.loss import outputs_of
 from train.step import init_state, make_step
 
 RATE = 1e-4
 INTERVAL = 10
-# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by part of `device_kind`; the first that fits.
-PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 312.0}
 SOPHIA = sophia_optax.sophia_g(RATE)
 # (optimizer, extra arguments, whether a sample is an input, bytes a parameter: p and state read and
 # written, g and the sample read; h is written on refreshes alone, OrthoSoph's momentum is bfloat16)
@@ -123,7 +122,7 @@ def step(name: str, size: Size) -> Row:
     row = {
         "seconds": seconds(lambda state: program(state, batch)[0], state, size),
         "tokens": size.rows * config.context,
-        "flops": decoder_flops(config, size.rows, config.context),
+        "flops": model_flops(config, size.rows, config.context),
     }
     if memory:
         row["program_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -153,13 +152,6 @@ def in_own_process(case: str, argv: Sequence[str], timeout: float) -> Row:
             return json.loads(path.read_text())
         last = done.stderr.strip().splitlines()[-3:]
         return {"error": f"the process ended with {done.returncode}: " + " ".join(last)}
-
-
-def peak_flops(kind: str, given: float | None) -> float | None:
-    """Operations a second that the device could do, None if nobody has told."""
-    known = (value for name, value in PEAKS.items() if name in kind)
-    teraflops = given or next(known, None)
-    return teraflops and 1e12 * teraflops
 
 
 def complete(rows: dict[str, Row], peak: float | None) -> None:

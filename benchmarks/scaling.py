@@ -8,9 +8,7 @@ and of the state falls besides. Bytes of collectives are those of their results,
 """
 
 import argparse
-import collections
 import json
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from benchmarks.curvature_cost import QUICK, flops
 from benchmarks.update_cost import compile_update, parameters
 from models import DecoderConfig
 from train.config import Config
+from train.hlo import collectives
 from train.mesh import MeshConfig
 from train.optimizers import SophiaG
 from train.program import assemble
@@ -51,7 +50,6 @@ MESHES = {
     "data": lambda devices: MeshConfig(data=devices),
     "fsdp": lambda devices: MeshConfig(data=1, fsdp=devices),
 }
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 Figures = dict[str, dict[str, float]]
 
 
@@ -102,21 +100,6 @@ def compile_step(mesh: MeshConfig, devices: int, fraction: float, refresh: bool)
     program = assemble(run, jax.devices("cpu")[:devices])
     lowered = program.step.lower(program.abstract, program.batch(0), refresh=refresh)
     return lowered.compile(compiler_options=QUICK)
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Kind -> (number, bytes of the results), of a compiled program's text."""
-    found = collections.defaultdict(list)
-    for shapes, kind in re.findall(rf"= (.*?) ({COLLECTIVES})\(", hlo):
-        found[kind].append(
-            sum(_bytes(*shape) for shape in re.findall(r"([a-z]+)(\d*)\[([\d,]*)\]", shapes))
-        )
-    return {kind: (len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
-
-
-def _bytes(kind: str, bits: str, shape: str) -> int:
-    del kind  # pred has no number of bits, and a byte
-    return int(bits or 8) // 8 * int(np.prod([int(n) for n in shape.split(",") if n]))
 
 
 def weak_scaling(devices: Sequence[int]) -> Figures:

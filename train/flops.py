@@ -1,8 +1,6 @@
-"""Operations of a training step by hand: products of matrices alone, a multiply-add is two."""
+"""Operations of a model by hand: products of matrices alone, a multiply-add is two."""
 
 import models
-from train.config import Config
-from train.sophia import SophiaG, SophiaH
 
 Model = models.DecoderConfig | models.EncoderConfig
 # Dense bfloat16 TFLOP/s of data sheets, by part of `device_kind`; the first that fits.
@@ -62,39 +60,3 @@ def model_flops(config: Model, rows: int, length: int) -> float:
     does not count as use of the hardware.
     """
     return 3 * rows * length * sum(forward_flops(config, length))
-
-
-def step_flops(run: Config) -> float:
-    """Of a plain step: what it computes again counts too."""
-    tokens = run.batch_size * run.sequence_length
-    return model_flops(run.model, run.batch_size, run.sequence_length) + tokens * _again(run)
-
-
-def _again(run: Config) -> float:
-    """Of a token: what a way back computes that the way forward did, logits held in chunks too."""
-    parameters, attention = forward_flops(run.model, run.sequence_length)
-    head = 0.0
-    if run.loss_chunk and not (isinstance(run.model, models.EncoderConfig) and run.model.classes):
-        head = 2.0 * run.model.width * run.model.padded_vocab
-    blocks = {"none": 0.0, "dots": attention, "full": parameters + attention - head}
-    return head + blocks[run.model.remat]
-
-
-def curvature_flops(run: Config) -> float:
-    """What a sample of curvature adds to a plain step.
-
-    Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Hutchinson's
-    product has three products for each of the gradient's where the gradient is wanted too; apart,
-    the gradient of parameters itself is not computed. A further probe costs the tangents alone.
-    What Hutchinson computes again is left out.
-    """
-    if not isinstance(run.optim, SophiaG | SophiaH):
-        return 0.0
-    every, stride = run.optim.strides(run.batch_size, run.accumulation)
-    tokens = run.batch_size * run.sequence_length / (every * stride)
-    parameters, attention = forward_flops(run.model, run.sequence_length)
-    if isinstance(run.optim, SophiaG):
-        return tokens * run.optim.num_samples * (2 * (parameters + attention) + _again(run))
-    shared = stride == 1 and run.optim.groups_of(run.batch_size, run.accumulation) == 1
-    first = 6 * (parameters + attention) if shared else 8 * parameters + 9 * attention
-    return tokens * (first + (run.optim.num_samples - 1) * 6 * (parameters + attention))

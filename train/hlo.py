@@ -12,7 +12,7 @@ Calls = list[tuple[str, int]]  # (name of a computation, how often it runs)
 class Collective(NamedTuple):
     """Collectives of one kind, in one run of a program on one device."""
 
-    count: int
+    number: int
     bytes: int  # of their results
 
 
@@ -40,7 +40,7 @@ def collectives(text: str) -> dict[str, Collective]:
     ...   ROOT z = f32[4]{0} while(x), body=body, backend_config={"known_trip_count":{"n":"3"}}
     ... }'''
     >>> collectives(text)
-    {'all-reduce': Collective(count=3, bytes=48)}
+    {'all-reduce': Collective(number=3, bytes=48)}
     """
     entry, bodies = _computations(text)
     found: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Bytes of a training step on one device, and what devices exchange, by hand from shapes.
+"""Bytes of a training step on one device, by hand from shapes.
 
 What must be there: state and batch exactly, activations as autodiff keeps them for its way back.
 XLA's own layout, copies and order of work are left out; `train.plan` compares.
@@ -14,7 +14,6 @@ import models
 from train import data
 from train.config import Config
 from train.flops import Model
-from train.hlo import Collective
 from train.mesh import row_devices
 from train.sophia import SophiaG, SophiaH
 
@@ -56,21 +55,26 @@ class Cut(NamedTuple):
     groups: int  # whose gradients of one parameter live at once; 0 if nothing is sampled
     rounds: int  # one after the other, each with its own sums over devices
     draws: int  # of labels or probes
+    sampled: int  # micro-batches, of all
+    beside: bool  # groups go side by side
 
 
 def cut(run: Config, mesh: Mesh, samples: bool) -> Cut:
     """How a mesh and an optimizer cut a micro-batch; `samples` on a step that takes curvature."""
     rows = run.batch_size // run.accumulation // row_devices(mesh)
     if not samples or not isinstance(run.optim, SophiaG | SophiaH):
-        return Cut(rows, 0.0, 0, 0, 0)
+        return Cut(rows, 0.0, 0, 0, 0, 0, False)
     size = run.batch_size, run.accumulation
     groups, shards = run.optim.groups_of(*size), run.optim.shards(row_devices(mesh), *size)
+    every, stride = run.optim.strides(*size)
     return Cut(
-        rows,
-        1 / run.optim.strides(*size)[1],
-        max(shards // row_devices(mesh), 1),
-        groups // shards,
-        run.optim.num_samples,
+        rows=rows,
+        share=1 / stride,
+        groups=max(shards // row_devices(mesh), 1),
+        rounds=groups // shards,
+        draws=run.optim.num_samples,
+        sampled=run.accumulation // every,
+        beside=shards > 1,
     )
 
 
@@ -157,7 +161,7 @@ def activations(run: Config, tensor: int = 1) -> float:
     the feed-forward layer before and after its nonlinearity, and that itself. With `remat` of all
     blocks their inputs, and products with parameters or not, and the rest of one block.
     """
-    config, size = run.model, _size(run.model)
+    config, size = run.model, itemsize(run.model)
     encoder = isinstance(config, models.EncoderConfig)
     heads, head = config.heads, config.head_width
     shared = heads if encoder else config.kv_heads or heads
@@ -180,7 +184,7 @@ def activations(run: Config, tensor: int = 1) -> float:
 
 def _way_back(run: Config, tensor: int) -> float:
     """Bytes of a token that one block holds on its way back: gradients of what it made."""
-    size, width = _size(run.model), run.model.width
+    size, width = itemsize(run.model), run.model.width
     return 4 * width * size + (2 * _hidden(run.model) * size + _scores(run)) / tensor
 
 
@@ -195,7 +199,8 @@ def _hidden(config: Model) -> int:
     return config.ffn_width or 4 * config.width
 
 
-def _size(config: Model) -> int:
+def itemsize(config: Model) -> int:
+    """Of an activation."""
     return 2 if config.dtype == "bfloat16" else FLOAT32
 
 
@@ -208,87 +213,6 @@ def logits(run: Config, tensor: int = 1) -> float:
         return 0.0
     share = min(run.loss_chunk or run.sequence_length, run.sequence_length) / run.sequence_length
     return 2 * FLOAT32 * run.model.padded_vocab * share / tensor
-
-
-def collectives(
-    run: Config, abstract: Any, mesh: Mesh, samples: bool, *, scatter: bool = True
-) -> dict[str, Collective]:
-    """What a device exchanges in a step: kind -> number of arrays, bytes of the results.
-
-    Each pass over a micro-batch gathers each matrix, and sums gradients over the devices; a tied
-    table has two gradients, of what it reads and of what it writes. Blocks that are scanned or
-    computed again are gathered again on each way back. Over "tensor", a block sums its two outputs,
-    and on the way back its two inputs.
-
-    Args:
-      scatter: whether gradients are summed where they are kept, as on GPU and TPU. XLA on CPU sums
-        all of them everywhere.
-    """
-    part = cut(run, mesh, samples)
-    gathers, sums, again = _passes(run, part, mesh)
-    again_gathered = run.model.scan_layers or run.model.remat != "none"
-    found = {"all-gather": [0, 0], "all-reduce": [0, 0], "reduce-scatter": [0, 0]}
-
-    def add(kind: str, times: int, size: int) -> None:
-        found[kind][0] += times
-        found[kind][1] += times * size
-
-    for path, x in jax.tree.leaves_with_path(abstract.params):
-        shard, whole = shard_bytes(x), gathered_bytes(x)
-        times = sums + again * (tied(run.model) and jax.tree_util.keystr(path) == TABLE)
-        if shard < whole:
-            layers = run.model.layers if scanned(run, path) else 1
-            add(
-                "all-gather",
-                layers * (gathers + sums * (again_gathered and in_block(path))),
-                whole // layers,
-            )
-            add(*(("reduce-scatter", times, shard) if scatter else ("all-reduce", times, whole)))
-        if mesh.shape["data"] > 1 or (shard == whole and row_devices(mesh) > 1):
-            add("all-reduce", times, shard)
-    if mesh.shape["tensor"] > 1:
-        stream = part.rows * run.sequence_length * run.model.width * _size(run.model)
-        add("all-reduce", run.accumulation * _tensor_sums(run.model, scatter), stream)
-    return {kind: Collective(*both) for kind, both in found.items() if both[0]}
-
-
-def _tensor_sums(config: Model, together: bool) -> int:
-    """Sums of activations over "tensor": two a block each way, of embeddings, and of the head.
-
-    On CPU gradients by queries, keys and values (gate and up) are summed one by one.
-    """
-    gated = not isinstance(config, models.EncoderConfig) and config.mlp == "swiglu"
-    return 2 + config.layers * (4 if together else 6 + gated)
-
-
-TABLE = "['tokens']['embedding']"
-
-
-def tied(config: Model) -> bool:
-    """Whether logits are inner products with the table that tokens are looked up in."""
-    return not config.classes if isinstance(config, models.EncoderConfig) else config.tied
-
-
-def _passes(run: Config, part: Cut, mesh: Mesh) -> tuple[int, int, int]:
-    """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
-
-    Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
-    gathers again is the probe, and each matrix is in two products of a gradient's tangent. Groups
-    side by side add the two gradients of a table before they are summed over devices.
-    """
-    if not part.groups:
-        return (run.accumulation,) * 3
-    size = run.batch_size, run.accumulation
-    sampled = run.accumulation // run.optim.strides(*size)[0]
-    if isinstance(run.optim, SophiaH):
-        products = part.rounds * part.draws
-        more = (products, 2 * products, products)
-    else:
-        beside, rest = run.optim.shards(row_devices(mesh), *size) > 1, part.share < 1
-        sums = part.rounds * (1 + part.draws) + rest
-        gathers = rest and (beside or part.rounds > 1)
-        more = (gathers, sums - 1, -1 + rest if beside else sums - 1)
-    return tuple(run.accumulation + sampled * n for n in more)
 
 
 def shard_bytes(x: Any) -> int:

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from train import hlo, memory
+from train import hlo, memory, traffic
 from train.config import Config
-from train.flops import curvature_flops, model_flops, step_flops
+from train.flops import model_flops
 from train.hlo import Collective
 from train.optimizers import refresh_due
 from train.program import Program, assemble
 from train.sophia import SophiaG, SophiaH
+from train.work import curvature_flops, step_flops
 
 # For speed alone: what a program needs is decided before code is made of it.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -93,19 +94,15 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     program = assemble(run, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
     kinds = dict.fromkeys(refresh_due(run.optim, step) for step in (1, 0))
+    interval = run.optim.update_interval if isinstance(run.optim, SophiaG | SophiaH) else 1
     return Plan(
         run=run,
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(program.abstract.params)),
         steps={NAMES[kind]: _step(run, program, mesh, kind, compile) for kind in kinds},
-        interval=_interval(run, len(kinds)),
+        interval=interval if len(kinds) > 1 else 1,
         flops_per_token=model_flops(run.model, 1, run.sequence_length) / run.sequence_length,
     )
-
-
-def _interval(run: Config, programs: int) -> int:
-    sampling = isinstance(run.optim, SophiaG | SophiaH) and programs > 1
-    return run.optim.update_interval if sampling else 1
 
 
 def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
@@ -114,8 +111,8 @@ def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compil
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,
-        memory.collectives(*shapes),
-        memory.collectives(*shapes, scatter=False),
+        traffic.collectives(*shapes),
+        traffic.collectives(*shapes, scatter=False),
         compiled(program, refresh) if compile else None,
     )
 
