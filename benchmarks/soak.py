@@ -108,7 +108,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(len(NAMES), sharex=True), NAMES.items()):
+    rows = figure.subplots(len(NAMES), sharex=True)
+    for axes, (name, label) in zip(rows, NAMES.items(), strict=True):
         axes.plot([p.step for p in points], [getattr(p, name) for p in points], linewidth=1)
         axes.set(ylabel=label, ylim=(0, None))
     figure.axes[-1].set_xlabel("step")
@@ -129,7 +130,7 @@ def table(points: Sequence[Point]) -> Table:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs, prints and draws."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Whether a long run leaks.")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--every", type=int, default=200, help="steps between points")
     parser.add_argument("--plot", type=Path, default=Path("runs/soak.png"))

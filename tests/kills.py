@@ -1,4 +1,4 @@
-"""A tiny run that is killed again and again: `python tests/kills.py FOLDER KILLS`.
+"""A tiny run that is killed again and again: `python tests/kills.py FOLDER KILLS OPTIMIZER`.
 
 Each attempt is a fork of this process, which has imported JAX but not started it: an attempt costs
 what a restart costs without the imports. Prints, as JSON, how the attempts ended and whether
@@ -28,32 +28,10 @@ import orbax.checkpoint.experimental.v1  # noqa: F401
 
 from train import cli, config, loop, program
 
-FLAGS = [
-    "tiny",
-    "sophia-g",
-    "--model.width",
-    "16",
-    "--model.layers",
-    "1",
-    "--model.heads",
-    "2",
-    "--batch-size",
-    "8",
-    "--sequence-length",
-    "64",
-    "--steps",
-    "40",
-    "--warmup-steps",
-    "5",
-    "--evaluate-every",
-    "20",
-    "--run.checkpoint-every",
-    "2",
-    "--run.log-every",
-    "1",
-    "--run.sample-length",
-    "0",
-]
+WORDS = """--model.width 16 --model.layers 1 --model.heads 2 --batch-size 8
+--sequence-length 64 --steps 40 --warmup-steps 5 --evaluate-every 20 --run.checkpoint-every 2
+--run.log-every 1 --run.sample-length 0"""
+OPTIMIZER = sys.argv[3]
 MOMENTS = ("save", "line", "term", "save", "line", "start")
 TIMED = ("tokens_per_second",)
 
@@ -109,7 +87,15 @@ def attempts(folder, kills, cache, log):
     while len(ended) < 3 * kills + 3:
         moment = MOMENTS[len(ended) % len(MOMENTS)] if len(ended) < kills else "end"
         new = not (folder / "config.json").exists()
-        words = [*FLAGS, "--run.folder", str(folder), "--run.compile-cache", cache]
+        words = [
+            "tiny",
+            OPTIMIZER,
+            *WORDS.split(),
+            "--run.folder",
+            str(folder),
+            "--run.compile-cache",
+            cache,
+        ]
         if not new:
             words = ["resume", str(folder), "--compile-cache", cache]
         process = fork(lambda words=words: cli.main(words), log)

@@ -18,7 +18,7 @@ from train.distributed import DistributedConfig, _arguments
 HERE = Path(__file__).parent
 WORDS = """tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --model.context 16
 --batch-size 16 --sequence-length 16 --steps 8 --warmup-steps 2 --evaluate-every 8
---run.checkpoint-every 4 --run.log-every 1 --run.sample-length 20""".split()
+--run.checkpoint-every 4 --run.log-every 1 --run.sample-length 20"""
 
 
 def test_one_process_is_the_default():
@@ -98,8 +98,8 @@ def losses(history):
 
 
 def test_two_processes_train_what_one_does_and_stop_together(tmp_path, short_text):
-    """Two of four devices, fsdp 4; process 1 alone is told to stop; one of eight goes on, fsdp 2."""
-    folder, words = tmp_path / "two", [*WORDS, "--mesh.fsdp", "4"]
+    """Two of four devices, fsdp 4; process 1 alone is told to stop; one of eight goes on."""
+    folder, words = tmp_path / "two", [*WORDS.split(), "--mesh.fsdp", "4"]
     port = free_port()
     words_two = [*words, "--run.folder", str(folder), "--run.compile-cache", str(tmp_path / "xla")]
     both = [start(words_two, 4, port, i) for i in range(2)]

@@ -193,7 +193,7 @@ def test_a_run_in_micro_batches_is_the_run_in_one_piece(tmp_path):
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """fsdp 8, and from the middle data 8: the same losses and the same parameters to rounding."""
+    """With fsdp 8, and from the middle data 8: the same losses and parameters to rounding."""
     norms, seen, folder = [], [], tmp_path / "run"
     sharded = small(folder, mesh=program.mesh.MeshConfig(fsdp=8))
     for mesh in (None, program.mesh.MeshConfig(data=8)):

@@ -1,4 +1,4 @@
-"""One of the processes of tests/test_distributed.py: `python two_processes.py JOB`, a JSON object."""
+"""One of the processes of tests/test_distributed.py: `python two_processes.py JOB` (JSON)."""
 
 import json
 import os
@@ -12,9 +12,9 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
-import jax
+import jax  # noqa: E402
 
-from train import cli, data, distributed, loop, meter
+from train import cli, data, distributed, loop, meter  # noqa: E402
 
 whole = data.shakespeare()
 data.shakespeare = lambda: whole._replace(heldout=whole.heldout[:4000])

@@ -11,7 +11,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import record
 
+T = TypeVar("T")
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # not SLURM_NTASKS: salloc sets it
 
 
@@ -102,12 +103,12 @@ def from_main(text: str) -> str:
     return _gather(text)[0]
 
 
-def on_main(action: Callable[[], object]) -> None:
-    """Lets process 0 alone act; where that fails, all processes raise."""
-    error = None
+def on_main(action: Callable[[], T]) -> T | None:
+    """Lets process 0 alone act, and has the result there; where that fails, all raise."""
+    result, error = None, None
     if is_main():
         try:
-            action()
+            result = action()
         except Exception as caught:
             error = caught
     message = from_main(str(error or ""))
@@ -115,6 +116,7 @@ def on_main(action: Callable[[], object]) -> None:
         raise error
     if message:
         raise ValueError(f"process 0 failed: {message}")
+    return result
 
 
 def check_same(fields: Mapping[str, Any]) -> None:

@@ -250,7 +250,8 @@ def _run(
     done, stopped, agree = first, False, distributed.Agreement()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.stopping())
-        log = stack.enter_context(_log(run, folder, first, others))
+        log = distributed.on_main(lambda: stack.enter_context(_log(run, folder, first, others)))
+        log = log or stack.enter_context(metrics.RunLog(folder, run.steps, silent=True))
         for note in start.notes:
             log.print(note)
         step = _compiled(run, programs, range(first, run.steps), start.health.owed, log)
@@ -289,16 +290,12 @@ def _run(
 
 
 def _log(run: Config, folder: Path, first: int, others: Sequence[writers.Writer]) -> metrics.RunLog:
-    main, takers = distributed.is_main(), []
-    if main:
-        takers += others
-        if run.run.tensorboard:
-            takers.append(writers.TensorBoard(folder / "tensorboard", first))
-        if run.run.wandb:
-            takers.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
-    return metrics.RunLog(
-        folder, run.steps, first, quiet=run.run.quiet, writers=takers, silent=not main
-    )
+    takers = list(others)
+    if run.run.tensorboard:
+        takers.append(writers.TensorBoard(folder / "tensorboard", first))
+    if run.run.wandb:
+        takers.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
+    return metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet, writers=takers)
 
 
 def _refresh(run: Config, step: int, health: Health) -> bool | None:

@@ -80,8 +80,8 @@ class Meter:
         del values["skipped"]
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         tokens = (step - self.since) * self.run.batch_size * self.run.sequence_length
-        # The optimizer counts the steps that were not left out.
-        counted = max(step - 1 - self.health.skipped, 0)
+        # The optimizer counts the steps before this one that were not left out.
+        counted = step - 1 - self.health.skipped + (self.health.in_a_row > 0)
         values["learning_rate"] = float(jax.device_get(self.run.schedule(counted)))
         values["skipped_steps"] = self.health.skipped
         if self.spikes:
