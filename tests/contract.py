@@ -202,11 +202,28 @@ OPTIMIZERS = {
 }
 
 
-def parametrized(optimizers):
-    return pytest.mark.parametrize("opt", optimizers.values(), ids=optimizers)
+# Each shares its factory, estimator and extra arguments with another row.
+VARIANTS = {
+    "sophia_g, raw h",
+    "sophia_lite, raw, bfloat16",
+    "sophia_geometric, bfloat16 h",
+    "soaa",
+    "soaa, tadam, bfloat16",
+    "orthosoph",
+    "orthosoph, tiles",
+}
+
+
+def parametrized(optimizers, slow=frozenset()):
+    rows = [
+        pytest.param(opt, id=name, marks=[pytest.mark.slow] if name in slow else [])
+        for name, opt in optimizers.items()
+    ]
+    return pytest.mark.parametrize("opt", rows)
 
 
 every_optimizer = parametrized(OPTIMIZERS)
+every_factory = parametrized(OPTIMIZERS, slow=VARIANTS)  # the variants by `pytest -m slow`
 every_optimizer_with_a_model = parametrized({n: o for n, o in OPTIMIZERS.items() if o.model})
 every_optimizer_without_a_model = parametrized({n: o for n, o in OPTIMIZERS.items() if not o.model})
 

@@ -250,7 +250,6 @@ def test_groups_divide_the_error_at_the_same_cost_and_leave_no_bias(tmp_path, mo
     path = tmp_path / "figures.json"
     arguments = ["--width", "8", "--steps", "100", "--samples", "100", "--json", str(path)]
     monkeypatch.setattr("sys.argv", ["estimator_variance", *arguments])
-    monkeypatch.setattr(estimator_variance, "ROWS", 16)  # the exact diagonals take time by rows
     estimator_variance.main()
     rows = json.loads(path.read_text())
     biased = rows.pop("squared gradient")

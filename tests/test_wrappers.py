@@ -1,4 +1,7 @@
-"""What every optimizer of ours must bear inside the wrappers of optax, Flax and Orbax."""
+"""What every optimizer of ours must bear inside the wrappers of optax, Flax and Orbax.
+
+Where a wrapper calls `update` as it is, every factory is run, and its variants by `-m slow`.
+"""
 
 import functools
 import warnings
@@ -15,6 +18,7 @@ from contract import (
     PARAMS,
     STEPS,
     assert_close,
+    every_factory,
     every_optimizer,
     every_optimizer_with_a_model,
     every_optimizer_without_a_model,
@@ -48,7 +52,7 @@ def injected(opt, **changes):
     return opt(factory, **changes)
 
 
-@every_optimizer
+@every_factory
 def test_injected_schedules_of_every_number_equal_the_numbers(opt):
     """All of them traced, since each depends on the count."""
     schedules = {n: lambda count, x=x: x + 0 * count for n, x in opt.numbers.items()}
@@ -101,7 +105,7 @@ def multi_steps(opt, micro, told):
     return params, state.inner_opt_state, len(calls)
 
 
-@every_optimizer
+@every_factory
 def test_multi_steps_told_to_refresh_on_the_last_micro_step_samples_once_per_due_step(opt):
     *carry, calls = multi_steps(opt, micro=3, told=True)
     assert calls == (4 if opt.model else 0)  # at counts 0, 3, 6, 9
@@ -195,7 +199,7 @@ def test_frozen_leaves_stay_and_the_others_move_as_without(opt):
 # ---------------------------------------------------------------- the others
 
 
-@every_optimizer
+@every_factory
 def test_apply_if_finite_skips_a_bad_gradient_and_nothing_else(opt):
     tx = optax.apply_if_finite(opt(), max_consecutive_errors=2)
 
@@ -218,7 +222,7 @@ def loss(params, batch):
     return obj_fn(nnx.to_pure_dict(params), batch)
 
 
-@every_optimizer
+@every_factory
 def test_nnx_optimizer_passes_the_extra_arguments_on(opt):
     model = Model()
     graph, arrays = nnx.split((model, nnx.Optimizer(model, opt(), wrt=nnx.Param)))
@@ -252,7 +256,7 @@ def by_train_state(kind, tx, **extra):
     return state.params, state.opt_state
 
 
-@every_optimizer
+@every_factory
 def test_train_state_passes_the_extra_arguments_on_if_told_how(opt):
     def program():
         _, value = gradient(start())
