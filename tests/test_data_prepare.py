@@ -140,8 +140,8 @@ def test_sources_agree_on_the_same_documents(files, tmp_path):
     want = small(files).fingerprint
     (tmp_path / "all.txt").write_text("<|end|>".join(DOCUMENTS))
     assert small(f"text:{tmp_path / 'all.txt'}", separator="<|end|>").fingerprint == want
-    rows = "".join(f'{i},"{text}"\n' for i, text in enumerate(DOCUMENTS))
-    (tmp_path / "all.csv").write_text("number,body\n" + rows)
+    rows = "".join(f'"{text}"\n' for text in DOCUMENTS)
+    (tmp_path / "all.csv").write_text("\ufeffbody\n" + rows)  # as spreadsheets write it
     assert small(f"csv:{tmp_path / 'all.csv'}", text_field="body").fingerprint == want
     (tmp_path / "all.tsv").write_text("text\n" + "\n".join(DOCUMENTS))
     assert small(f"tsv:{tmp_path / 'all.tsv'}").fingerprint == want
