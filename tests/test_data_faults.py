@@ -134,6 +134,16 @@ def test_a_cut_gzip_file_is_named(tmp_path):
         loader(tmp_path)(f"jsonl:{path}")
 
 
+def test_cells_and_lines_of_a_table_have_the_limit_too(tmp_path):
+    for cell, message in (("x" * 100, "line 2: a line of more than"), ("x\n" * 60, "field larger")):
+        (tmp_path / "a.csv").write_text(f'text\n"{cell}"\n')
+        with pytest.raises(readers.Broken, match=message):
+            loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}", document_limit=99)
+    (tmp_path / "a.csv").write_bytes(b"text\nso\ncaf\xe9\n")
+    with pytest.raises(readers.Broken, match=r"a\.csv, line 3: byte 3 \(0xe9\) is not UTF-8"):
+        loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}")
+
+
 def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
     (tmp_path / "a.tsv").write_text('text\tlabel\nso it "goes\t0\nso\n')
     with pytest.raises(readers.Broken, match=r"a\.tsv, line 3: not 2 columns"):

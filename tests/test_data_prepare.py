@@ -140,8 +140,8 @@ def test_sources_agree_on_the_same_documents(files, tmp_path):
     want = small(files).fingerprint
     (tmp_path / "all.txt").write_text("<|end|>".join(DOCUMENTS))
     assert small(f"text:{tmp_path / 'all.txt'}", separator="<|end|>").fingerprint == want
-    rows = "".join(f'{i},"{text}"\n' for i, text in enumerate(DOCUMENTS))
-    (tmp_path / "all.csv").write_text("number,body\n" + rows)
+    rows = "".join(f'"{text}"\n' for text in DOCUMENTS)
+    (tmp_path / "all.csv").write_text("\ufeffbody\n" + rows)  # as spreadsheets write it
     assert small(f"csv:{tmp_path / 'all.csv'}", text_field="body").fingerprint == want
     (tmp_path / "all.tsv").write_text("text\n" + "\n".join(DOCUMENTS))
     assert small(f"tsv:{tmp_path / 'all.tsv'}").fingerprint == want
@@ -238,7 +238,7 @@ def test_tokens_of_another_tokenizer_are_refused_and_the_cure_works(files, tmp_p
     found = small(f"bin:{tmp_path / 'out'}", tokenizer=cure)
     assert found.vocab_size == 261
     assert found.fingerprint != small(files).fingerprint
-    assert "so it goes" in found.decode(found.batch(0).inputs[0])
+    assert "so it goes" in found.decode(found.batch(0).inputs.ravel())
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -292,3 +292,14 @@ def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):
         prepare(files, tmp_path / "out", quiet=True, workers=1)
     assert not isinstance(KeyboardInterrupt(), Broken)
     assert sources.read_header(tmp_path / "out") is None
+
+
+def test_the_command_line_takes_both_functions(files, tmp_path):
+    tyro = pytest.importorskip("tyro", reason="the extra train is not installed")
+    args = [files, "-o", str(tmp_path / "out"), "--data.heldout-fraction", "0.2", "--quiet"]
+    header = tyro.cli(prepare, args=args)
+    assert header == prepare(files, tmp_path / "out", DataConfig(heldout_fraction=0.2), quiet=True)
+    pytest.importorskip("tokenizers", reason="the extra data is not installed")
+    path = tmp_path / "tokenizer.json"
+    args = [files, "-o", str(path), "--vocab-size", "300", "--kind", "wordpiece"]
+    assert tyro.cli(train_tokenizer, args=args) == path and path.is_file()

@@ -129,7 +129,7 @@ def _row(texts: list[np.ndarray], tokenizer: Tokenizer, length: int) -> np.ndarr
     row[:, 0], at = (begin, 0, 0), 1
     for second, text in enumerate(_shortened(texts, length - 1 - len(texts))):
         stop = at + len(text) + 1
-        row[0, at:stop] = [*text, tokenizer.end]
+        row[0, at : stop - 1], row[0, stop - 1] = text, tokenizer.end
         row[1, at:stop], row[2, at:stop] = second, 0
         at = stop
     return row

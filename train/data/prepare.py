@@ -27,7 +27,7 @@ from train.data.tokenizers import Tokenizer
 def prepare(
     source: Annotated[str, tyro.conf.Positional],
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),  # noqa: B008
     workers: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def train_tokenizer(
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     vocab_size: int = 32_000,
     kind: Literal["bpe", "wordpiece"] = "bpe",
-    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),  # noqa: B008
 ) -> Path:
     """Train a tokenizer on a source of documents.
 

@@ -5,10 +5,10 @@ Parquet only the columns that are asked for.
 """
 
 import bz2
+import codecs
 import csv
 import functools
 import gzip
-import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator
         for number, raw in enumerate(_pieces(file, config, shard.path), 1):
             where = f"{shard.path}, document {number}" if config.separator else str(shard.path)
             try:
-                text = decode_utf8(raw, where)
+                text = decode_utf8(raw, where).removeprefix("\ufeff")
             except Broken as fault:
                 yield fault
                 continue
@@ -115,15 +115,21 @@ def _lines(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes]:
         number += 1
         if len(line) > config.document_limit:
             raise Broken(f"{path}, line {number}: a line of {limit(config)}")
-        yield line
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _table(
     shard: Shard, config: DataConfig, fields: tuple[str, ...], **dialect: Any
 ) -> Iterator[Record | Broken]:
-    del config, fields
+    del fields
+    csv.field_size_limit(
+        config.document_limit
+    )  # lines are limited one by one, a cell may have many
     with open_bytes(shard.path) as file:
-        rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""), **dialect)
+        lines = enumerate(_lines(file, config, shard.path), 1)
+        rows = csv.DictReader(
+            (decode_utf8(line, f"{shard.path}, line {number}") for number, line in lines), **dialect
+        )
         try:
             for row in rows:
                 where = f"{shard.path}, line {rows.line_num}"
@@ -133,8 +139,6 @@ def _table(
                     yield Record(where, row)
         except csv.Error as error:
             raise Broken(f"{shard.path}, line {rows.line_num + 1}: {error}") from error
-        except UnicodeDecodeError as error:
-            raise Broken(f"{shard.path}, after line {rows.line_num}: not UTF-8") from error
 
 
 def _parquet(
@@ -159,7 +163,7 @@ def _parquet(
                         where = f"{shard.path}, row group {group}, row {row}"
                         yield Record(where, values)
                         row += 1
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise Broken(f"{shard.path}: not a whole Parquet file ({error})") from error
 
 

@@ -115,9 +115,9 @@ def _download(name: str, folder: Path) -> Any:
         tfds.core.registered.DatasetNotFoundError,
     ) as error:
         raise ValueError(
-            f"tfds:{name} could not be fetched into {folder} ({type(error).__name__}: {error}). Some "
-            "need TensorFlow, or files of your own, to be prepared; do that elsewhere and copy the "
-            "folder."
+            f"tfds:{name} could not be fetched into {folder} ({type(error).__name__}: {error}). "
+            "Some need TensorFlow, or files of your own, to be prepared: do it elsewhere and copy "
+            "the folder."
         ) from error
     return builder
 

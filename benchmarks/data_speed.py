@@ -1,0 +1,148 @@
+"""How fast data is read and made: `python -m benchmarks.data_speed` (a minute).
+
+Rates are a second of processor time, so that a busy machine does not move them, and of wall-clock.
+Without --tokenizer the text is the embedded one and its tokens are bytes; with the folder of
+`benchmarks.corpus`, --text 'FOLDER/text/*.txt' --tokenizer FOLDER/gpt2, they are GPT-2's.
+"""
+
+import argparse
+import csv
+import gzip
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from train import data
+from train.data import DataConfig, documents, sources
+from train.data.prepare import prepare
+
+LENGTH = 1024
+ROWS = 64
+COPIES = 16
+"""Documents are given this often, so that a reader works for longer than a clock's tick."""
+
+
+def timed(work: Callable[[], int], seconds: float = 0.5) -> tuple[float, float]:
+    """What `work` returns, a second of processor time and a second of wall-clock."""
+    work()
+    total, cpu, wall = 0, time.process_time(), time.perf_counter()
+    while time.perf_counter() - wall < seconds:
+        total += work()
+    return total / (time.process_time() - cpu), total / (time.perf_counter() - wall)
+
+
+def texts(pattern: str | None) -> list[str]:
+    """Documents of some kilobytes."""
+    if pattern is None:
+        whole = [data.shakespeare().train.tobytes().decode()]
+    else:
+        whole = [s.path.read_text("utf-8") for s in documents.shards("text", pattern)]
+    return [text[i : i + 4096] for text in whole for i in range(0, len(text), 4096)]
+
+
+def write(folder: Path, found: list[str]) -> dict[str, Path]:
+    """The documents in every format that can be read."""
+    paths = {kind: folder / f"all.{kind}" for kind in ("text", "jsonl", "csv")}
+    records = [{"text": text, "label": i % 2} for i, text in enumerate(found)]
+    paths["text"].write_text("<|end|>".join(found))
+    paths["jsonl"].write_text("".join(json.dumps(record) + "\n" for record in records))
+    with paths["csv"].open("w", newline="") as file:
+        table = csv.DictWriter(file, ["text", "label"])
+        table.writeheader()
+        table.writerows(records)
+    paths["jsonl.gz"] = folder / "all.jsonl.gz"
+    paths["jsonl.gz"].write_bytes(gzip.compress(paths["jsonl"].read_bytes(), 6))
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        return paths
+    paths["parquet"] = folder / "all.parquet"
+    columns = {"text": found, "url": [text[::-1] for text in found]}
+    pq.write_table(pa.table(columns), paths["parquet"], row_group_size=1000)
+    return paths
+
+
+def readers(paths: dict[str, Path]) -> dict[str, tuple[float, float]]:
+    """Bytes of text a second that come out of each format."""
+    config = DataConfig(separator="<|end|>")
+
+    def read(kind: str, path: Path) -> int:
+        shards, fields = sources.shards(f"{kind}:{path}", config)
+        found = (documents.documents(shard, config, fields, []) for shard in shards)
+        return sum(len(text.encode()) for shard in found for (text,) in shard)
+
+    return {
+        name: timed(lambda name=name, path=path: read(name.partition(".")[0], path))
+        for name, path in paths.items()
+    }
+
+
+def tasks(folder: Path, paths: dict[str, Path], tokenizer: str) -> dict[str, tuple[float, float]]:
+    """Tokens a second of batches, once the data is prepared."""
+    stored, labelled = f"bin:{folder / 'tokens'}", f"jsonl:{paths['jsonl']}"
+    configs = {
+        "embedded": {"source": "embedded", "tokenizer": "bytes"},
+        "bin": {"source": stored},
+        "bin, segments": {"source": stored, "segments": True},
+        "mixture of two": {"source": f"{stored}:0.7,{stored}:0.3"},
+        "masked": {"source": stored, "task": "masked"},
+        "classify": {"source": labelled, "task": "classify"},
+    }
+    rates = {}
+    for name, changes in configs.items():
+        config = DataConfig(**{"tokenizer": tokenizer, **changes})
+        try:
+            found = data.load(config, batch_size=ROWS, sequence_length=LENGTH, seed=0)
+        except ValueError as error:  # a tokenizer without [MASK]
+            print(f"{name}: {error}")
+            continue
+        steps = itertools.count()
+        rates[name] = timed(lambda f=found, s=steps: f.batch(next(s)).inputs.size)
+    return rates
+
+
+def measure(pattern: str | None, tokenizer: str, copies: int) -> dict[str, tuple[float, float]]:
+    """All rates: MB/s of readers and of `prepare`, Mtokens/s of `prepare` and of batches."""
+    rates: dict[str, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = write(folder, texts(pattern) * copies)
+        for kind, rate in readers(paths).items():
+            rates[f"read {kind}, MB/s"] = rate
+        config = DataConfig(tokenizer=tokenizer)
+        cpu = time.process_time()
+        header = prepare(f"jsonl:{paths['jsonl']}", folder / "tokens", config, quiet=True)
+        cpu = time.process_time() - cpu
+        for what, unit in (("tokens", "Mtokens/s"), ("bytes", "MB/s")):
+            total = sum(split[what] for split in header["splits"].values())
+            rates[f"prepare, {unit}"] = total / cpu, total / header["seconds"]
+        for task, rate in tasks(folder, paths, tokenizer).items():
+            rates[f"batches of {task}, Mtokens/s"] = rate
+    return {name: (cpu / 1e6, wall / 1e6) for name, (cpu, wall) in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", help="glob of text files; default the embedded text")
+    parser.add_argument("--tokenizer", default="bytes", help="as --data.tokenizer")
+    parser.add_argument("--copies", type=int, default=COPIES, help="times each document is given")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    rates = measure(args.text, args.tokenizer, args.copies)
+    table = Table("", "a processor second", "a second")
+    for name, (cpu, wall) in rates.items():
+        table.add_row(name, f"{cpu:.1f}", f"{wall:.1f}")
+    Console(width=100).print(table)
+    if args.json:
+        args.json.write_text(json.dumps(rates, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
