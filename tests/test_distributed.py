@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import data, distributed, loop, metrics
+from train import distributed, loop, metrics
 from train.cli import parse
 from train.distributed import DistributedConfig, _arguments
 
 HERE = Path(__file__).parent
-WORDS = """tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --model.context 16
+WORDS = """tiny adamw --data.heldout-fraction .003
+--model.width 16 --model.layers 1 --model.heads 2 --model.context 16
 --batch-size 16 --sequence-length 16 --steps 8 --warmup-steps 2 --evaluate-every 8
 --run.checkpoint-every 4 --run.log-every 1 --run.sample-length 20"""
 
@@ -85,19 +86,11 @@ def free_port():
         return listening.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def short_text():
-    whole = data.shakespeare()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:4000]))
-        yield
-
-
 def losses(history):
     return {r["step"]: [r[n] for n in ("loss", "grad_norm")] for r in history if "loss" in r}
 
 
-def test_two_processes_train_what_one_does_and_stop_together(tmp_path, short_text):
+def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     """Two of four devices, fsdp 4; process 1 alone is told to stop; one of eight goes on."""
     folder, words = tmp_path / "two", [*WORDS.split(), "--mesh.fsdp", "4"]
     port = free_port()

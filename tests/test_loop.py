@@ -13,11 +13,12 @@ import numpy as np
 import optax
 import pytest
 
+import models
 import train
 from models import DecoderConfig
-from train import checkpoint, data, loop, metrics, program, reference, sample
+from train import checkpoint, data, loop, metrics, program, reference
 from train.config import RunConfig, preset
-from train.step import token_losses
+from train.loss import outputs_of, token_losses
 
 MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
 
@@ -35,6 +36,7 @@ def small(folder, optimizer="sophia-g", **changes):
     return dataclasses.replace(
         preset("tiny", optimizer),
         model=MODEL,
+        data=data.DataConfig(heldout_fraction=0.003),
         run=shown,
         **defaults | {"evaluate_every": 12} | changes,
     )
@@ -42,14 +44,12 @@ def small(folder, optimizer="sophia-g", **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory):
-    """Compiling is what takes long here, and evaluating: programs are kept, the text is cut."""
-    whole, options = data.shakespeare(), jax.config
+    """Compiling is what takes long here: programs are kept."""
+    options = jax.config
     old = options.jax_compilation_cache_dir, options.jax_persistent_cache_min_compile_time_secs
     options.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     options.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:4000]))
-        yield
+    yield
     options.update("jax_compilation_cache_dir", old[0])
     options.update("jax_persistent_cache_min_compile_time_secs", old[1])
 
@@ -344,44 +344,18 @@ def test_evaluation_is_the_mean_over_all_held_out_windows():
     run = small("unused")
     programs = program.assemble(run)
     params = programs.init().params
-    text = data.shakespeare().heldout
-    windows = np.concatenate(
-        [
-            rows[weights > 0]
-            for rows, weights in data.heldout_batches(text, batch_size=8, sequence_length=16)
-        ]
-    )
-    want = np.mean(
-        np.asarray(jax.jit(token_losses, static_argnums=0)(programs.apply, params, windows))
-    )
+    losses = jax.jit(lambda params, batch: token_losses(outputs_of(model)(params, batch), batch))
+    model, heldout = models.split(run.model), list(programs.data().heldout())
+    seen = [losses(params, batch)[batch.weights > 0] for batch in heldout]
+    want = np.mean(np.concatenate(seen))
     assert programs.evaluate(params)["heldout_loss"] == pytest.approx(want, rel=1e-5)
 
 
 def test_the_batch_of_a_step_is_that_of_seed_and_step():
     run = small("unused", seed=3)
-    want = data.batch(data.shakespeare().train, batch_size=8, sequence_length=16, seed=3, step=5)
-    np.testing.assert_array_equal(program.assemble(run).batch(5), want)
-
-
-def test_a_sample_is_a_function_of_its_seed_and_keeps_the_prompt():
-    programs = program.assemble(small("unused"))
-    params = programs.init().params
-
-    def draw(**kwargs):
-        return sample.sample(programs.apply, params, "Enter", length=30, context=16, **kwargs)
-
-    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    assert draw().startswith("Enter")
-    with pytest.raises(ValueError, match="prompt is empty"):
-        sample.sample(programs.apply, params, "", length=3, context=16)
-
-
-def test_a_cold_sample_takes_the_most_likely_byte_each_time():
-    programs = program.assemble(small("unused"))
-    params = programs.init().params
-    text = sample.sample(programs.apply, params, "Ay", length=25, context=16, temperature=1e-6)
-    tokens, apply = data.encode("Ay").tolist(), jax.jit(programs.apply)
-    for _ in range(25):
-        window = np.pad(tokens[-16:], (0, max(0, 16 - len(tokens))))
-        tokens.append(int(apply(params, window[None])[0, min(len(tokens), 16) - 1].argmax()))
-    assert text == data.decode(np.array(tokens))
+    programs = program.assemble(run)
+    want = programs.data().batch(5)
+    jax.tree.map(np.testing.assert_array_equal, programs.batch(5), want)
+    tokens = programs.data().rows.train(np.arange(40, 48))
+    np.testing.assert_array_equal(tokens.inputs, want.inputs)
+    assert (want.targets[:, :-1] == want.inputs[:, 1:]).all()

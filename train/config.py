@@ -94,7 +94,7 @@ class Config:
     sequence_length: int = 64
     """Tokens a sequence."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of activations and matrix products, in place of model.dtype; auto is bfloat16 on GPU and
+    """Dtype of activations and products, in place of model.dtype; auto is bfloat16 on GPU and
     TPU and as the model says elsewhere. Parameters, softmax, losses, samples of curvature and
     optimizers are float32."""
     loss_chunk: int = 0
