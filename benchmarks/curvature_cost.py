@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sophia_optax
-from models import PRESETS, DecoderConfig, split
+from models import GPT2, DecoderConfig, split
 from train.batch import Batch
 from train.flops import model_flops
 from train.loss import outputs_of
@@ -216,7 +216,7 @@ def show_times(model: str, figures: Figures, rows: int, length: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = {"nargs": "*", "choices": list(PRESETS)}
+    names = {"nargs": "*", "choices": list(GPT2)}
     parser.add_argument("--models", **names, default=MODELS, help="count operations")
     parser.add_argument("--shares", **names, default=MODELS[1:2], help="with all shares of rows")
     parser.add_argument("--compile", **names, default=MODELS[:2], help="count temporaries")
@@ -233,15 +233,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in args.models:
         shares = DENOMINATORS if model in args.shares else FEW
         divisors = [n for n in shares if args.batch % n == 0]
-        figures = operations(PRESETS[model], args.batch, args.length, divisors)
+        figures = operations(GPT2[model], args.batch, args.length, divisors)
         show_operations(model, figures, args.batch, args.length)
         result["operations"][model] = figures
     for model in args.compile:
-        figures = compiled(PRESETS[model], SHARE, args.length)
+        figures = compiled(GPT2[model], SHARE, args.length)
         show_programs(model, figures, SHARE, args.length)
         result["programs"][model] = figures
     for model in args.time:
-        figures = wall_times(PRESETS[model], args.time_batch, 64, args.rounds)
+        figures = wall_times(GPT2[model], args.time_batch, 64, args.rounds)
         show_times(model, figures, args.time_batch, 64)
         result["times"][model] = figures
     if args.json:

@@ -29,7 +29,7 @@ from rich.table import Table
 import sophia_optax
 from benchmarks.curvature_cost import SHARE, Sampler, gauss_newton, hutchinson
 from benchmarks.update_cost import compile_update
-from models import PRESETS, DecoderConfig, split
+from models import GPT2, DecoderConfig, split
 from train.batch import next_tokens
 from train.flops import model_flops, peak_flops
 from train.loss import outputs_of
@@ -70,8 +70,8 @@ class Size(NamedTuple):
 
 def size_of(args: argparse.Namespace) -> Size:
     if args.small:
-        return Size(dataclasses.replace(PRESETS["tiny"], dtype="bfloat16"), SHARE, 2**20, 2, 2)
-    config = dataclasses.replace(PRESETS[args.model], dtype="bfloat16", attention=args.attention)
+        return Size(dataclasses.replace(GPT2["tiny"], dtype="bfloat16"), SHARE, 2**20, 2, 2)
+    config = dataclasses.replace(GPT2[args.model], dtype="bfloat16", attention=args.attention)
     return Size(config, args.rows, 2**28, 10, 7)
 
 
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a tiny model on whatever there is")
-    parser.add_argument("--model", choices=list(PRESETS), default="gpt2-125m")
+    parser.add_argument("--model", choices=list(GPT2), default="gpt2-125m")
     parser.add_argument("--rows", type=int, default=16, help=f"of a batch; a multiple of {SHARE}")
     parser.add_argument("--attention", choices=["cudnn", "xla"], default="cudnn")
     parser.add_argument("--peak", type=float, help="bfloat16 TFLOP/s of the device, for the MFU")

@@ -55,7 +55,7 @@ def pick(key: jax.Array, logits_V: jax.Array, how: Picking) -> jax.Array:
 
 
 def sample(
-    config: models.DecoderConfig,
+    config: models.DecoderConfig | models.EncoderConfig,
     params: Any,
     prompt: np.ndarray,
     *,
@@ -103,7 +103,8 @@ def sample(
 
 def _mesh_of(params: Any) -> jax.sharding.Mesh | None:
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 @functools.lru_cache(maxsize=8)
