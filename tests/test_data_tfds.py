@@ -87,7 +87,7 @@ def test_faults_are_named(prepared):
     small = loader(root)
     files = sorted(folder.glob("glue-train*"))
     whole = files[1].read_bytes()
-    for broken in (whole[:-9], whole[: len(whole) // 2 + 3], b"\xff" * 999):
+    for broken in (whole[:-2], whole[:-9], whole[: len(whole) // 2 + 3], b"\xff" * 999):
         files[1].write_bytes(broken)
         with pytest.raises(Broken, match=r"-00001-of-00002.*--data.broken skip"):
             small("tfds:glue/sst2", tfds_folder=str(root))
