@@ -141,8 +141,9 @@ def estimators(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("MPLBACKEND", "agg")
-        # Its loops are long enough to repay some optimisation.
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
+        # Its loops are long enough to repay some optimisation; fusion emitters compile slowly.
+        flags = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+        patch.setenv("XLA_FLAGS", flags)
         path, figures = ROOT / "notebooks/2_estimators.ipynb", tmp_path_factory.mktemp("figures")
         (answers,) = run(path, figures, ABOUT_ESTIMATORS, SAMPLES=200, TEXT=2048)
     return answers
