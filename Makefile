@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,notebooks,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,data,tfds,notebooks,dev]'
 	touch $@
 
 train: install  ## a tiny GPT on Shakespeare with Sophia-G, in under two minutes
