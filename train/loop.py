@@ -7,9 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from train import (
     checkpoint,
     config,
@@ -23,6 +20,7 @@ from train import (
     reference,
     report,
     saved,
+    saver,
     signals,
     writers,
 )
@@ -86,7 +84,7 @@ def begin(run: Config) -> None:
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
-            beside = record.make(0, config.to_json(run), _fingerprint(programs), Health())
+            beside = record.make(0, config.to_json(run), programs.data().fingerprint, Health())
             checkpoints.save(0, _initial(run, programs), record=beside, force=True)
         distributed.on_main(lambda: config.save(run, folder))
 
@@ -208,7 +206,9 @@ def _restored(
 
     def accept(saved: Any) -> None:
         now = config.to_json(run)
-        notes[:] = record.check(saved, now, _fingerprint(programs), allow_changes=allow_changes)
+        notes[:] = record.check(
+            saved, now, programs.data().fingerprint, allow_changes=allow_changes
+        )
 
     distributed.on_main(checkpoints.repair)
     if step is None and not checkpoints.steps and _never_saved(run, folder):
@@ -233,10 +233,6 @@ def _never_saved(run: Config, folder: Path) -> bool:
     return max((row["step"] for row in rows), default=0) <= 2 * run.run.checkpoint_every
 
 
-def _fingerprint(programs: program.Program) -> str:
-    return programs.data().fingerprint
-
-
 def _run(
     run: Config,
     folder: Path,
@@ -258,7 +254,7 @@ def _run(
         # Only now: a run that does not compile leaves its folder free.
         distributed.on_main(lambda: config.save(run, folder))
         meter = Meter(run, log, first, start.health)
-        saver = _Saver(run, programs, checkpoints, meter)
+        keep = saver.Saver(run, programs, checkpoints, meter)
         shown = run.run.profile if distributed.is_main() else ""
         trace = stack.enter_context(profiling.profiler(shown, folder / "profile", log.print))
         trace(first, state)
@@ -274,13 +270,13 @@ def _run(
                 log.evaluate(done, evaluated)
                 heldout = {"loss": evaluated["heldout_loss"]}
                 meter.restart(done)
-            stopped, overdue = agree(stop.is_set(), saver.overdue())
+            stopped, overdue = agree(stop.is_set(), keep.overdue())
             last = stopped or done == run.steps
-            saver.save(done, state, heldout, overdue=overdue, last=last)
+            keep.save(done, state, heldout, overdue=overdue, last=last)
         if stopped:
             log.print(f"stopping: waiting until step {done} is saved")
         if first == run.steps:  # nothing to do, but that the schedule may be a new one
-            saver.save(done, state, {}, last=True)
+            keep.save(done, state, {}, last=True)
     checkpoints.close()  # what is said to be saved is
     history = metrics.read_history(folder) if distributed.is_main() else []
     report.finish(run, folder, history, programs, state)
@@ -315,61 +311,3 @@ def _compiled(
         with log.compiling(names[refresh]):
             compiled[refresh] = programs.compile(refresh)
     return compiled
-
-
-class _Saver:
-    """When there is a checkpoint: by steps, by minutes, and at the end."""
-
-    def __init__(
-        self,
-        run: Config,
-        programs: program.Program,
-        checkpoints: checkpoint.Checkpoints,
-        meter: Meter,
-    ):
-        self.run, self.programs, self.checkpoints, self.meter = run, programs, checkpoints, meter
-        self.clock = time.perf_counter()
-
-    def overdue(self) -> bool:
-        """By the clock of this process."""
-        minutes = self.run.run.checkpoint_minutes
-        return minutes > 0 and time.perf_counter() - self.clock > 60 * minutes
-
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        heldout: dict[str, float],
-        *,
-        overdue: bool = False,
-        last: bool = False,
-    ) -> None:
-        """Saves a state that is due, after the metrics that led to it.
-
-        Raises:
-          FloatingPointError: parameters are not finite. Such a state must never push a good one
-            out, and no later step can mend it.
-        """
-        due = step % self.run.run.checkpoint_every == 0
-        if not (due or overdue or last):
-            return
-        self.meter.flush()
-        if not bool(_finite(state.params)):
-            raise FloatingPointError(
-                f"parameters are not finite at step {step}, which is not saved. Lower "
-                f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
-            )
-        self.meter.log.sync()
-        settings, health = config.to_json(self.run), self.meter.health
-        beside = record.make(step, settings, _fingerprint(self.programs), health)
-        self.checkpoints.save(step, state, metrics=heldout or None, record=beside, force=True)
-        self.clock = time.perf_counter()
-
-    def _kept(self) -> str:
-        latest = self.checkpoints.latest
-        return "nothing was saved yet" if latest is None else f"step {latest} is kept"
-
-
-@jax.jit
-def _finite(params: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
