@@ -265,7 +265,8 @@ def spoiled(monkeypatch, *bad):
             sampled.append([step, None])
             whole = programs.batch(step)
             spoilt = whole._replace(targets=whole.targets.at[3, -1].set(999))
-        return spoilt if step in bad else whole
+
+            return spoilt if step in bad else whole
 
         def compile(refresh):
             step = programs.compile(refresh)
