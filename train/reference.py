@@ -17,7 +17,7 @@ class Reference(NamedTuple):
 
     model: str
     command: str  # prints it again
-    bits_per_byte: float
+    bits_per_byte: float | None  # of a text whose tokens are all named
     heldout: list[tuple[int, float]]  # (step, held-out loss in nats)
     stale: bool  # it belongs to another config than the one asked for
 
@@ -49,7 +49,7 @@ def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> N
         adamw.hash: {
             "model": run.base,
             "command": config.command(adamw),
-            "bits_per_byte": evaluated[-1]["bits_per_byte"],
+            "bits_per_byte": evaluated[-1].get("bits_per_byte"),
             "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
         }
     }

@@ -34,7 +34,8 @@ def _write(run: Config, folder: Path, history: list[dict], step: int, text: str)
     baseline = reference.find(run)
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
-    metrics.plot(history, folder / "loss.png", title=run.name, reference=curve)
+    unit = _unit(run)
+    metrics.plot(history, folder / "loss.png", title=run.name, reference=curve, unit=unit)
     if run.run.quiet:
         return
     console = Console()
@@ -45,6 +46,12 @@ def _write(run: Config, folder: Path, history: list[dict], step: int, text: str)
     console.print(_comparison(run, baseline), highlight=False, soft_wrap=True)
     console.print(f"curves: {folder / 'loss.png'}", highlight=False, soft_wrap=True)
     console.print(_next(run, folder, step), soft_wrap=True, highlight=False, markup=False)
+
+
+def _unit(run: Config) -> str:
+    """What a loss is of."""
+    token = "byte" if run.data.tokenizer == "bytes" else "token"
+    return {"masked": f"hidden {token}", "classify": "row"}.get(run.data.task, token)
 
 
 def _next(run: Config, folder: Path, step: int) -> str:
@@ -92,6 +99,6 @@ def _comparison(run: Config, baseline: reference.Reference | None) -> str:
     if baseline.stale:
         again = f"{config.command(run)} --run.recompute-reference"
         return f"AdamW: the stored reference is stale (another config); to renew it: {again}"
-    return (
-        f"AdamW with the same budget: {baseline.bits_per_byte:.3f} bits a byte ({baseline.command})"
-    )
+    bits, nats = baseline.bits_per_byte, baseline.heldout[-1][1]
+    reached = f"{nats:.3f} nats" if bits is None else f"{bits:.3f} bits a byte"
+    return f"AdamW with the same budget: {reached} ({baseline.command})"

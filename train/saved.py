@@ -11,6 +11,7 @@ import models
 from models import huggingface
 from train import checkpoint, config, program
 from train.config import Config
+from train.data import tokenizers
 from train.mesh import MeshConfig
 
 
@@ -52,40 +53,61 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
 
     Args:
       path: of a run, or of a folder with `config.json` and safetensors.
-      run: what is to be trained. Layers may be stacked in one and not in the other. A head that
-        the model there lacks, or has for other classes, stays fresh.
+      run: what is to be trained. Layers may be stacked in one and not in the other. An encoder's
+        head that the model there lacks, or has for another task or other classes, stays fresh as
+        a whole.
       fresh: parameters of `run`, on its mesh.
 
     Raises:
-      ValueError: other parameters than the head's differ in name or shape.
+      ValueError: other parameters than such a head's differ in name or shape, or the run there
+        reads other tokens.
     """
     if (path / "checkpoints").is_dir():
-        params = jax.device_get(load(path).params)
+        there = load(path)
+        _check_tokenizer(path, there.run, run)
+        params = jax.device_get(there.params)
     else:
         params = huggingface.load(path)[1]
     params = models.unstack_blocks(params)
     params = models.stack_blocks(params) if run.model.scan_layers else params
+    if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
+        params = {**params, "head": fresh["head"]}
     return _replace(path, fresh, params)
 
 
-def _replace(path: Path, fresh: Any, params: Any) -> Any:
-    have = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(params)}
-    wrong = []
-
-    def leaf(place, x):
-        name = jax.tree_util.keystr(place)
-        found = have.get(name)
-        if found is not None and found.shape == x.shape:
-            found = np.asarray(found, x.dtype)
-            return jax.make_array_from_callback(x.shape, x.sharding, found.__getitem__)
-        if not name.startswith("['head']"):
-            wrong.append(f"{name} is {None if found is None else found.shape}, not {x.shape}")
-        return x
-
-    placed = jax.tree_util.tree_map_with_path(leaf, fresh)
-    if wrong:
+def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
+    theirs, ours = there.data.tokenizer, run.data.tokenizer
+    if theirs != ours and tokenizers.load(theirs).hash != tokenizers.load(ours).hash:
         raise ValueError(
-            f"{path} holds another model: {'; '.join(wrong[:3])} ({len(wrong)} such). Give the "
+            f"{path} was trained on tokens of {theirs}, which are not those of {ours}: set "
+            f"--data.tokenizer {theirs}."
+        )
+
+
+def _named(params: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(place): x for place, x in jax.tree.leaves_with_path(params)}
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {name: x.shape for name, x in _named(params).items()}
+
+
+def _same(params: Any, others: Any) -> bool:
+    return _shapes(params) == _shapes(others)
+
+
+def _replace(path: Path, fresh: Any, params: Any) -> Any:
+    have, want = _shapes(params), _shapes(fresh)
+    wrong = [name for name in want | have if want.get(name) != have.get(name)]
+    if wrong:
+        shown = (f"{name} is {have.get(name)}, not {want.get(name)}" for name in wrong[:3])
+        raise ValueError(
+            f"{path} holds another model: {'; '.join(shown)} ({len(wrong)} such). Give the "
             "flags --model.* that it was made with."
         )
-    return placed
+
+    def place(x, found):
+        found = np.asarray(found, x.dtype)
+        return jax.make_array_from_callback(x.shape, x.sharding, found.__getitem__)
+
+    return jax.tree.map(lambda x, found: x if x is found else place(x, found), fresh, params)
