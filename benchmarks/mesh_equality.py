@@ -14,11 +14,12 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+if __name__ == "__main__":  # before jax starts
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
 
 import jax
 import numpy as np
