@@ -27,7 +27,7 @@ from sophia_optax.curvature import (
 
 def hutchinson(
     *,
-    probe: str = "rademacher",
+    probe: str | Callable[[jax.Array, Tree], Tree] = "rademacher",
     num_samples: int = 1,
     groups: int = 1,
     batch_fraction: float = 1.0,
@@ -43,7 +43,9 @@ def hutchinson(
     squared error).
 
     Args:
-      probe: "rademacher" (default) or "normal", the paper's.
+      probe: "rademacher" (default) or "normal", the paper's; or `(key, params) -> u`, shaped as
+        params, of mean 0, unit variance and uncorrelated coordinates: for draws that do not depend
+        on how parameters are arranged.
       num_samples: independent probes averaged in one sample; each costs a Hessian-vector product,
         after one evaluation of the gradient.
       groups: number of equal sets of rows, each with a probe of its own, one after the other;
@@ -85,7 +87,8 @@ def hutchinson(
     >>> print(hutchinson()(jax.random.key(0), x, None, obj_fn=f))
     [2. 6.]
     """
-    _checks.one_of("probe", probe, ("rademacher", "normal"))
+    if not callable(probe):
+        _checks.one_of("probe", probe, ("rademacher", "normal"))
     _checks.one_of("mode", mode, ("forward", "reverse"))
     for name, value in (("num_samples", num_samples), ("groups", groups)):
         _checks.positive_integer(name, value)
@@ -97,6 +100,8 @@ def hutchinson(
         here = varying(params, axis_name)
 
         def draw(key):
+            if callable(probe):
+                return probe(key, params)
             return optax.tree.random_like(key, params, sampler)
 
         def times(u, hu):

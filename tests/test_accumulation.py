@@ -16,6 +16,7 @@ from sophia_optax import gauss_newton_bartlett, hutchinson
 from train import program
 from train.batch import next_tokens
 from train.config import preset
+from train.layers import probe
 from train.loss import mean_loss, outputs_of
 from train.mesh import MeshConfig
 from train.sophia import SophiaG, SophiaH
@@ -77,7 +78,10 @@ def test_a_sample_is_the_mean_of_those_of_the_sampled_micro_batches(kind, number
         optim = SophiaG(batch_fraction=1 / number, groups=groups)
         each = gauss_newton_bartlett(groups=groups // len(chosen) or 2, batch_fraction=fraction)
     else:
-        optim, each = SophiaH(batch_fraction=1 / number), hutchinson(batch_fraction=fraction)
+        optim, each = (
+            SophiaH(batch_fraction=1 / number),
+            hutchinson(batch_fraction=fraction, probe=probe("rademacher")),
+        )
     step, state = make(optim, 4)
     params, batch, key = state.params, BATCHES[0], jax.random.fold_in(jax.random.key(SEED), 0)
     after, metrics = step(state, batch, refresh=True)

@@ -93,7 +93,8 @@ def collective_lines(text):
 
 def test_a_tensor_axis_reduces_activations_and_gathers_no_matrix():
     """Twice a layer on the way there and twice on the way back, where XLA sums the gradients of
-    query, key and value apart; once for the embedding, and once for the head's."""
+    query, key and value apart; once for the embedding, and once for the head's.
+    """
     compiled = assembled("adamw", MeshConfig(data=2, fsdp=1, tensor=4), LAYERS).compile(None)
     text = compiled.as_text()
     assert set(hlo.collectives(text)) == {"all-reduce"}

@@ -12,6 +12,7 @@ import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
 from train.batch import next_tokens
+from train.layers import probe
 from train.loss import mean_loss, outputs_of
 from train.optimizers import refresh_due
 from train.sophia import SophiaG, SophiaH
@@ -29,7 +30,7 @@ CONFIGS = {
 }
 SLICES = {
     "sophia-g": gauss_newton_bartlett(groups=2, batch_fraction=0.5 / INTERVAL),
-    "sophia-h": hutchinson(batch_fraction=0.5 / INTERVAL),
+    "sophia-h": hutchinson(batch_fraction=0.5 / INTERVAL, probe=probe("rademacher")),
 }
 EXTRA = {
     "logits_fn": OUTPUTS,

@@ -11,8 +11,9 @@ import pytest
 from moments import jit
 
 import models
+from models import DecoderConfig
 from train.config import preset
-from train.layers import matrices
+from train.layers import matrices, probe
 from train.optimizers import OPTIMIZERS
 
 LAYERS, STEPS = 3, 3
@@ -89,3 +90,21 @@ def test_the_axis_of_layers_is_not_counted():
         "tokens": {"embedding": True},
     }
     assert models.logical_ndims(jnp.ones((2, 3))) == 2
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+def test_a_probe_is_the_same_for_stacked_layers(kind):
+    """And differs from layer to layer, and from matrix to matrix of one shape."""
+    model = models.split(DecoderConfig(vocab_size=8, context=4, width=8, layers=3, heads=2))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    draw, key = probe(kind), jax.random.key(1)
+    apart, stacked = draw(key, zeros), draw(key, models.stack_blocks(zeros))
+    jax.tree.map(np.testing.assert_array_equal, models.unstack_blocks(stacked), apart)
+    blocks = apart["blocks"]
+    query = [np.asarray(blocks[layer]["attention"]["query"]) for layer in blocks]
+    assert not np.array_equal(query[0], query[1])
+    assert not np.array_equal(query[0], blocks["00"]["attention"]["key"])
+    numbers = np.concatenate([np.ravel(x) for x in jax.tree.leaves(apart)])
+    error = 5 / np.sqrt(len(numbers))
+    assert abs(numbers.mean()) < error and abs(np.mean(numbers**2) - 1) < 1.5 * error

@@ -1,9 +1,11 @@
 """Stacked layers as optimizers see them: matrices and vectors of one layer each."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import models
@@ -49,6 +51,30 @@ def each_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
         return function
 
     return optax.GradientTransformation(choose("init"), choose("update"))
+
+
+def probe(kind: str) -> Callable[[jax.Array, Any], Any]:
+    """A random vector for `sophia_optax.hutchinson` that is the same for stacked layers and others.
+
+    A parameter's numbers are a function of the key, of its name and of its layer.
+    """
+    sampler = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}[kind]
+
+    def draw(key: jax.Array, params: Any) -> Any:
+        def leaf(path, x, stacked):
+            names = [str(entry.key) for entry in path]
+            layer = names.pop(1) if names[0] == "blocks" and not stacked else None
+            here = jax.random.fold_in(key, zlib.crc32("/".join(names).encode()))
+            if names[0] != "blocks":
+                return sampler(here, x.shape, x.dtype)
+            if layer is not None:
+                return sampler(jax.random.fold_in(here, int(layer)), x.shape, x.dtype)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(here, jnp.arange(len(x)))
+            return jax.vmap(lambda key: sampler(key, x.shape[1:], x.dtype))(keys)
+
+        return jax.tree.map_with_path(leaf, params, _stacked(params))
+
+    return draw
 
 
 def _stacked(params: Any) -> Any:

@@ -214,7 +214,8 @@ def _restored(
 
     distributed.on_main(checkpoints.repair)
     if step is None and not checkpoints.steps and _never_saved(run, folder):
-        return _Start(programs.init(), notes=("no checkpoint yet: starting from step 0",))
+        said = ("no checkpoint yet: starting from step 0",)
+        return _Start(_initial(run, programs), notes=said)
     done, state = checkpoints.restore(programs.abstract, step, accept=accept)
     if run.steps < done:
         raise ValueError(

@@ -8,7 +8,7 @@ import optax
 
 import sophia_optax
 from sophia_optax.curvature import check_fraction
-from train.layers import matrices
+from train.layers import matrices, probe
 from train.mesh import ROWS
 
 StateDtype = Literal["float32", "bfloat16"]
@@ -205,7 +205,7 @@ class SophiaH(_Sophia):
         """What samples curvature of one micro-batch, as for Sophia-G; `shards` change nothing."""
         del shards
         return sophia_optax.hutchinson(
-            probe=self.probe,
+            probe=probe(self.probe),
             num_samples=self.num_samples,
             groups=self.groups_of(batch_size, accumulation),
             batch_fraction=1 / self.strides(batch_size, accumulation)[1],
