@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
@@ -51,7 +52,7 @@ def hutchinson(
       groups: number of equal sets of rows, each with a probe of its own, one after the other;
         needs `inputs` and an `obj_fn` that weighs all rows alike. Set g has the rows g, g + G,
         ..., so that each shard of a batch has its part of each set. Its probe is of the key
-        `fold_in(key, n)`, n the smallest number of its rows; one set takes the key as it is.
+        `fold_in(key, n)`, n the smallest number of its rows; the set of row 0 takes the key itself.
       batch_fraction: share of the rows of `inputs` that the Hessian is taken of: every n-th row,
         n = round(1 / fraction).
       mode: "forward" (jvp of the gradient) or "reverse" (vjp of the gradient), for losses with
@@ -64,8 +65,8 @@ def hutchinson(
         `groups` > 1.
       row_numbers: `int32[B]`, default 0, 1, ...: the rows' numbers in a batch that is evaluated
         in parts, each with the same key. The mean of the samples of K equal micro-batches, the
-        i-th of rows i, i + K, ..., each in G / K > 1 sets, is then the sample of the whole batch
-        in G sets, to rounding; in one set each, its sample in one set.
+        i-th of rows i, i + K, ..., each in G / K sets, is then the sample of the whole batch in G
+        sets, to rounding.
 
     Returns:
       An estimator, which `value_grad_and_hessian` takes: it shares work if `batch_fraction` and
@@ -122,18 +123,22 @@ def hutchinson(
 
     def sampled(key, params, obj_fn, inputs, row_numbers, axis_name, has_aux=False):
         """(None or (gradient, (loss, aux)) of the rows, h)."""
+
+        def key_of(numbers):
+            # A set is on all shards, and has one probe there.
+            number = across(jax.lax.pmin, varying(numbers.min(), axis_name), axis_name)
+            return jnp.where(number > 0, jax.random.fold_in(key, number), key)
+
         if groups == 1:
             gradient = _gradient(obj_fn, params, inputs, batch_fraction, has_aux)
-            grads, value, h = differentiate(gradient, key, params, axis_name)
+            here = key if row_numbers is None else key_of(jnp.asarray(row_numbers))
+            grads, value, h = differentiate(gradient, here, params, axis_name)
             return (grads, value), h
 
         def of_group(x):
             rows, numbers = x
             gradient = _gradient(obj_fn, params, rows, 1, has_aux)
-            # A set is on all shards, and has one probe there.
-            number = across(jax.lax.pmin, varying(numbers.min(), axis_name), axis_name)
-            probe_key = jax.random.fold_in(key, number)
-            return differentiate(gradient, probe_key, params, axis_name)[2], None
+            return differentiate(gradient, key_of(numbers), params, axis_name)[2], None
 
         total, _ = sum_over(of_group, _every_nth_set(inputs, row_numbers, groups, batch_fraction))
         return None, optax.tree.scale(1 / groups, total)

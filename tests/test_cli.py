@@ -77,8 +77,10 @@ def test_the_help_of_an_optimizer_explains_it_and_each_flag(optimizer, capsys):
 
 def test_the_general_help_has_a_line_for_each_optimizer():
     for name, kind in OPTIMIZERS.items():
-        assert re.search(rf"^  {name} +{re.escape(kind.__doc__.splitlines()[0])}$", cli.USAGE, re.M)
-    assert max(map(len, cli.USAGE.splitlines())) <= 100
+        assert re.search(
+            rf"^  {name} +{re.escape(kind.__doc__.splitlines()[0])}$", cli.usage(), re.M
+        )
+    assert max(map(len, cli.usage().splitlines())) <= 100
 
 
 @pytest.mark.parametrize("optimizer", ["soaa", "orthosoph", "adafactor"])
@@ -93,7 +95,7 @@ def test_a_run_of_any_optimizer_prints_the_command_that_makes_it_again(optimizer
 def test_the_help_names_every_model_optimizer_and_flag():
     command = [sys.executable, "-m", "train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for word in ("gpt2-770m", "muon", "resume RUN", "--optim.gamma", "--mesh.fsdp", "--steps"):
+    for word in ("gpt2-770m", "muon", "resume", "--optim.gamma", "--mesh.fsdp", "--steps"):
         assert word in text
 
 

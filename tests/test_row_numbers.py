@@ -31,7 +31,7 @@ ESTIMATORS = {
     ),
     "Hutchinson, a set a row": (lambda parts: hutchinson(groups=ROWS // parts), 4),
     "Hutchinson, four sets": (lambda parts: hutchinson(groups=4 // parts), 2),
-    "Hutchinson, one set": (lambda parts: hutchinson(), 4),
+    "Hutchinson, four sets, one a part": (lambda parts: hutchinson(groups=4 // parts), 4),
 }
 
 

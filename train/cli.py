@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -35,7 +36,10 @@ def _lines(rows: dict[str, str]) -> str:
     return "\n".join(f"  {name:18}{text}" for name, text in rows.items())
 
 
-def _usage() -> str:
+def usage() -> str:
+    """What `--help` opens with."""
+    models = textwrap.fill(", ".join(PRESETS), 96, break_on_hyphens=False)
+    models = textwrap.indent(models, "  ")
     firsts = {name: str(kind.__doc__).partition("\n")[0] for name, kind in OPTIMIZERS.items()}
     return f"""Train a language model, by default on the embedded text (ten plays of Shakespeare).
 
@@ -43,7 +47,7 @@ usage: python -m train [MODEL] [OPTIMIZER] [flags]
        python -m train COMMAND ...
 
 MODEL
-  {", ".join(PRESETS)}
+{models}
 
 OPTIMIZER
 {_lines(firsts)}
@@ -126,7 +130,7 @@ def parse_all(
         names.append(arg)
     default = config.preset(*names)
     if {"-h", "--help"} & set(args):
-        print(_usage())  # tyro would reflow it
+        print(usage())  # tyro would reflow it
     words = tyro.cli(
         tyro.conf.AvoidSubcommands[_Words],
         args=args[len(names) :],

@@ -129,10 +129,11 @@ def export(run: Folder, output: Folder, step: int | None = None) -> None:
 def import_(
     folder: Folder, run: Folder, optimizer: str = "adamw", tokenizer: str = "bytes"
 ) -> None:
-    """Make a run, at step 0, of a model in a Hugging Face folder.
+    """Make a run, at step 0, of a language model in a Hugging Face folder.
 
     `eval`, `sample`, `export` and `resume` take it. To train it with settings of your own, give
-    the folder to a new run: `python -m train MODEL OPTIMIZER --start-from FOLDER`.
+    the folder to a new run: `python -m train MODEL OPTIMIZER --start-from FOLDER`, as for a
+    classifier, which needs its classes named.
 
     Args:
       folder: with `config.json` and `model.safetensors`, of GPT-2, Llama, Qwen3 or BERT.
@@ -141,6 +142,11 @@ def import_(
       tokenizer: of the model's text, as for `--data.tokenizer`.
     """
     model, _ = huggingface.load(folder)
+    if getattr(model, "classes", 0):
+        raise ValueError(
+            f"{folder} is a classifier: start a run of its data from it, with --data.task classify "
+            f"--model.classes {model.classes} --start-from {folder}."
+        )
     family = huggingface.write_config(model)["model_type"]
     base = next(name for name in PRESETS if name.startswith(family))
     made = config.preset(base, optimizer)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -89,8 +90,8 @@ class Config:
     """Sequences a step, over all devices."""
     accumulation: int = 1
     """Micro-batches that a step evaluates one after the other, for less memory: of batch_size
-    sequences together, which they and the devices must divide. The gradient is the same; samples
-    of curvature are, too, where each row is a group."""
+    sequences together, which they and the devices must divide. The gradient is the same, and so
+    are samples of curvature whose groups the micro-batches can keep: of one row each, for one."""
     sequence_length: int = 64
     """Tokens a sequence."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -260,7 +261,7 @@ def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
             head, _, tail = name.rpartition(".")
             flags.append(name if new else f"{head}.no-{tail}" if head else f"--no-{tail[2:]}")
         else:
-            flags.append(f"{name} {new}")
+            flags.append(f"{name} {shlex.quote(str(new))}")
     return flags
 
 
