@@ -15,3 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 )
+
+import jax  # noqa: E402
+
+jax.devices()  # so that no test starts it with fewer: `train.plan.fake_devices` may

@@ -51,7 +51,7 @@ def make_step(
       tx: the optimizer.
       estimator: what curvature is sampled with, if `tx` uses any: it is evaluated with the
         gradient (`value_grad_and_hessian`), and `tx` is given the sample.
-      seed: of the samples; `tx` would draw the same with its own.
+      seed: of the samples; `tx` would draw the same with its own, until a step is left out.
       hessian_outputs: the model as the Hessian is taken of it, such as with attention that can be
         differentiated twice; default `outputs`.
       constrain: sharding of activations.
@@ -102,21 +102,8 @@ def make_step(
         else:
             (loss, grads), hessian = _sum(gradient, state.params, parts), None
         norm = optax.tree.norm(grads)
-
-        def update(old, grads):
-            updates, opt_state = tx.update(
-                grads,
-                old[1],
-                old[0],
-                hessian=hessian,
-                refresh=refresh,
-                value=loss,
-                inputs=batch,
-                weights=batch.weights,
-                **model,
-            )
-            return optax.apply_updates(old[0], updates), opt_state
-
+        extra = model | {"inputs": batch, "weights": batch.weights, "value": loss}
+        update = functools.partial(_update, tx, hessian=hessian, refresh=refresh, **extra)
         old = (state.params, state.opt_state)
         (params, opt_state), skipped = guard.if_finite(update, old, grads, loss, norm)
         metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
@@ -124,6 +111,13 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def _update(tx: optax.GradientTransformationExtraArgs, old: Any, grads: Any, **extra: Any) -> Any:
+    """(parameters, state of the optimizer) after a step."""
+    params, opt_state = old
+    updates, opt_state = tx.update(grads, opt_state, params, **extra)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def micro_batches(batch: Any, number: int) -> Any:
