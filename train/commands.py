@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from models import PRESETS, huggingface
-from train import config, distributed, loop, saved
+from train import config, distributed, loop, program, saved
 from train import sample as sampling
 from train.distributed import DistributedConfig
 from train.mesh import MeshConfig
@@ -99,18 +99,19 @@ def sample(
     """
     how = sampling.Picking(temperature, top_k, top_p)
     how.check()
+    sampling.check_seed(seed)
     loaded = saved.load(run, step)
-    data = loaded.programs.data()
+    tokenizer = program.load_tokenizer(loaded.run)
     tokens = sampling.sample(
         loaded.run.model,
         loaded.params,
-        data.encode(prompt),
+        tokenizer.encode(prompt),
         length=length,
         how=how,
-        tokens=data.vocab_size,
+        tokens=tokenizer.vocab_size,
         seed=seed,
     )
-    _say(data.decode(tokens))
+    _say(tokenizer.decode(tokens))
 
 
 def export(run: Folder, output: Folder, step: int | None = None) -> None:
