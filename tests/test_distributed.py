@@ -64,6 +64,18 @@ def test_one_process_agrees_with_itself():
         distributed.on_main(lambda: {}[0])
 
 
+def test_an_error_without_words_is_announced_too(monkeypatch):
+    announced = []
+    monkeypatch.setattr(distributed, "_gather", lambda text: announced.append(text) or [text])
+
+    def fail():
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        distributed.on_main(fail)
+    assert announced == ["AssertionError()"]
+
+
 def start(words, stop, port, process):
     job = json.dumps({"words": words, "stop": stop})
     environment = os.environ | {

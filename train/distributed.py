@@ -111,12 +111,17 @@ def on_main(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as caught:
             error = caught
-    message = from_main(str(error or ""))
+    message = from_main(_said(error))
     if error is not None:
         raise error
     if message:
         raise ValueError(f"process 0 failed: {message}")
     return result
+
+
+def _said(error: Exception | None) -> str:
+    """What an error says, or where that is nothing what it is; empty for none."""
+    return "" if error is None else str(error) or repr(error)
 
 
 def check_same(fields: Mapping[str, Any]) -> None:
