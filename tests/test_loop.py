@@ -16,7 +16,7 @@ import pytest
 import models
 import train
 from models import DecoderConfig
-from train import checkpoint, data, loop, metrics, program, reference
+from train import checkpoint, data, distributed, loop, metrics, program, reference
 from train.config import RunConfig, preset
 from train.loss import outputs_of, token_losses
 
@@ -232,6 +232,23 @@ def test_checkpoints_come_by_the_clock_too(tmp_path):
     train.train(dataclasses.replace(run, run=shown))
     with loop._checkpoints(run, tmp_path / "run") as checkpoints:
         assert checkpoints.steps == [1, 2, 3, 4]
+
+
+def test_processes_must_find_the_same_data(finished, tmp_path, monkeypatch):
+    """Compared with what the others found before anything is compiled, or a checkpoint read."""
+    run, said = small(tmp_path / "run"), distributed.check_same
+
+    def compare(fields):
+        said(fields)
+        if "data" in fields:
+            raise ValueError(f"data {fields['data']} is another")
+
+    monkeypatch.setattr(distributed, "check_same", compare)
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", None)
+    fingerprint = program.assemble(run).data().fingerprint
+    for begin in (lambda: train.train(run), lambda: train.resume(finished[0])):
+        with pytest.raises(ValueError, match=f"data {fingerprint} is another"):
+            begin()
 
 
 def test_a_taken_folder_is_refused(finished):

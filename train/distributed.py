@@ -11,7 +11,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,22 @@ def on_main(action: Callable[[], T]) -> T | None:
     return result
 
 
+def on_all(action: Callable[[], T]) -> T:
+    """Lets each process act, and has its own result; where that fails on any of them, all raise."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    messages = _gather(_said(error))
+    if error is not None:
+        raise error
+    failed = [f"process {i} failed: {said}" for i, said in enumerate(messages) if said]
+    if failed:
+        raise ValueError("; ".join(failed))
+    return cast(T, result)
+
+
 def _said(error: Exception | None) -> str:
     """What an error says, or where that is nothing what it is; empty for none."""
     return "" if error is None else str(error) or repr(error)
@@ -141,8 +157,8 @@ def check_same(fields: Mapping[str, Any]) -> None:
         if other != first
     ]
     raise ValueError(
-        f"the processes were given different settings, of process 0 -> of another: "
-        f"{'. '.join(lines)}. Start all of them with the same flags and the same code."
+        f"the processes disagree, process 0 -> another: {'. '.join(lines)}. Start all of them "
+        "with the same flags and the same code, on the same files."
     )
 
 

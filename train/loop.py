@@ -70,7 +70,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
             reference.recompute(run, train)
         program.use_compile_cache(run.run.compile_cache)
         programs = program.assemble(run)
-        programs.data()  # what cannot be read is no reason to compile
+        _read_data(programs)  # what cannot be read is no reason to compile
         with _checkpoints(run, folder) as checkpoints:
             start = _Start(_initial(run, programs))
             return _run(run, folder, programs, start, checkpoints, others)
@@ -86,7 +86,7 @@ def begin(run: Config) -> None:
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
-            beside = record.make(0, config.to_json(run), programs.data().fingerprint, Health())
+            beside = record.make(0, config.to_json(run), _read_data(programs), Health())
             checkpoints.save(0, _initial(run, programs), record=beside, force=True)
         distributed.on_main(lambda: config.save(run, folder))
 
@@ -150,9 +150,17 @@ def resume(
     with _owned(folder):
         program.use_compile_cache(_cache(run.run, compile_cache))
         programs = program.assemble(run)
+        _read_data(programs)
         with _checkpoints(run, folder) as checkpoints:
             start = _restored(run, folder, programs, checkpoints, step, allow_changes)
             return _run(run, folder, programs, start, checkpoints)
+
+
+def _read_data(programs: program.Program) -> str:
+    """The fingerprint of the data, which all processes can read and is the same on all."""
+    fingerprint = distributed.on_all(programs.data).fingerprint
+    distributed.check_same({"data": fingerprint})
+    return fingerprint
 
 
 def _shared(run: Config) -> dict[str, Any]:
