@@ -356,6 +356,13 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
     assert reference.find(dataclasses.replace(run, steps=5)).stale
 
 
+def test_a_process_without_the_history_stores_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    reference.recompute(small(tmp_path / "run"), lambda run: [])
+    assert not reference.PATH.exists()
+
+
 def test_the_shipped_reference_belongs_to_the_shipped_config():
     found = reference.find(preset())
     assert found is not None

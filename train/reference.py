@@ -44,16 +44,20 @@ def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> N
     adamw = twin(run)
     apart = dataclasses.replace(run.run, folder="", recompute_reference=False)
     history = train(dataclasses.replace(adamw, run=apart))
+    distributed.on_main(lambda: _store(adamw, history))  # which alone has the history
+
+
+def _store(adamw: Config, history: list[dict[str, Any]]) -> None:
     evaluated = [row for row in history if "heldout_loss" in row]
     stored = _stored() | {
         adamw.hash: {
-            "model": run.base,
+            "model": adamw.base,
             "command": config.command(adamw),
             "bits_per_byte": evaluated[-1].get("bits_per_byte"),
             "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
         }
     }
-    distributed.on_main(lambda: PATH.write_text(json.dumps(stored, indent=1) + "\n"))
+    PATH.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def _stored() -> dict[str, dict[str, Any]]:
