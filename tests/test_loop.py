@@ -342,11 +342,13 @@ def test_only_optimizers_with_an_interval_sample_curvature():
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
     monkeypatch.chdir(tmp_path)
-    run = small(tmp_path / "run", steps=4)
+    run = small("", "adamw", steps=4)  # which is its own twin, begun in the same second
     assert reference.find(run) is None
     train.train(
         dataclasses.replace(run, run=dataclasses.replace(run.run, recompute_reference=True))
     )
+    folder, beside = sorted((tmp_path / "runs").iterdir())
+    assert beside.name == f"{folder.name}-reference"
     found = reference.find(run)
     assert not found.stale
     assert found.command.startswith("python -m train tiny adamw --model.context 16")
@@ -359,7 +361,7 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
 def test_a_process_without_the_history_stores_no_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    reference.recompute(small(tmp_path / "run"), lambda run: [])
+    reference.recompute(small(""), tmp_path / "run", lambda run: [])
     assert not reference.PATH.exists()
 
 

@@ -67,7 +67,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
     run = config.resolved(run, jax.default_backend())
     with _new(run) as folder:
         if run.run.recompute_reference:
-            reference.recompute(run, train)
+            reference.recompute(run, folder, train)
         program.use_compile_cache(run.run.compile_cache)
         programs = program.assemble(run)
         _read_data(programs)  # what cannot be read is no reason to compile

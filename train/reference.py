@@ -39,10 +39,10 @@ def find(run: Config) -> Reference | None:
     return Reference(**others[-1], stale=True) if others else None
 
 
-def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> None:
-    """Trains the twin, in a folder of its own, and stores what it reached."""
-    adamw = twin(run)
-    apart = dataclasses.replace(run.run, folder="", recompute_reference=False)
+def recompute(run: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]) -> None:
+    """Trains the twin, in a folder beside the run's, and stores what it reached."""
+    adamw, beside = twin(run), f"{folder}-reference"
+    apart = dataclasses.replace(run.run, folder=beside, recompute_reference=False)
     history = train(dataclasses.replace(adamw, run=apart))
     distributed.on_main(lambda: _store(adamw, history))  # which alone has the history
 
