@@ -251,6 +251,16 @@ def test_processes_must_find_the_same_data(finished, tmp_path, monkeypatch):
             begin()
 
 
+def test_processes_must_go_on_from_one_checkpoint(finished, monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "check_same", lambda *words: said.append(words))
+    monkeypatch.setattr(loop, "_run", lambda *args: None)
+    train.resume(finished[0], step=12)
+    assert said[0][0]["allow_changes"] is False
+    assert said[-1] == ({"checkpoint": 12}, said[-1][1])
+    assert "an older one with --step" in said[-1][1]
+
+
 def test_a_taken_folder_is_refused(finished):
     with pytest.raises(ValueError, match="already holds a run"):
         train.train(small(finished[0]))

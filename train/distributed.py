@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from train import record
 
 T = TypeVar("T")
+_CURE = "Start all of them with the same flags and the same code, on the same files."
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # not SLURM_NTASKS: salloc sets it
 
 
@@ -140,7 +141,7 @@ def _said(error: Exception | None) -> str:
     return "" if error is None else str(error) or repr(error)
 
 
-def check_same(fields: Mapping[str, Any]) -> None:
+def check_same(fields: Mapping[str, Any], cure: str = _CURE) -> None:
     """Raises ValueError on all processes where these nested fields are not the same on all."""
     if jax.process_count() == 1:
         return
@@ -156,10 +157,7 @@ def check_same(fields: Mapping[str, Any]) -> None:
         for i, other in enumerate(others, 1)
         if other != first
     ]
-    raise ValueError(
-        f"the processes disagree, process 0 -> another: {'. '.join(lines)}. Start all of them "
-        "with the same flags and the same code, on the same files."
-    )
+    raise ValueError(f"the processes disagree, process 0 -> another: {'. '.join(lines)}. {cure}")
 
 
 class Agreement:

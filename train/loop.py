@@ -146,7 +146,8 @@ def resume(
     run = config.load(folder)
     run = dataclasses.replace(run, steps=run.steps if steps is None else steps)
     run = dataclasses.replace(run, mesh=mesh or run.mesh)
-    distributed.check_same(_shared(run) | {"folder": str(folder), "step": step})
+    asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
+    distributed.check_same(_shared(run) | asked)
     with _owned(folder):
         program.use_compile_cache(_cache(run.run, compile_cache))
         programs = program.assemble(run)
@@ -224,7 +225,13 @@ def _restored(
     if step is None and not checkpoints.steps and _never_saved(run, folder):
         said = ("no checkpoint yet: starting from step 0",)
         return _Start(_initial(run, programs), notes=said)
-    done, state = checkpoints.restore(programs.abstract, step, accept=accept)
+    done, state = distributed.on_all(
+        lambda: checkpoints.restore(programs.abstract, step, accept=accept)
+    )
+    distributed.check_same(
+        {"checkpoint": done},
+        "Some cannot read the newest: see that all can, or name an older one with --step.",
+    )
     if run.steps < done:
         raise ValueError(
             f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
