@@ -160,6 +160,11 @@ def check_same(fields: Mapping[str, Any], cure: str = _CURE) -> None:
     raise ValueError(f"the processes disagree, process 0 -> another: {'. '.join(lines)}. {cure}")
 
 
+def late() -> int:
+    """Calls by which an `Agreement` is late."""
+    return int(jax.process_count() > 1)
+
+
 class Agreement:
     """Flags that hold for all processes as soon as one of them has raised them.
 
@@ -175,7 +180,7 @@ class Agreement:
         if jax.process_count() == 1:
             return flags
         self._pending.append(_any(flags))
-        if len(self._pending) == 1:
+        if len(self._pending) == late():
             return (False,) * len(flags)
         return tuple(bool(x) for x in np.asarray(self._pending.popleft()))
 
