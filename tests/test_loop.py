@@ -261,6 +261,21 @@ def test_processes_must_go_on_from_one_checkpoint(finished, monkeypatch):
     assert "an older one with --step" in said[-1][1]
 
 
+def test_the_first_signal_does_not_end_the_last_save(tmp_path, monkeypatch):
+    close = checkpoint.Checkpoints.close
+
+    def told(checkpoints):
+        if (tmp_path / "run" / "config.json").exists() and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        close(checkpoints)
+
+    asked = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", told)
+    assert max(losses(train.train(small(tmp_path / "run", "adamw", steps=4)))) == 4
+    assert asked
+
+
 def test_a_taken_folder_is_refused(finished):
     with pytest.raises(ValueError, match="already holds a run"):
         train.train(small(finished[0]))

@@ -295,7 +295,7 @@ def _run(
             log.print(f"stopping: waiting until step {done} is saved")
         if first == run.steps:  # nothing to do, but that the schedule may be a new one
             keep.save(done, state, {}, last=True)
-    checkpoints.close()  # what is said to be saved is
+        checkpoints.close()  # what is said to be saved is; a first signal does not end it
     history = metrics.read_history(folder) if distributed.is_main() else []
     report.finish(run, folder, history, programs, state)
     if done < run.steps:
