@@ -276,6 +276,25 @@ def test_the_first_signal_does_not_end_the_last_save(tmp_path, monkeypatch):
     assert asked
 
 
+def test_a_run_that_went_back_stays_there_though_it_is_killed_before_it_saves(
+    finished, tmp_path, monkeypatch
+):
+    folder, restored = tmp_path / "run", []
+    shutil.copytree(finished[0], folder)
+
+    def killed(run, programs, checkpoints, meter):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(loop.saver, "Saver", killed)
+        train.resume(folder, step=6)
+    assert max(losses(metrics.read_history(folder))) == 6  # those of the other future are cut
+    monkeypatch.setattr(loop, "_run", lambda *args: restored.append(args[3]))
+    train.resume(folder)
+    assert int(restored[0].state.step) == 6
+    assert not restored[0].notes
+
+
 def test_a_taken_folder_is_refused(finished):
     with pytest.raises(ValueError, match="already holds a run"):
         train.train(small(finished[0]))

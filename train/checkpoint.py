@@ -125,6 +125,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             return candidate, state
         raise errors[0]
 
+    def abandon_later(self) -> list[int]:
+        """Deletes the steps after the one last restored, and tells which these were.
+
+        Where their metrics are about to go, they must not be what the run goes on from next time.
+        """
+        restored = self._current
+        later = [] if restored is None else [step for step in self.steps if step > restored]
+        with self._explain(f"the steps {later} cannot be deleted", _DISK):
+            for step in later:
+                self._manager.delete(step)
+        return later
+
     def repair(self) -> None:
         """Clears what a killed run left half-written; for the one process that owns the folder.
 

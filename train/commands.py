@@ -26,7 +26,7 @@ class Resume:
     steps: int | None = None
     """Train to this many steps instead; the learning rate follows the longer schedule."""
     step: int | None = None
-    """Start from this checkpoint instead of the newest."""
+    """Start from this checkpoint instead of the newest; later ones are deleted."""
     allow_changes: bool = False
     """Go on although config or data are not those of the checkpoint."""
     compile_cache: str | None = None

@@ -126,8 +126,8 @@ def resume(
       folder: of the run.
       steps: train to this many steps instead; the learning rate then follows the other schedule,
         which is higher where it is longer.
-      step: start from this checkpoint; default the newest that can be read, and the beginning
-        where the run was stopped before its first.
+      step: start from this checkpoint, which ends the later ones; default the newest that can be
+        read, and the beginning where the run was stopped before its first.
       mesh: other than before.
       allow_changes: go on although config or data are not those of the checkpoint.
       compile_cache: as in `RunConfig`; a run's folder may come from elsewhere, and must not say
@@ -238,7 +238,10 @@ def _restored(
             "more, or start from an older one with --step."
         )
     health = Health(**checkpoints.record.get("health", {}))
-    return _Start(state, health, (*checkpoints.notes, *notes))
+    notes = [*checkpoints.notes, *notes]
+    if step is not None and (later := checkpoints.abandon_later()):
+        notes.append(f"going on from step {step}: the later checkpoints, {later}, are deleted")
+    return _Start(state, health, tuple(notes))
 
 
 def _never_saved(run: Config, folder: Path) -> bool:
