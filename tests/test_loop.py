@@ -218,11 +218,19 @@ def test_a_run_that_saved_nothing_yet_starts_again_but_a_lost_checkpoint_is_name
     history = train.train(run)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert losses(train.resume(tmp_path / "run")) == losses(history)
-    assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    (aside,) = (tmp_path / "run").glob("metrics-*.jsonl")
+    assert "no checkpoint yet: starting from step 0" in shown
+    assert f"the metrics up to step 4 are now in {aside}" in shown
+    assert [json.loads(line) for line in aside.read_text().splitlines()] == history
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": 1.0}\n')  # of a run that must have saved by then
     with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        train.resume(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "checkpoints" / "put-aside-4").mkdir(parents=True)
+    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
         train.resume(tmp_path / "run")
 
 
@@ -285,9 +293,10 @@ def test_a_run_that_went_back_stays_there_though_it_is_killed_before_it_saves(
     def killed(run, programs, checkpoints, meter):
         raise InterruptedError
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch:
         patch.setattr(loop.saver, "Saver", killed)
-        train.resume(folder, step=6)
+        with pytest.raises(InterruptedError):
+            train.resume(folder, step=6)
     assert max(losses(metrics.read_history(folder))) == 6  # those of the other future are cut
     monkeypatch.setattr(loop, "_run", lambda *args: restored.append(args[3]))
     train.resume(folder)

@@ -222,9 +222,10 @@ def _restored(
         )
 
     distributed.on_main(checkpoints.repair)
-    if step is None and not checkpoints.steps and _never_saved(run, folder):
-        said = ("no checkpoint yet: starting from step 0",)
-        return _Start(_initial(run, programs), notes=said)
+    if step is None:
+        again = distributed.on_main(lambda: _begin_again(run, folder, checkpoints))
+        if said := distributed.from_main(again or ""):
+            return _Start(_initial(run, programs), notes=(said,))
     done, state = distributed.on_all(
         lambda: checkpoints.restore(programs.abstract, step, accept=accept)
     )
@@ -244,14 +245,24 @@ def _restored(
     return _Start(state, health, tuple(notes))
 
 
-def _never_saved(run: Config, folder: Path) -> bool:
-    """Whether the run was killed before its first checkpoint; else that is missing.
+def _begin_again(run: Config, folder: Path, checkpoints: checkpoint.Checkpoints) -> str:
+    """Clears the way for a run that was killed before its first checkpoint, and says so.
 
-    The second save waits for the end of the first, and metrics are written before both.
+    Its metrics are kept under another name: should the checkpoints have been deleted, they are all
+    that is left. Says nothing where there is a checkpoint, or there must have been one: the second
+    save waits for the end of the first, and metrics are written before both.
     """
-    path = folder / metrics.FILE
+    if checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir()):
+        return ""
+    path, said = folder / metrics.FILE, "no checkpoint yet: starting from step 0"
     rows = metrics.read_history(folder) if path.exists() else []
-    return max((row["step"] for row in rows), default=0) <= 2 * run.run.checkpoint_every
+    if not rows:
+        return said
+    if max(row["step"] for row in rows) > 2 * run.run.checkpoint_every:
+        return ""
+    aside = path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
+    path.rename(aside)
+    return f"{said}; the metrics up to step {rows[-1]['step']} are now in {aside}"
 
 
 def _run(
