@@ -237,7 +237,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(folder):
         assert not (data[:1] == b"\x80" and data[-1:] == b"."), file  # as pickles begin and end
 
 
-def test_repair_clears_half_written_steps_and_puts_damaged_metrics_aside(folder):
+def test_repair_clears_half_written_steps_and_damaged_metrics(folder):
     states = saved(folder, 10)
     with Checkpoints(folder, save_interval=10) as checkpoints:
         checkpoints.restore(abstract(states[10]))
@@ -246,10 +246,15 @@ def test_repair_clears_half_written_steps_and_puts_damaged_metrics_aside(folder)
     damage(folder / "20" / "metrics" / "metrics", truncate=True)
     with Checkpoints(folder, save_interval=10) as checkpoints:
         checkpoints.repair()
-        assert checkpoints.restore(abstract(states[10]))[0] == 10
-        assert "the metrics of step 20 are damaged" in checkpoints.notes[0]
-        assert checkpoints.save(20, states[10])
-    assert sorted(os.listdir(folder)) == ["10", "20", "damaged-20"]
+        step, state = checkpoints.restore(abstract(states[10]))
+        assert step == 20
+        assert_same(state, states[10])
+        assert checkpoints.notes == ["the metrics of step 20 were damaged: it is no longer best"]
+        assert checkpoints.save(30, states[10], metrics={"loss": 2.0})
+    with Checkpoints(folder, save_interval=10, keep_last=1) as checkpoints:
+        checkpoints.restore(abstract(states[10]))
+        assert checkpoints.save(40, states[10])
+    assert sorted(os.listdir(folder)) == ["30", "40"]  # the best and the last
 
 
 def damage(path: Path, truncate: bool):

@@ -92,6 +92,17 @@ def test_a_run_of_any_optimizer_prints_the_command_that_makes_it_again(optimizer
     assert cli.parse(config.command(run).split()[3:]) == run
 
 
+@pytest.mark.parametrize(("words", "cure"), [(["tiny"], True), ([], True), (["eval", "x"], False)])
+def test_a_folder_is_to_be_chosen_for_a_new_run_alone(words, cure, monkeypatch):
+    def fails(args):
+        raise PermissionError(13, "Permission denied", "metrics.jsonl")
+
+    monkeypatch.setattr(cli, "_run", fails)
+    with pytest.raises(SystemExit, match="Permission denied") as ended:
+        cli.main(words)
+    assert ("--run.folder" in str(ended.value)) == cure
+
+
 def test_the_help_names_every_model_optimizer_and_flag():
     command = [sys.executable, "-m", "train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

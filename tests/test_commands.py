@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models import PRESETS, DecoderConfig, huggingface
-from train import cli, loop, saved
+from train import cli, loop, program, saved
 from train.config import RunConfig, load, preset
 from train.data import DataConfig
 from train.mesh import MeshConfig
@@ -45,7 +45,8 @@ def test_eval_prints_what_the_run_measured(run, capsys):
     assert f"{run} at step 8" in shown
 
 
-def test_sample_goes_on_from_the_prompt_and_repeats_itself(run, capsys):
+def test_sample_goes_on_from_the_prompt_repeats_itself_and_reads_no_data(run, capsys, monkeypatch):
+    monkeypatch.delattr(program.data, "load")
     words = ["sample", str(run), "To be", "--length", "12", "--top-k", "5", "--seed", "3"]
     shown = []
     for _ in range(2):

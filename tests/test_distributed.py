@@ -64,6 +64,27 @@ def test_one_process_agrees_with_itself():
         distributed.on_main(lambda: {}[0])
 
 
+def test_an_error_without_words_is_announced_too(monkeypatch):
+    announced = []
+    monkeypatch.setattr(distributed, "_gather", lambda text: announced.append(text) or [text])
+
+    def fail():
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        distributed.on_main(fail)
+    assert announced == ["AssertionError()"]
+
+
+def test_where_one_process_fails_all_raise(monkeypatch):
+    assert distributed.on_all(lambda: 3) == 3
+    with pytest.raises(KeyError):
+        distributed.on_all(lambda: {}[0])
+    monkeypatch.setattr(distributed, "_gather", lambda text: [text, "no data here"])
+    with pytest.raises(ValueError, match="process 1 failed: no data here"):
+        distributed.on_all(lambda: 3)
+
+
 def start(words, stop, port, process):
     job = json.dumps({"words": words, "stop": stop})
     environment = os.environ | {
@@ -103,6 +124,7 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
         assert f"END process {i} of 2" in out
         assert "DISAGREE" in out and "process 1: optim.gamma 0.05 -> 1.05" in out
         assert "FAILED" in out and "no space" in out
+    assert "ALONE process 1 failed: no data here" in outs[0] and "ALONE no data here" in outs[1]
     step = max(losses(metrics.read_history(folder)))
     assert 4 <= step < 8
     assert f"stopped at step {step} of 8" in outs[0]

@@ -16,7 +16,7 @@ import pytest
 import models
 import train
 from models import DecoderConfig
-from train import checkpoint, data, loop, metrics, program, reference
+from train import checkpoint, data, distributed, loop, metrics, program, reference
 from train.config import RunConfig, preset
 from train.loss import outputs_of, token_losses
 
@@ -218,11 +218,19 @@ def test_a_run_that_saved_nothing_yet_starts_again_but_a_lost_checkpoint_is_name
     history = train.train(run)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert losses(train.resume(tmp_path / "run")) == losses(history)
-    assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    (aside,) = (tmp_path / "run").glob("metrics-*.jsonl")
+    assert "no checkpoint yet: starting from step 0" in shown
+    assert f"the metrics up to step 4 are now in {aside}" in shown
+    assert [json.loads(line) for line in aside.read_text().splitlines()] == history
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": 1.0}\n')  # of a run that must have saved by then
     with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        train.resume(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "checkpoints" / "put-aside-4").mkdir(parents=True)
+    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
         train.resume(tmp_path / "run")
 
 
@@ -232,6 +240,68 @@ def test_checkpoints_come_by_the_clock_too(tmp_path):
     train.train(dataclasses.replace(run, run=shown))
     with loop._checkpoints(run, tmp_path / "run") as checkpoints:
         assert checkpoints.steps == [1, 2, 3, 4]
+
+
+def test_processes_must_find_the_same_data(finished, tmp_path, monkeypatch):
+    """Compared with what the others found before anything is compiled, or a checkpoint read."""
+    run, said = small(tmp_path / "run"), distributed.check_same
+
+    def compare(fields):
+        said(fields)
+        if "data" in fields:
+            raise ValueError(f"data {fields['data']} is another")
+
+    monkeypatch.setattr(distributed, "check_same", compare)
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", None)
+    fingerprint = program.assemble(run).data().fingerprint
+    for begin in (lambda: train.train(run), lambda: train.resume(finished[0])):
+        with pytest.raises(ValueError, match=f"data {fingerprint} is another"):
+            begin()
+
+
+def test_processes_must_go_on_from_one_checkpoint(finished, monkeypatch):
+    said = []
+    monkeypatch.setattr(distributed, "check_same", lambda *words: said.append(words))
+    monkeypatch.setattr(loop, "_run", lambda *args: None)
+    train.resume(finished[0], step=12)
+    assert said[0][0]["allow_changes"] is False
+    assert said[-1] == ({"checkpoint": 12}, said[-1][1])
+    assert "an older one with --step" in said[-1][1]
+
+
+def test_the_first_signal_does_not_end_the_last_save(tmp_path, monkeypatch):
+    close = checkpoint.Checkpoints.close
+
+    def told(checkpoints):
+        if (tmp_path / "run" / "config.json").exists() and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        close(checkpoints)
+
+    asked = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", told)
+    assert max(losses(train.train(small(tmp_path / "run", "adamw", steps=4)))) == 4
+    assert asked
+
+
+def test_a_run_that_went_back_stays_there_though_it_is_killed_before_it_saves(
+    finished, tmp_path, monkeypatch
+):
+    folder, restored = tmp_path / "run", []
+    shutil.copytree(finished[0], folder)
+
+    def killed(run, programs, checkpoints, meter):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.saver, "Saver", killed)
+        with pytest.raises(InterruptedError):
+            train.resume(folder, step=6)
+    assert max(losses(metrics.read_history(folder))) == 6  # those of the other future are cut
+    monkeypatch.setattr(loop, "_run", lambda *args: restored.append(args[3]))
+    train.resume(folder)
+    assert int(restored[0].state.step) == 6
+    assert not restored[0].notes
 
 
 def test_a_taken_folder_is_refused(finished):
@@ -325,11 +395,13 @@ def test_only_optimizers_with_an_interval_sample_curvature():
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
     monkeypatch.chdir(tmp_path)
-    run = small(tmp_path / "run", steps=4)
+    run = small("", "adamw", steps=4)  # which is its own twin, begun in the same second
     assert reference.find(run) is None
     train.train(
         dataclasses.replace(run, run=dataclasses.replace(run.run, recompute_reference=True))
     )
+    folder, beside = sorted((tmp_path / "runs").iterdir())
+    assert beside.name == f"{folder.name}-reference"
     found = reference.find(run)
     assert not found.stale
     assert found.command.startswith("python -m train tiny adamw --model.context 16")
@@ -337,6 +409,13 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
     other_optimizer = dataclasses.replace(run, optim=preset("tiny", "lion").optim)
     assert not reference.find(other_optimizer).stale
     assert reference.find(dataclasses.replace(run, steps=5)).stale
+
+
+def test_a_process_without_the_history_stores_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    reference.recompute(small(""), tmp_path / "run", lambda run: [])
+    assert not reference.PATH.exists()
 
 
 def test_the_shipped_reference_belongs_to_the_shipped_config():

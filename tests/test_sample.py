@@ -77,6 +77,12 @@ def test_tokens_that_the_tokenizer_lacks_are_not_drawn():
     assert drawn.max() < 5
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed={seed} must be .* choose another --seed"):
+        sample(CONFIG, PARAMS, np.array([3]), length=1, seed=seed)
+
+
 def test_an_empty_prompt_and_an_encoder_are_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
         sample(CONFIG, PARAMS, np.array([], int), length=1)

@@ -32,6 +32,15 @@ def disagree():
     except (ValueError, OSError) as error:
         print(f"FAILED {error}", flush=True)
 
+    def fail_alone():
+        if jax.process_index() == 1:
+            raise OSError("no data here")
+
+    try:
+        distributed.on_all(fail_alone)
+    except (ValueError, OSError) as error:
+        print(f"ALONE {error}", flush=True)
+
 
 def stop_process_1(at):
     """Its signal, at this step, is to stop both."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from train import files
+
 Metrics = Mapping[str, float] | None
 _DISK = "check free space and permissions"
 
@@ -125,22 +127,32 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             return candidate, state
         raise errors[0]
 
+    def abandon_later(self) -> list[int]:
+        """Deletes the steps after the one last restored, and tells which these were.
+
+        Where their metrics are about to go, they must not be what the run goes on from next time.
+        """
+        restored = self._current
+        later = [] if restored is None else [step for step in self.steps if step > restored]
+        with self._explain(f"the steps {later} cannot be deleted", _DISK):
+            for step in later:
+                self._manager.delete(step)
+        return later
+
     def repair(self) -> None:
         """Clears what a killed run left half-written; for the one process that owns the folder.
 
-        A step whose metrics are damaged would keep all others from being opened: it is renamed.
+        A step whose metrics are damaged would keep all others from being opened: it loses them.
         """
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path)
         for path in self.directory.glob("[0-9]*/metrics/metrics"):
-            step = path.parent.parent
             try:
                 json.loads(path.read_bytes())
             except ValueError:
-                aside = step.with_name(f"damaged-{step.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                step.rename(aside)
-                self.notes.append(f"the metrics of step {step.name} are damaged: now in {aside}")
+                files.replace_text(path, "{}")
+                step = path.parent.parent.name
+                self.notes.append(f"the metrics of step {step} were damaged: it is no longer best")
 
     def _read(
         self, step: int, steps: list[int], abstract_state: Any, accept: Callable[..., object]

@@ -74,7 +74,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except ConnectionError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error}. Choose a folder that can be written with --run.folder.")
+        new = not args or args[0] not in COMMANDS
+        cure = ". Choose a folder that can be written with --run.folder." if new else ""
+        sys.exit(f"error: {error}{cure}")
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except signals.Stopped:

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from models import PRESETS, huggingface
-from train import config, distributed, loop, saved
+from train import config, distributed, loop, program, saved
 from train import sample as sampling
 from train.distributed import DistributedConfig
 from train.mesh import MeshConfig
@@ -26,7 +26,7 @@ class Resume:
     steps: int | None = None
     """Train to this many steps instead; the learning rate follows the longer schedule."""
     step: int | None = None
-    """Start from this checkpoint instead of the newest."""
+    """Start from this checkpoint instead of the newest; later ones are deleted."""
     allow_changes: bool = False
     """Go on although config or data are not those of the checkpoint."""
     compile_cache: str | None = None
@@ -99,18 +99,19 @@ def sample(
     """
     how = sampling.Picking(temperature, top_k, top_p)
     how.check()
+    sampling.check_seed(seed)
     loaded = saved.load(run, step)
-    data = loaded.programs.data()
+    tokenizer = program.load_tokenizer(loaded.run)
     tokens = sampling.sample(
         loaded.run.model,
         loaded.params,
-        data.encode(prompt),
+        tokenizer.encode(prompt),
         length=length,
         how=how,
-        tokens=data.vocab_size,
+        tokens=tokenizer.vocab_size,
         seed=seed,
     )
-    _say(data.decode(tokens))
+    _say(tokenizer.decode(tokens))
 
 
 def export(run: Folder, output: Folder, step: int | None = None) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from train import record
 
 T = TypeVar("T")
+_CURE = "Start all of them with the same flags and the same code, on the same files."
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # not SLURM_NTASKS: salloc sets it
 
 
@@ -111,7 +112,7 @@ def on_main(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as caught:
             error = caught
-    message = from_main(str(error or ""))
+    message = from_main(_said(error))
     if error is not None:
         raise error
     if message:
@@ -119,7 +120,28 @@ def on_main(action: Callable[[], T]) -> T | None:
     return result
 
 
-def check_same(fields: Mapping[str, Any]) -> None:
+def on_all(action: Callable[[], T]) -> T:
+    """Lets each process act, and has its own result; where that fails on any of them, all raise."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    messages = _gather(_said(error))
+    if error is not None:
+        raise error
+    failed = [f"process {i} failed: {said}" for i, said in enumerate(messages) if said]
+    if failed:
+        raise ValueError("; ".join(failed))
+    return cast(T, result)
+
+
+def _said(error: Exception | None) -> str:
+    """What an error says, or where that is nothing what it is; empty for none."""
+    return "" if error is None else str(error) or repr(error)
+
+
+def check_same(fields: Mapping[str, Any], cure: str = _CURE) -> None:
     """Raises ValueError on all processes where these nested fields are not the same on all."""
     if jax.process_count() == 1:
         return
@@ -135,10 +157,12 @@ def check_same(fields: Mapping[str, Any]) -> None:
         for i, other in enumerate(others, 1)
         if other != first
     ]
-    raise ValueError(
-        f"the processes were given different settings, of process 0 -> of another: "
-        f"{'. '.join(lines)}. Start all of them with the same flags and the same code."
-    )
+    raise ValueError(f"the processes disagree, process 0 -> another: {'. '.join(lines)}. {cure}")
+
+
+def late() -> int:
+    """Calls by which an `Agreement` is late."""
+    return int(jax.process_count() > 1)
 
 
 class Agreement:
@@ -156,7 +180,7 @@ class Agreement:
         if jax.process_count() == 1:
             return flags
         self._pending.append(_any(flags))
-        if len(self._pending) == 1:
+        if len(self._pending) == late():
             return (False,) * len(flags)
         return tuple(bool(x) for x in np.asarray(self._pending.popleft()))
 

@@ -29,8 +29,7 @@ def make_evaluate(
 
     Returns:
       `params -> {"heldout_loss": nats a target, ...}`: with "accuracy" where targets are classes,
-      with "bits_per_byte" where they are all
-      tokens of a text.
+      with "bits_per_byte" where they are all tokens of a text.
     """
 
     @jax.jit

@@ -67,10 +67,10 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
     run = config.resolved(run, jax.default_backend())
     with _new(run) as folder:
         if run.run.recompute_reference:
-            reference.recompute(run, train)
+            reference.recompute(run, folder, train)
         program.use_compile_cache(run.run.compile_cache)
         programs = program.assemble(run)
-        programs.data()  # what cannot be read is no reason to compile
+        _read_data(programs)  # what cannot be read is no reason to compile
         with _checkpoints(run, folder) as checkpoints:
             start = _Start(_initial(run, programs))
             return _run(run, folder, programs, start, checkpoints, others)
@@ -86,7 +86,7 @@ def begin(run: Config) -> None:
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
-            beside = record.make(0, config.to_json(run), programs.data().fingerprint, Health())
+            beside = record.make(0, config.to_json(run), _read_data(programs), Health())
             checkpoints.save(0, _initial(run, programs), record=beside, force=True)
         distributed.on_main(lambda: config.save(run, folder))
 
@@ -126,8 +126,8 @@ def resume(
       folder: of the run.
       steps: train to this many steps instead; the learning rate then follows the other schedule,
         which is higher where it is longer.
-      step: start from this checkpoint; default the newest that can be read, and the beginning
-        where the run was stopped before its first.
+      step: start from this checkpoint, which ends the later ones; default the newest that can be
+        read, and the beginning where the run was stopped before its first.
       mesh: other than before.
       allow_changes: go on although config or data are not those of the checkpoint.
       compile_cache: as in `RunConfig`; a run's folder may come from elsewhere, and must not say
@@ -146,13 +146,22 @@ def resume(
     run = config.load(folder)
     run = dataclasses.replace(run, steps=run.steps if steps is None else steps)
     run = dataclasses.replace(run, mesh=mesh or run.mesh)
-    distributed.check_same(_shared(run) | {"folder": str(folder), "step": step})
+    asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
+    distributed.check_same(_shared(run) | asked)
     with _owned(folder):
         program.use_compile_cache(_cache(run.run, compile_cache))
         programs = program.assemble(run)
+        _read_data(programs)
         with _checkpoints(run, folder) as checkpoints:
             start = _restored(run, folder, programs, checkpoints, step, allow_changes)
             return _run(run, folder, programs, start, checkpoints)
+
+
+def _read_data(programs: program.Program) -> str:
+    """The fingerprint of the data, which all processes can read and is the same on all."""
+    fingerprint = distributed.on_all(programs.data).fingerprint
+    distributed.check_same({"data": fingerprint})
+    return fingerprint
 
 
 def _shared(run: Config) -> dict[str, Any]:
@@ -213,27 +222,47 @@ def _restored(
         )
 
     distributed.on_main(checkpoints.repair)
-    if step is None and not checkpoints.steps and _never_saved(run, folder):
-        said = ("no checkpoint yet: starting from step 0",)
-        return _Start(_initial(run, programs), notes=said)
-    done, state = checkpoints.restore(programs.abstract, step, accept=accept)
+    if step is None:
+        again = distributed.on_main(lambda: _begin_again(run, folder, checkpoints))
+        if said := distributed.from_main(again or ""):
+            return _Start(_initial(run, programs), notes=(said,))
+    done, state = distributed.on_all(
+        lambda: checkpoints.restore(programs.abstract, step, accept=accept)
+    )
+    distributed.check_same(
+        {"checkpoint": done},
+        "Some cannot read the newest: see that all can, or name an older one with --step.",
+    )
     if run.steps < done:
         raise ValueError(
             f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
             "more, or start from an older one with --step."
         )
     health = Health(**checkpoints.record.get("health", {}))
-    return _Start(state, health, (*checkpoints.notes, *notes))
+    notes = [*checkpoints.notes, *notes]
+    if step is not None and (later := checkpoints.abandon_later()):
+        notes.append(f"going on from step {step}: the later checkpoints, {later}, are deleted")
+    return _Start(state, health, tuple(notes))
 
 
-def _never_saved(run: Config, folder: Path) -> bool:
-    """Whether the run was killed before its first checkpoint; else that is missing.
+def _begin_again(run: Config, folder: Path, checkpoints: checkpoint.Checkpoints) -> str:
+    """Clears the way for a run that was killed before its first checkpoint, and says so.
 
-    The second save waits for the end of the first, and metrics are written before both.
+    Its metrics are kept under another name: should the checkpoints have been deleted, they are all
+    that is left. Says nothing where there is a checkpoint, or there must have been one: the second
+    save waits for the end of the first, and metrics are written before both.
     """
-    path = folder / metrics.FILE
+    if checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir()):
+        return ""
+    path, said = folder / metrics.FILE, "no checkpoint yet: starting from step 0"
     rows = metrics.read_history(folder) if path.exists() else []
-    return max((row["step"] for row in rows), default=0) <= 2 * run.run.checkpoint_every
+    if not rows:
+        return said
+    if max(row["step"] for row in rows) > 2 * run.run.checkpoint_every:
+        return ""
+    aside = path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
+    path.rename(aside)
+    return f"{said}; the metrics up to step {rows[-1]['step']} are now in {aside}"
 
 
 def _run(
@@ -280,7 +309,7 @@ def _run(
             log.print(f"stopping: waiting until step {done} is saved")
         if first == run.steps:  # nothing to do, but that the schedule may be a new one
             keep.save(done, state, {}, last=True)
-    checkpoints.close()  # what is said to be saved is
+        checkpoints.close()  # what is said to be saved is; a first signal does not end it
     history = metrics.read_history(folder) if distributed.is_main() else []
     report.finish(run, folder, history, programs, state)
     if done < run.steps:

@@ -16,6 +16,8 @@ from train import data, evaluate, loss, mesh
 from train import step as step_lib
 from train.batch import Batch
 from train.config import Config, resolved
+from train.data import tokenizers
+from train.data.tokenizers import Tokenizer
 from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
 
@@ -148,11 +150,7 @@ def _batch_shapes(run: Config, placed: Mesh) -> Batch:
 def _load(run: Config) -> data.Data:
     sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
     loaded = data.load(run.data, **sizes, seed=run.seed)
-    if loaded.vocab_size > run.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer {run.data.tokenizer} has {loaded.vocab_size} tokens, more than the "
-            f"{run.model.vocab_size} of the model: set --model.vocab-size {loaded.vocab_size}."
-        )
+    _check_vocabulary(run, loaded.vocab_size)
     wanted = getattr(run.model, "classes", 0)
     if loaded.classes != wanted:
         raise ValueError(
@@ -160,6 +158,25 @@ def _load(run: Config) -> data.Data:
             f"the model {wanted}: set --model.classes {loaded.classes}."
         )
     return loaded
+
+
+def load_tokenizer(run: Config) -> Tokenizer:
+    """The tokenizer of a run's text, where its data is not needed.
+
+    Raises:
+      ValueError: there is none, or it has more tokens than the model.
+    """
+    tokenizer = tokenizers.load(run.data.tokenizer)
+    _check_vocabulary(run, tokenizer.vocab_size)
+    return tokenizer
+
+
+def _check_vocabulary(run: Config, tokens: int) -> None:
+    if tokens > run.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {run.data.tokenizer} has {tokens} tokens, more than the "
+            f"{run.model.vocab_size} of the model: set --model.vocab-size {tokens}."
+        )
 
 
 def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:

@@ -39,21 +39,25 @@ def find(run: Config) -> Reference | None:
     return Reference(**others[-1], stale=True) if others else None
 
 
-def recompute(run: Config, train: Callable[[Config], list[dict[str, Any]]]) -> None:
-    """Trains the twin, in a folder of its own, and stores what it reached."""
-    adamw = twin(run)
-    apart = dataclasses.replace(run.run, folder="", recompute_reference=False)
+def recompute(run: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]) -> None:
+    """Trains the twin, in a folder beside the run's, and stores what it reached."""
+    adamw, beside = twin(run), f"{folder}-reference"
+    apart = dataclasses.replace(run.run, folder=beside, recompute_reference=False)
     history = train(dataclasses.replace(adamw, run=apart))
+    distributed.on_main(lambda: _store(adamw, history))  # which alone has the history
+
+
+def _store(adamw: Config, history: list[dict[str, Any]]) -> None:
     evaluated = [row for row in history if "heldout_loss" in row]
     stored = _stored() | {
         adamw.hash: {
-            "model": run.base,
+            "model": adamw.base,
             "command": config.command(adamw),
             "bits_per_byte": evaluated[-1].get("bits_per_byte"),
             "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
         }
     }
-    distributed.on_main(lambda: PATH.write_text(json.dumps(stored, indent=1) + "\n"))
+    PATH.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def _stored() -> dict[str, dict[str, Any]]:

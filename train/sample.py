@@ -31,6 +31,12 @@ class Picking(NamedTuple):
             )
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError for what is no seed of draws."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be at least 0 and below 2^32: choose another --seed.")
+
+
 def pick(key: jax.Array, logits_V: jax.Array, how: Picking) -> jax.Array:
     """A token, int32; ties at the edge of `top_k` and `top_p` stay in.
 
@@ -75,16 +81,18 @@ def sample(
       length: tokens to add.
       how: to pick; default `Picking()`.
       tokens: the first that may be drawn, which the tokenizer knows; default all of the model's.
-      seed: of the draws.
+      seed: of the draws, from 0 to 2^32 - 1.
 
     Returns:
       int32[S + length], the prompt and what follows it.
 
     Raises:
-      ValueError: the prompt is empty, `how` picks nothing, or the model is no decoder.
+      ValueError: the prompt is empty, `how` picks nothing, `seed` is none, or the model is no
+        decoder.
     """
     how = how or Picking()
     how.check()
+    check_seed(seed)
     if not isinstance(config, models.DecoderConfig):
         raise ValueError("an encoder names hidden tokens and continues no text: give a decoder.")
     extend = _extend(config, how, tokens or config.vocab_size, _mesh_of(params))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import checkpoint, config, program, record
+from train import checkpoint, config, distributed, program, record
 from train.config import Config
 from train.meter import Meter
 from train.step import TrainState
@@ -24,6 +24,7 @@ class Saver:
     ):
         self.run, self.programs, self.checkpoints, self.meter = run, programs, checkpoints, meter
         self.clock = time.perf_counter()
+        self.stale = -1  # up to this step `overdue` was raised before the last save
 
     def overdue(self) -> bool:
         """By the clock of this process."""
@@ -46,7 +47,7 @@ class Saver:
             out, and no later step can mend it.
         """
         due = step % self.run.run.checkpoint_every == 0
-        if not (due or overdue or last):
+        if not (due or (overdue and step > self.stale) or last):
             return
         self.meter.flush()
         if not bool(_finite(state.params)):
@@ -58,7 +59,7 @@ class Saver:
         settings, health = config.to_json(self.run), self.meter.health
         beside = record.make(step, settings, self.programs.data().fingerprint, health)
         self.checkpoints.save(step, state, metrics=heldout or None, record=beside, force=True)
-        self.clock = time.perf_counter()
+        self.clock, self.stale = time.perf_counter(), step + distributed.late()
 
     def _kept(self) -> str:
         latest = self.checkpoints.latest
