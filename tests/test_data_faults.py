@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
-from train.data import DataConfig, load, mixture, readers
+from train.data import DataConfig, documents, load, mixture, readers
 from train.data.prepare import prepare
 
 LINES = [json.dumps({"text": text}) for text in DOCUMENTS]
@@ -142,6 +142,43 @@ def test_cells_and_lines_of_a_table_have_the_limit_too(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"text\nso\ncaf\xe9\n")
     with pytest.raises(readers.Broken, match=r"a\.csv, line 3: byte 3 \(0xe9\) is not UTF-8"):
         loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}")
+
+
+LONG = b"x" * 99
+BROKEN_TABLES = {
+    "csv, not UTF-8": (b"one\ntw\xe9\nthree\nfour\n", "line 3: byte 2"),
+    "csv, too long": (b"one\n" + LONG + b"\nthree\nfour", "line 3: a line of more"),
+    "csv, too long at the end": (b"one\nthree\nfour\n" + LONG, "line 5: a line of more"),
+    "csv, in a cell": (b'one\n"tw\xe9\ntwo"\nthree\nfour', "line 3: byte 3"),
+    "csv, a bare CR": (b"one\nt\rwo\nthree\nfour", "line 3: new-line character"),
+    "tsv, not UTF-8": (b"one\ntw\xe9\nthree\nfour\n", "line 3: byte 2"),
+    "jsonl, too long": (
+        b'{"text": "one"}\n' + LONG + b'\n{"text": "three"}\n{"text": "four"}',
+        "line 2: a line of more",
+    ),
+    "text, too long": (b"one|" + LONG * 30_000 + b"|three|four", "a document has more"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TABLES)
+def test_what_follows_a_broken_line_is_read(tmp_path, name):
+    raw, message = BROKEN_TABLES[name]
+    kind = name.partition(",")[0]
+    path = tmp_path / "a"
+    path.write_bytes(b"text\n" * (kind in ("csv", "tsv")) + raw)
+    config = DataConfig(broken="skip", document_limit=60, separator="|")
+    skipped = []
+    found = documents.documents(readers.Shard(kind, path), config, ("text",), skipped)
+    assert [text for (text,) in found] == ["one", "three", "four"]
+    assert len(skipped) == 1 and message in skipped[0]
+
+
+def test_a_table_whose_first_line_is_broken_has_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"te\xe9xt\nso\n")
+    skipped = []
+    shard = readers.Shard("csv", tmp_path / "a.csv")
+    assert not [*documents.documents(shard, DataConfig(broken="skip"), ("text",), skipped)]
+    assert len(skipped) == 1 and "line 1: byte 2" in skipped[0]
 
 
 def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
