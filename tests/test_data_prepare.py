@@ -279,6 +279,19 @@ def test_wordpiece_lowers_words_unless_its_vocabulary_has_capitals(tmp_path):
         tokenizers.load(str(tmp_path / "x.json"))
 
 
+@pytest.mark.parametrize("name", ["bpe.json", "words.txt"])
+def test_a_prepared_folder_names_its_tokenizer_whatever_that_was_called(files, tmp_path, name):
+    pytest.importorskip("tokenizers", reason="the extra data is not installed")
+    path = tmp_path / name
+    if path.suffix == ".json":
+        train_tokenizer(files, path, 300)
+    else:
+        path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nso\nit\ngoes")
+    prepare(files, tmp_path / "out", DataConfig(tokenizer=str(path)), quiet=True)
+    path.unlink()
+    loader(tmp_path)(f"bin:{tmp_path}/out", tokenizer=str(tmp_path / "out/tokenizer")).batch(0)
+
+
 def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):
     write = parts.write
 

@@ -14,6 +14,7 @@ import numpy as np
 from train.data import embedded
 
 _GPT2 = ("encoder.json", "vocab.bpe")
+_ALONE = {".json": "tokenizer.json", ".txt": "vocab.txt"}  # of one file: what a folder calls it
 _END = ("<|endoftext|>", "[SEP]", "</s>", "<eos>", "<|end_of_text|>")
 _BEGIN = ("[CLS]", "<s>", "<bos>")
 _PAD = ("[PAD]", "<pad>")
@@ -51,7 +52,8 @@ class Tokenizer:
         """Writes what it was read from into a folder, which then names this tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.files:
-            shutil.copyfile(path, folder / path.name)
+            name = path.name if len(self.files) > 1 else _ALONE[path.suffix]
+            shutil.copyfile(path, folder / name)
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
@@ -96,7 +98,7 @@ def load(name: str) -> Tokenizer:
 def _inside(folder: Path) -> Path | None:
     if all((folder / file).is_file() for file in _GPT2):
         return folder
-    files = (folder / file for file in ("tokenizer.json", "vocab.txt"))
+    files = (folder / file for file in _ALONE.values())
     return next((file for file in files if file.is_file()), None)
 
 
