@@ -269,6 +269,25 @@ def test_token_files_that_disagree_with_their_header_are_refused(tmp_path):
             loader(tmp_path)(f"bin:{folder}")
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("headerless", ["", "uint16"])
+def test_token_files_of_one_size_with_other_tokens_are_other_data(tmp_path, split, headerless):
+    folder = tmp_path / "out"
+    if headerless:
+        folder.mkdir()
+        for name in ("train", "val"):
+            write_tokens(folder / f"{name}.bin", np.arange(999) % 99)
+    else:
+        path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in DOCUMENTS])
+        prepare(f"jsonl:{path}", folder, quiet=True)
+    found = lambda: loader(tmp_path)(f"bin:{folder}", headerless=headerless)  # noqa: E731
+    before = found().fingerprint
+    assert found().fingerprint == before
+    path = folder / f"{'val' if headerless and split == 'heldout' else split}.bin"
+    np.fromfile(path, headerless or np.uint8)[::-1].tofile(path)
+    assert found().fingerprint != before
+
+
 def test_a_source_of_fewer_rows_than_a_batch_repeats_them(tmp_path):
     path = write_tokens(tmp_path / "a.bin", np.arange(60), np.uint16)
     found = loader(tmp_path)(f"bin:{path}", headerless="uint16", batch_size=5, heldout_fraction=0.3)

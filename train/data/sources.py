@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     train: np.ndarray  # unsigned [N], often a memory map
     heldout: np.ndarray  # unsigned [M]
     bytes_per_token: float  # of the held-out text, as UTF-8
-    identity: str  # hash of the tokens
+    identity: str  # hash of the tokens; of files of what `_sampled` reads and their header states
     where: str  # for messages
 
 
@@ -125,7 +125,9 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
         raise ValueError(outside(largest, tokenizer.vocab_size, str(path)))
     splits = header["splits"]
     counted = splits["heldout"] if splits["heldout"]["tokens"] else splits["train"]
-    identity = _digest(splits["train"]["sha256"], splits["heldout"]["sha256"])
+    # The files too, which may have been written again since their header was.
+    written = splits["train"]["sha256"], splits["heldout"]["sha256"]
+    identity = _digest(*written, _sampled(train), _sampled(heldout))
     return Tokens(train, heldout, counted["bytes"] / counted["tokens"], identity, str(path))
 
 
@@ -192,7 +194,9 @@ def _headerless(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
 
 
 def _sampled(tokens: np.ndarray) -> str:
-    """A hash of the length and of 64 pieces, since reading all of a large file takes minutes."""
+    """A hash of the length and of 64 pieces of 4096 tokens, evenly spaced, the first and the last
+    among them, since reading all of a large file takes minutes.
+    """
     digest = hashlib.sha256(str((len(tokens), tokens.dtype)).encode())
     for start in np.linspace(0, max(0, len(tokens) - 4096), 64).astype(int):
         digest.update(tokens[start : start + 4096].tobytes())
