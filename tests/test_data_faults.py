@@ -229,6 +229,40 @@ def test_a_config_that_cannot_be_met_says_why(tmp_path, changes, message):
         loader(tmp_path)("embedded", **changes)
 
 
+def test_a_held_out_part_that_is_too_short_is_named_with_a_cure_that_helps(tmp_path):
+    small, out = loader(tmp_path), tmp_path / "out"
+    (tmp_path / "short.txt").write_text("so it goes")
+    short = f"text:{tmp_path / 'short.txt'}"
+    with pytest.raises(ValueError, match=r"heldout part: .*; or give another --data.heldout-so"):
+        small("embedded", heldout_source=short)
+    prepare(short, out, quiet=True)
+    with pytest.raises(ValueError, match=r"/out, heldout part: .*or give another --data.heldout"):
+        small("embedded", heldout_source=f"bin:{out}")
+    (tmp_path / "long.txt").write_text("so it goes " * 20)
+    prepare(f"text:{tmp_path / 'long.txt'}", tmp_path / "long", quiet=True)
+    with pytest.raises(ValueError, match=r"/long, heldout part: .*; or prepare it with a higher"):
+        small(f"bin:{tmp_path / 'long'}", heldout_fraction=0.5)
+
+
+@pytest.mark.parametrize("task", ["next-token", "masked"])
+def test_a_held_out_token_beyond_the_vocabulary_is_looked_for_where_it_is(tmp_path, task):
+    tokens = np.full(2**20 + 2**12, 65)  # its head is looked at when it is opened
+    tokens[-1000:] = 300
+    judge = write_tokens(tmp_path / "judge.bin", tokens)
+    source = write_tokens(tmp_path / "a.bin", np.full(2000, 65))
+    found = loader(tmp_path)(
+        f"bin:{source}",
+        heldout_source=f"bin:{judge}",
+        headerless="uint16",
+        task=task,
+        batch_size=2**10,
+        sequence_length=256,
+    )
+    found.batch(0)
+    with pytest.raises(ValueError, match=r"judge\.bin holds token 300"):
+        list(found.heldout())
+
+
 def test_a_token_beyond_the_vocabulary_is_found_before_the_model_reads_it(tmp_path):
     tokens = np.full(2000, 65)
     tokens[700] = 300

@@ -29,6 +29,8 @@ class Tokens(NamedTuple):
     bytes_per_token: float  # of the held-out text, as UTF-8
     identity: str  # hash of the tokens; of files of what `_sampled` reads and their header states
     where: str  # for messages
+    judge: str  # where the held-out part is from
+    cure: str = "raise --data.heldout-fraction"  # of a held-out part that is too short
 
 
 def parse(source: str) -> tuple[str, str]:
@@ -128,7 +130,9 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     # The files too, which may have been written again since their header was.
     written = splits["train"]["sha256"], splits["heldout"]["sha256"]
     identity = _digest(*written, _sampled(train), _sampled(heldout))
-    return Tokens(train, heldout, counted["bytes"] / counted["tokens"], identity, str(path))
+    return Tokens(
+        train, heldout, counted["bytes"] / counted["tokens"], identity, str(path), str(path)
+    )
 
 
 def outside(token: int, vocab_size: int, where: str) -> str:
@@ -152,7 +156,7 @@ def embedded_tokens(tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     judge = 1 if len(parts[1]) else 0
     ratio = len(corpus[judge]) / max(1, len(parts[judge]))
     identity = _digest(*(part.tobytes().hex() for part in parts))
-    return Tokens(parts[0], parts[1], ratio, identity, "the embedded text")
+    return Tokens(parts[0], parts[1], ratio, identity, "the embedded text", "the embedded text")
 
 
 def _own(path: Path, header: dict[str, Any]) -> str:
@@ -190,7 +194,7 @@ def _headerless(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     if some.size and some.max() >= tokenizer.vocab_size:
         raise ValueError(outside(int(some.max()), tokenizer.vocab_size, str(path)))
     ratio = len(tokenizer.decode(some.astype(np.int32)).encode()) / max(1, len(some))
-    return Tokens(parts[0], parts[1], ratio, _digest(*map(_sampled, parts)), str(path))
+    return Tokens(parts[0], parts[1], ratio, _digest(*map(_sampled, parts)), str(path), str(path))
 
 
 def _sampled(tokens: np.ndarray) -> str:
