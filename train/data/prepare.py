@@ -22,6 +22,7 @@ from train.data.config import DataConfig
 from train.data.documents import documents
 from train.data.readers import Broken, Shard
 from train.data.tokenizers import Tokenizer
+from train.extras import need
 
 
 def prepare(
@@ -199,7 +200,7 @@ def train_tokenizer(
     """
     if output.suffix != ".json":
         raise ValueError(f"output={output} must end in .json, such as tokenizer.json.")
-    library = tokenizers.need("tokenizers", "data", "training a tokenizer")
+    library = need("tokenizers", "data", "training a tokenizer")
     if kind == "bpe":
         model, special = library.ByteLevelBPETokenizer(), ["<|endoftext|>"]
     else:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from train.data.config import DataConfig
-from train.data.tokenizers import need
+from train.extras import need
 
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _ROW_GROUP_LIMIT = 2**32  # bytes of a column that are unpacked at a time

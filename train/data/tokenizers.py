@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from train.data import embedded
+from train.extras import need
 
 _GPT2 = ("encoder.json", "vocab.bpe")
 _ALONE = {".json": "tokenizer.json", ".txt": "vocab.txt"}  # of one file: what a folder calls it
@@ -54,20 +55,6 @@ class Tokenizer:
         for path in self.files:
             name = path.name if len(self.files) > 1 else _ALONE[path.suffix]
             shutil.copyfile(path, folder / name)
-
-
-def need(module: str, extra: str, purpose: str) -> Any:
-    """An optional library.
-
-    Raises:
-      ValueError: it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{purpose} needs {error.name}: install the extra, pip install -e '.[{extra}]'."
-        ) from error
 
 
 def load(name: str) -> Tokenizer:
