@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from train import files
 from train.data import tfds
 from train.data.config import DataConfig
 from train.data.documents import shards as files_of
@@ -74,9 +75,7 @@ def shards(source: str, config: DataConfig) -> tuple[list[Shard], tuple[str, ...
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Marks a folder of token files as complete, in one step."""
-    temporary = folder / (HEADER + ".tmp")
-    temporary.write_text(json.dumps(header, indent=1) + "\n")
-    temporary.replace(folder / HEADER)
+    files.replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
 
 
 def read_header(folder: Path) -> dict[str, Any] | None:
