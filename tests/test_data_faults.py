@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
-from train.data import DataConfig, load, mixture, readers
+from train.data import DataConfig, documents, load, mixture, readers
 from train.data.prepare import prepare
 
 LINES = [json.dumps({"text": text}) for text in DOCUMENTS]
@@ -144,6 +144,43 @@ def test_cells_and_lines_of_a_table_have_the_limit_too(tmp_path):
         loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}")
 
 
+LONG = b"x" * 99
+BROKEN_TABLES = {
+    "csv, not UTF-8": (b"one\ntw\xe9\nthree\nfour\n", "line 3: byte 2"),
+    "csv, too long": (b"one\n" + LONG + b"\nthree\nfour", "line 3: a line of more"),
+    "csv, too long at the end": (b"one\nthree\nfour\n" + LONG, "line 5: a line of more"),
+    "csv, in a cell": (b'one\n"tw\xe9\ntwo"\nthree\nfour', "line 3: byte 3"),
+    "csv, a bare CR": (b"one\nt\rwo\nthree\nfour", "line 3: new-line character"),
+    "tsv, not UTF-8": (b"one\ntw\xe9\nthree\nfour\n", "line 3: byte 2"),
+    "jsonl, too long": (
+        b'{"text": "one"}\n' + LONG + b'\n{"text": "three"}\n{"text": "four"}',
+        "line 2: a line of more",
+    ),
+    "text, too long": (b"one|" + LONG * 30_000 + b"|three|four", "a document has more"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TABLES)
+def test_what_follows_a_broken_line_is_read(tmp_path, name):
+    raw, message = BROKEN_TABLES[name]
+    kind = name.partition(",")[0]
+    path = tmp_path / "a"
+    path.write_bytes(b"text\n" * (kind in ("csv", "tsv")) + raw)
+    config = DataConfig(broken="skip", document_limit=60, separator="|")
+    skipped = []
+    found = documents.documents(readers.Shard(kind, path), config, ("text",), skipped)
+    assert [text for (text,) in found] == ["one", "three", "four"]
+    assert len(skipped) == 1 and message in skipped[0]
+
+
+def test_a_table_whose_first_line_is_broken_has_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"te\xe9xt\nso\n")
+    skipped = []
+    shard = readers.Shard("csv", tmp_path / "a.csv")
+    assert not [*documents.documents(shard, DataConfig(broken="skip"), ("text",), skipped)]
+    assert len(skipped) == 1 and "line 1: byte 2" in skipped[0]
+
+
 def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
     (tmp_path / "a.tsv").write_text('text\tlabel\nso it "goes\t0\nso\n')
     with pytest.raises(readers.Broken, match=r"a\.tsv, line 3: not 2 columns"):
@@ -192,6 +229,40 @@ def test_a_config_that_cannot_be_met_says_why(tmp_path, changes, message):
         loader(tmp_path)("embedded", **changes)
 
 
+def test_a_held_out_part_that_is_too_short_is_named_with_a_cure_that_helps(tmp_path):
+    small, out = loader(tmp_path), tmp_path / "out"
+    (tmp_path / "short.txt").write_text("so it goes")
+    short = f"text:{tmp_path / 'short.txt'}"
+    with pytest.raises(ValueError, match=r"heldout part: .*; or give another --data.heldout-so"):
+        small("embedded", heldout_source=short)
+    prepare(short, out, quiet=True)
+    with pytest.raises(ValueError, match=r"/out, heldout part: .*or give another --data.heldout"):
+        small("embedded", heldout_source=f"bin:{out}")
+    (tmp_path / "long.txt").write_text("so it goes " * 20)
+    prepare(f"text:{tmp_path / 'long.txt'}", tmp_path / "long", quiet=True)
+    with pytest.raises(ValueError, match=r"/long, heldout part: .*; or prepare it with a higher"):
+        small(f"bin:{tmp_path / 'long'}", heldout_fraction=0.5)
+
+
+@pytest.mark.parametrize("task", ["next-token", "masked"])
+def test_a_held_out_token_beyond_the_vocabulary_is_looked_for_where_it_is(tmp_path, task):
+    tokens = np.full(2**20 + 2**12, 65)  # its head is looked at when it is opened
+    tokens[-1000:] = 300
+    judge = write_tokens(tmp_path / "judge.bin", tokens)
+    source = write_tokens(tmp_path / "a.bin", np.full(2000, 65))
+    found = loader(tmp_path)(
+        f"bin:{source}",
+        heldout_source=f"bin:{judge}",
+        headerless="uint16",
+        task=task,
+        batch_size=2**10,
+        sequence_length=256,
+    )
+    found.batch(0)
+    with pytest.raises(ValueError, match=r"judge\.bin holds token 300"):
+        list(found.heldout())
+
+
 def test_a_token_beyond_the_vocabulary_is_found_before_the_model_reads_it(tmp_path):
     tokens = np.full(2000, 65)
     tokens[700] = 300
@@ -230,6 +301,25 @@ def test_token_files_that_disagree_with_their_header_are_refused(tmp_path):
         (folder / "header.json").write_text(broken)
         with pytest.raises(ValueError, match=r"header\.json is not a header that this version"):
             loader(tmp_path)(f"bin:{folder}")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("headerless", ["", "uint16"])
+def test_token_files_of_one_size_with_other_tokens_are_other_data(tmp_path, split, headerless):
+    folder = tmp_path / "out"
+    if headerless:
+        folder.mkdir()
+        for name in ("train", "val"):
+            write_tokens(folder / f"{name}.bin", np.arange(999) % 99)
+    else:
+        path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in DOCUMENTS])
+        prepare(f"jsonl:{path}", folder, quiet=True)
+    found = lambda: loader(tmp_path)(f"bin:{folder}", headerless=headerless)  # noqa: E731
+    before = found().fingerprint
+    assert found().fingerprint == before
+    path = folder / f"{'val' if headerless and split == 'heldout' else split}.bin"
+    np.fromfile(path, headerless or np.uint8)[::-1].tofile(path)
+    assert found().fingerprint != before
 
 
 def test_a_source_of_fewer_rows_than_a_batch_repeats_them(tmp_path):

@@ -1,13 +1,17 @@
 """`prepare`: what it writes, that it goes on where it stopped, and the tokenizers it uses."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import threading
 
 import numpy as np
 import pytest
 
 from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
+from train import lock
 from train.data import DataConfig, parts, sources, tokenizers
 from train.data.prepare import prepare, train_tokenizer
 from train.data.readers import Broken
@@ -133,6 +137,42 @@ def test_two_processes_at_one_folder_wait_for_each_other(files, tmp_path):
     [thread.start() for thread in threads]
     [thread.join(30) for thread in threads]
     assert len(results) == 3 and results[0] == results[1] == results[2]
+
+
+def test_prepare_waits_for_who_holds_the_folder_and_says_so(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with lock.hold(out):
+        thread = threading.Thread(target=lambda: prepare(files, out))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and sources.read_header(out) is None
+    thread.join(30)
+    assert sources.read_header(out)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"waiting for process {os.getpid()} on" in said
+
+
+def test_a_file_system_without_locks_is_prepared_in(files, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert prepare(files, tmp_path / "out", quiet=True)["splits"]["train"]["tokens"]
+
+
+def test_what_marks_work_as_done_is_on_the_disk_and_written_through_no_link(
+    files, tmp_path, monkeypatch
+):
+    sync, synced = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(handle) or sync(handle))
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out/parts").mkdir(parents=True)
+    for name in ("header.json.tmp", "parts/00000.tmp"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    prepare(files, tmp_path / "out", quiet=True)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert len(synced) == 6  # the request, four parts and the header
 
 
 def test_sources_agree_on_the_same_documents(files, tmp_path):
@@ -277,6 +317,19 @@ def test_wordpiece_lowers_words_unless_its_vocabulary_has_capitals(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match=r"x\.json is no tokenizer\.json"):
         tokenizers.load(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("name", ["bpe.json", "words.txt"])
+def test_a_prepared_folder_names_its_tokenizer_whatever_that_was_called(files, tmp_path, name):
+    pytest.importorskip("tokenizers", reason="the extra data is not installed")
+    path = tmp_path / name
+    if path.suffix == ".json":
+        train_tokenizer(files, path, 300)
+    else:
+        path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nso\nit\ngoes")
+    prepare(files, tmp_path / "out", DataConfig(tokenizer=str(path)), quiet=True)
+    path.unlink()
+    loader(tmp_path)(f"bin:{tmp_path}/out", tokenizer=str(tmp_path / "out/tokenizer")).batch(0)
 
 
 def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):

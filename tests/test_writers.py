@@ -22,7 +22,7 @@ from train.meter import Spikes
 def test_a_missing_library_names_the_extra(make, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=rf"--run\.{extra} needs .*sophia_optax\[{extra}\]"):
+    with pytest.raises(ValueError, match=rf"--run\.{extra} needs .*'\.\[{extra}\]'"):
         make(tmp_path)
 
 

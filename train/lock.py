@@ -1,4 +1,4 @@
-"""One process at a time writes into a run's folder."""
+"""One process at a time writes into a folder."""
 
 import contextlib
 import errno
@@ -14,17 +14,20 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, notify: Callable[[str], object] = lambda text: None) -> Iterator[None]:
+def hold(
+    folder: Path, notify: Callable[[str], object] = lambda text: None, *, wait: bool = False
+) -> Iterator[None]:
     """Keeps a folder for this process; the kernel frees it when the process ends, however it does.
 
     So a killed run leaves no lock behind, only the file with its name in it.
 
     Args:
       folder: exists.
-      notify: told where the file system knows no locks.
+      notify: told where the file system knows no locks, and of whom is waited for.
+      wait: until another process that holds it ends.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: another process holds it, and `wait` is false.
     """
     # Never removed: another process may have it open, and would then lock a file without a name.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -32,15 +35,20 @@ def hold(folder: Path, notify: Callable[[str], object] = lambda text: None) -> I
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it "
-                "ends, or stop it, or choose another --run.folder."
-            ) from None
+            owner = file.read().strip() or "another process"
+            if not wait:
+                raise ValueError(
+                    f"{folder} is in use by {owner}: wait until it ends, or stop it, or choose "
+                    "another --run.folder."
+                ) from None
+            notify(f"waiting for {owner}, which has {folder} in use")
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            notify(f"{folder} is on a file system without locks: start no second run in it")
-        file.truncate(0)
+            notify(f"{folder} is on a file system without locks: let nothing else write in it")
+        file.seek(0)
+        file.truncate()
         file.write(
             f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n"
         )

@@ -1,9 +1,10 @@
 """Where else metrics go than into `metrics.jsonl`; the libraries are imported when asked for."""
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from train.extras import need
 
 
 class Writer(Protocol):
@@ -21,7 +22,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, start: int = 0):
         # Steps after `start` are about to be run again: those of a run before are not shown.
-        library = _import("tensorboardX", "tensorboard")
+        library = need("tensorboardX", "tensorboard", "--run.tensorboard")
         self._writer = library.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -38,7 +39,7 @@ class Wandb:
     """A run of a project at Weights & Biases; a run that is resumed goes on there too."""
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
-        library = _import("wandb", "wandb")
+        library = need("wandb", "wandb", "--run.wandb")
         self._run = library.init(
             project=project,
             dir=str(folder),
@@ -55,13 +56,3 @@ class Wandb:
     def close(self) -> None:
         """Waits for the upload."""
         self._run.finish()
-
-
-def _import(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--run.{extra} needs the package {module}: pip install 'sophia_optax[{extra}]', "
-            f"or leave the flag away."
-        ) from error

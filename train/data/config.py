@@ -22,7 +22,8 @@ class DataConfig:
     """Name the next token, the hidden tokens, or the class of a row."""
     heldout_fraction: float = 0.05
     """Share of documents to be judged by, chosen by their hash, so that copies of a document are
-    on one side; of a text of one or few documents its end."""
+    on one side; of a text of one or few documents its end. A bin: folder keeps the share that it
+    was prepared with, whatever this says."""
     heldout_source: str = ""
     """Judge by this source instead, such as tfds:lm1b:test: by its held-out part if it is bin:,
     else by all of it. Overlap with the source is not looked for."""

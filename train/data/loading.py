@@ -60,8 +60,9 @@ def _of_text(
     tokens = [_open(source, tokenizer, config) for source, _ in parts]
     judges = tokens
     if config.heldout_source:
-        judges = [_judge(_open(config.heldout_source, tokenizer, config))]
-        tokens = [part._replace(heldout=judges[0].heldout) for part in tokens]
+        judges = [judge := _judge(_open(config.heldout_source, tokenizer, config))]
+        other = {"judge": judge.where, "cure": "give another --data.heldout-source"}
+        tokens = [part._replace(heldout=judge.heldout, **other) for part in tokens]
     rows = [_rows(part, tokenizer, config, length, seed) for part in tokens]
     weights = [weight for _, weight in parts]
     mixed = rows[0] if len(rows) == 1 else mixture.mixed_rows(rows, weights, seed)
@@ -95,7 +96,10 @@ def _open(source: str, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     if kind == "embedded":
         return sources.embedded_tokens(tokenizer, config)
     if kind == "bin":
-        return sources.open_tokens(Path(rest).expanduser(), tokenizer, config)
+        folder = Path(rest).expanduser()
+        tokens = sources.open_tokens(folder, tokenizer, config)
+        again = "prepare it with a higher --data.heldout-fraction"  # which it keeps
+        return tokens._replace(cure=again) if folder.is_dir() else tokens
     return sources.open_tokens(_prepared(source, tokenizer, config), tokenizer, config)
 
 

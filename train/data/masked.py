@@ -46,8 +46,8 @@ def masked_rows(
     length = sequence_length - 2 * framed
     train, heldout = windows_of(tokens, length, 0, seed)
 
-    def rows(tokens_NxL: np.ndarray, number_N: np.ndarray, seed: int) -> Batch:
-        check_tokens(tokens_NxL, tokenizer.vocab_size, tokens.where)
+    def rows(tokens_NxL: np.ndarray, number_N: np.ndarray, seed: int, where: str) -> Batch:
+        check_tokens(tokens_NxL, tokenizer.vocab_size, where)
         if framed:
             tokens_NxL = np.pad(tokens_NxL, [(0, 0), (1, 1)])
             tokens_NxL[:, 0], tokens_NxL[:, -1] = tokenizer.begin, tokenizer.end
@@ -56,8 +56,8 @@ def masked_rows(
         return Batch(inputs, tokens_NxL, weights, numbers)
 
     return Rows(
-        lambda number_N: rows(train.shuffled(number_N), number_N, seed),
-        lambda index_N: rows(heldout.in_order(index_N), index_N, _HELDOUT_SEED),
+        lambda number_N: rows(train.shuffled(number_N), number_N, seed, tokens.where),
+        lambda index_N: rows(heldout.in_order(index_N), index_N, _HELDOUT_SEED, tokens.judge),
         heldout.count,
     )
 

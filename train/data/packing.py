@@ -27,8 +27,8 @@ def next_token_rows(
     """
     train, heldout = windows_of(tokens, sequence_length, 1, seed)
 
-    def row(tokens_BxT1: np.ndarray) -> Batch:
-        check_tokens(tokens_BxT1, vocab_size, tokens.where)
+    def row(tokens_BxT1: np.ndarray, where: str) -> Batch:
+        check_tokens(tokens_BxT1, vocab_size, where)
         rows = next_tokens(tokens_BxT1)
         if end is None:
             return rows
@@ -38,12 +38,14 @@ def next_token_rows(
         )
 
     def weighted(index_N: np.ndarray) -> Batch:
-        rows = row(heldout.in_order(index_N))
+        rows = row(heldout.in_order(index_N), tokens.judge)
         if rows.weights is not None:
             return rows
         return rows._replace(weights=np.ones(rows.targets.shape, np.float32))
 
-    return Rows(lambda number_N: row(train.shuffled(number_N)), weighted, heldout.count)
+    return Rows(
+        lambda number_N: row(train.shuffled(number_N), tokens.where), weighted, heldout.count
+    )
 
 
 def segments_of(tokens_BxT: np.ndarray, end: int) -> np.ndarray:
@@ -59,11 +61,15 @@ def segments_of(tokens_BxT: np.ndarray, end: int) -> np.ndarray:
 def windows_of(tokens: Tokens, stride: int, extra: int, seed: int) -> tuple[Windows, Windows]:
     """Windows to train on and to be judged by; the error names which part is too short."""
     found = []
-    for part, cure in (("train", "give more text"), ("heldout", "raise --data.heldout-fraction")):
+    parts = (
+        (tokens.train, f"{tokens.where}, train part", "give more text"),
+        (tokens.heldout, f"{tokens.judge}, heldout part", tokens.cure),
+    )
+    for part, where, cure in parts:
         try:
-            found.append(Windows(getattr(tokens, part), stride=stride, extra=extra, seed=seed))
+            found.append(Windows(part, stride=stride, extra=extra, seed=seed))
         except ValueError as error:
-            raise ValueError(f"{tokens.where}, {part} part: {error}; or {cure}.") from error
+            raise ValueError(f"{where}: {error}; or {cure}.") from error
     return found[0], found[1]
 
 

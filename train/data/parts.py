@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from train import files
 from train.data import sources
 from train.data.config import DataConfig
 from train.data.documents import documents
@@ -59,7 +60,7 @@ def write(
         flush()
         tick(held)
     count["skipped"] = {"count": len(skipped), "first": skipped[:5]}
-    _write_json(stem.with_suffix(".json"), count)
+    files.replace_text(stem.with_suffix(".json"), json.dumps(count))
     return count
 
 
@@ -120,9 +121,9 @@ def merge(
     }
 
 
-def _join(files: list[Path], target: Path) -> None:
+def _join(pieces: list[Path], target: Path) -> None:
     with target.open("wb") as out:
-        for path in files:
+        for path in pieces:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, out, 2**22)
 
@@ -152,9 +153,3 @@ def _inspect(path: Path, dtype: np.dtype) -> dict[str, Any]:
 def done(stem: Path) -> dict[str, Any] | None:
     path = stem.with_suffix(".json")
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)

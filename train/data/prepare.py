@@ -1,13 +1,10 @@
 """Text to token files: `python -m train prepare SOURCE -o DIR`, and `train-tokenizer`."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from os import cpu_count
 from pathlib import Path
@@ -17,11 +14,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from train import files, lock
 from train.data import parts, sources, tokenizers
 from train.data.config import DataConfig
 from train.data.documents import documents
 from train.data.readers import Broken, Shard
 from train.data.tokenizers import Tokenizer
+from train.extras import need
 
 
 def prepare(
@@ -54,7 +53,7 @@ def prepare(
     request = request_hash(shards, fields, tokenizer, data)
     console = Console(stderr=True, quiet=quiet)
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output, console):
+    with lock.hold(output, console.print, wait=True):
         header = sources.read_header(output)
         if header is None:
             header = _prepare(shards, fields, tokenizer, data, output, request, workers, console)
@@ -117,9 +116,9 @@ def request_hash(
     shards: list[Shard], fields: tuple[str, ...], tokenizer: Tokenizer, data: DataConfig
 ) -> str:
     """A hash of all that decides what the token files hold."""
-    files = [(str(s.path.resolve()), (t := s.path.stat()).st_size, t.st_mtime_ns) for s in shards]
+    states = [(str(s.path.resolve()), (t := s.path.stat()).st_size, t.st_mtime_ns) for s in shards]
     how = (data.heldout_fraction, data.separator, data.broken, data.document_limit)
-    return hashlib.sha256(json.dumps([files, fields, tokenizer.hash, how]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([states, fields, tokenizer.hash, how]).encode()).hexdigest()
 
 
 def _claim(folder: Path, request: str) -> None:
@@ -130,19 +129,7 @@ def _claim(folder: Path, request: str) -> None:
             f"{folder.parent} holds an unfinished preparation of other files or in another way; "
             "repeat that command, choose another folder, or remove this one."
         )
-    mark.write_text(request)
-
-
-@contextlib.contextmanager
-def _locked(output: Path, console: Console) -> Iterator[None]:
-    """One process at a time; the system gives the lock back when a process dies."""
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"waiting for another process that prepares {output}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    files.replace_text(mark, request)
 
 
 def _progress(console: Console) -> Progress:
@@ -199,7 +186,7 @@ def train_tokenizer(
     """
     if output.suffix != ".json":
         raise ValueError(f"output={output} must end in .json, such as tokenizer.json.")
-    library = tokenizers.need("tokenizers", "data", "training a tokenizer")
+    library = need("tokenizers", "data", "training a tokenizer")
     if kind == "bpe":
         model, special = library.ByteLevelBPETokenizer(), ["<|endoftext|>"]
     else:

@@ -9,6 +9,7 @@ import codecs
 import csv
 import functools
 import gzip
+import itertools
 import json
 import lzma
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from train.data.config import DataConfig
-from train.data.tokenizers import need
+from train.extras import need
 
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _ROW_GROUP_LIMIT = 2**32  # bytes of a column that are unpacked at a time
@@ -69,6 +70,9 @@ def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator
     with open_bytes(shard.path) as file:
         for number, raw in enumerate(_pieces(file, config, shard.path), 1):
             where = f"{shard.path}, document {number}" if config.separator else str(shard.path)
+            if isinstance(raw, Broken):
+                yield raw
+                continue
             try:
                 text = decode_utf8(raw, where).removeprefix("\ufeff")
             except Broken as fault:
@@ -78,17 +82,26 @@ def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator
                 yield Record(where, {fields[0]: text})
 
 
-def _pieces(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes | bytearray]:
-    separator, buffer = config.separator.encode(), bytearray()
+def _pieces(
+    file: IO[bytes], config: DataConfig, path: Path
+) -> Iterator[bytes | bytearray | Broken]:
+    separator, buffer, skipping = config.separator.encode(), bytearray(), False
     while chunk := file.read(2**20):
         buffer += chunk
         if separator:
             *whole, buffer = buffer.split(separator)
-            yield from whole
+            yield from whole[skipping:]
+            skipping = skipping and not whole
         if len(buffer) > config.document_limit:
             cure = "part it with --data.separator or raise the limit"
-            raise Broken(f"{path}: a document has {limit(config)}; {cure}")
-    yield buffer
+            if not skipping:
+                yield Broken(f"{path}: a document has {limit(config)}; {cure}")
+            if not separator:
+                return
+            skipping = True
+            del buffer[: -len(separator)]  # the start of one may be at the end
+    if not skipping:
+        yield buffer
 
 
 def _jsonl(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
@@ -96,6 +109,9 @@ def _jsonl(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterato
     with open_bytes(shard.path) as file:
         for number, line in enumerate(_lines(file, config, shard.path), 1):
             where = f"{shard.path}, line {number}"
+            if isinstance(line, Broken):
+                yield line
+                continue
             if not line.strip():
                 continue
             try:
@@ -109,13 +125,17 @@ def _jsonl(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterato
                 yield Broken(f"{where}: broken JSON ({error})")
 
 
-def _lines(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes]:
-    number = 0
-    while line := file.readline(config.document_limit + 1):
-        number += 1
-        if len(line) > config.document_limit:
-            raise Broken(f"{path}, line {number}: a line of {limit(config)}")
-        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+def _lines(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes | Broken]:
+    for number in itertools.count(1):
+        line = file.readline(config.document_limit + 1)
+        if not line:
+            return
+        if len(line) <= config.document_limit:
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            continue
+        yield Broken(f"{path}, line {number}: a line of {limit(config)}")
+        while line and not line.endswith(b"\n"):
+            line = file.readline(2**20)
 
 
 def _table(
@@ -125,20 +145,58 @@ def _table(
     csv.field_size_limit(
         config.document_limit
     )  # lines are limited one by one, a cell may have many
+    names: list[str] = []
+    faults: list[Broken] = []
     with open_bytes(shard.path) as file:
-        lines = enumerate(_lines(file, config, shard.path), 1)
-        rows = csv.DictReader(
-            (decode_utf8(line, f"{shard.path}, line {number}") for number, line in lines), **dialect
-        )
+        lines = _decoded(_lines(file, config, shard.path), shard.path, faults)
+        rows = csv.reader(lines, **dialect)
+        for row in _rows(rows, shard.path, faults):
+            where = f"{shard.path}, line {rows.line_num}"
+            if isinstance(row, Broken):
+                if not names:  # nothing says what the cells below are
+                    raise row
+                yield row
+            elif not names:
+                names = row
+            elif len(row) != len(names):
+                yield Broken(f"{where}: not {len(names)} columns as the first")
+            else:
+                yield Record(where, dict(zip(names, row, strict=True)))
+
+
+def _decoded(lines: Iterator[bytes | Broken], path: Path, faults: list[Broken]) -> Iterator[str]:
+    """Lines for `csv`, which never fails: a broken one keeps its place, and adds to `faults`."""
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, Broken):
+            faults.append(line)
+            yield "\n"
+            continue
         try:
-            for row in rows:
-                where = f"{shard.path}, line {rows.line_num}"
-                if None in row or None in row.values():
-                    yield Broken(f"{where}: not {len(rows.fieldnames or ())} columns as the first")
-                else:
-                    yield Record(where, row)
+            yield decode_utf8(line, f"{path}, line {number}")
+        except Broken as fault:
+            faults.append(fault)
+            yield line.decode(errors="replace")
+
+
+def _rows(rows: Any, path: Path, faults: list[Broken]) -> Iterator[list[str] | Broken]:
+    """Rows that are not empty; in the place of one that has broken lines, the first fault."""
+    while True:
+        faults.clear()
+        first = rows.line_num + 1
+        try:
+            row = next(rows, None)
         except csv.Error as error:
-            raise Broken(f"{shard.path}, line {rows.line_num + 1}: {error}") from error
+            fault = Broken(f"{path}, line {rows.line_num}: {error}")
+            if rows.line_num > first:  # in a cell of several lines, and nothing says where it ends
+                raise fault from error
+            yield fault
+            continue
+        if row is None:
+            return
+        if faults:
+            yield faults[0]
+        elif row:
+            yield row
 
 
 def _parquet(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from train import files
 from train.data import tfds
 from train.data.config import DataConfig
 from train.data.documents import shards as files_of
@@ -27,8 +28,10 @@ class Tokens(NamedTuple):
     train: np.ndarray  # unsigned [N], often a memory map
     heldout: np.ndarray  # unsigned [M]
     bytes_per_token: float  # of the held-out text, as UTF-8
-    identity: str  # hash of the tokens
+    identity: str  # hash of the tokens; of files of what `_sampled` reads and their header states
     where: str  # for messages
+    judge: str  # where the held-out part is from
+    cure: str = "raise --data.heldout-fraction"  # of a held-out part that is too short
 
 
 def parse(source: str) -> tuple[str, str]:
@@ -72,9 +75,7 @@ def shards(source: str, config: DataConfig) -> tuple[list[Shard], tuple[str, ...
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Marks a folder of token files as complete, in one step."""
-    temporary = folder / (HEADER + ".tmp")
-    temporary.write_text(json.dumps(header, indent=1) + "\n")
-    temporary.replace(folder / HEADER)
+    files.replace_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
 
 
 def read_header(folder: Path) -> dict[str, Any] | None:
@@ -125,8 +126,12 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
         raise ValueError(outside(largest, tokenizer.vocab_size, str(path)))
     splits = header["splits"]
     counted = splits["heldout"] if splits["heldout"]["tokens"] else splits["train"]
-    identity = _digest(splits["train"]["sha256"], splits["heldout"]["sha256"])
-    return Tokens(train, heldout, counted["bytes"] / counted["tokens"], identity, str(path))
+    # The files too, which may have been written again since their header was.
+    written = splits["train"]["sha256"], splits["heldout"]["sha256"]
+    identity = _digest(*written, _sampled(train), _sampled(heldout))
+    return Tokens(
+        train, heldout, counted["bytes"] / counted["tokens"], identity, str(path), str(path)
+    )
 
 
 def outside(token: int, vocab_size: int, where: str) -> str:
@@ -150,7 +155,7 @@ def embedded_tokens(tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     judge = 1 if len(parts[1]) else 0
     ratio = len(corpus[judge]) / max(1, len(parts[judge]))
     identity = _digest(*(part.tobytes().hex() for part in parts))
-    return Tokens(parts[0], parts[1], ratio, identity, "the embedded text")
+    return Tokens(parts[0], parts[1], ratio, identity, "the embedded text", "the embedded text")
 
 
 def _own(path: Path, header: dict[str, Any]) -> str:
@@ -188,11 +193,13 @@ def _headerless(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     if some.size and some.max() >= tokenizer.vocab_size:
         raise ValueError(outside(int(some.max()), tokenizer.vocab_size, str(path)))
     ratio = len(tokenizer.decode(some.astype(np.int32)).encode()) / max(1, len(some))
-    return Tokens(parts[0], parts[1], ratio, _digest(*map(_sampled, parts)), str(path))
+    return Tokens(parts[0], parts[1], ratio, _digest(*map(_sampled, parts)), str(path), str(path))
 
 
 def _sampled(tokens: np.ndarray) -> str:
-    """A hash of the length and of 64 pieces, since reading all of a large file takes minutes."""
+    """A hash of the length and of 64 pieces of 4096 tokens, evenly spaced, the first and the last
+    among them, since reading all of a large file takes minutes.
+    """
     digest = hashlib.sha256(str((len(tokens), tokens.dtype)).encode())
     for start in np.linspace(0, max(0, len(tokens) - 4096), 64).astype(int):
         digest.update(tokens[start : start + 4096].tobytes())

@@ -9,7 +9,7 @@ from typing import Any
 from train.data import readers
 from train.data.config import DataConfig
 from train.data.readers import Broken, Record, Shard
-from train.data.tokenizers import need
+from train.extras import need
 
 TEXT = {
     "c4": "text",

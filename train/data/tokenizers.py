@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from train.data import embedded
+from train.extras import need
 
 _GPT2 = ("encoder.json", "vocab.bpe")
+_ALONE = {".json": "tokenizer.json", ".txt": "vocab.txt"}  # of one file: what a folder calls it
 _END = ("<|endoftext|>", "[SEP]", "</s>", "<eos>", "<|end_of_text|>")
 _BEGIN = ("[CLS]", "<s>", "<bos>")
 _PAD = ("[PAD]", "<pad>")
@@ -51,21 +53,8 @@ class Tokenizer:
         """Writes what it was read from into a folder, which then names this tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.files:
-            shutil.copyfile(path, folder / path.name)
-
-
-def need(module: str, extra: str, purpose: str) -> Any:
-    """An optional library.
-
-    Raises:
-      ValueError: it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{purpose} needs {error.name}: install the extra, pip install -e '.[{extra}]'."
-        ) from error
+            name = path.name if len(self.files) > 1 else _ALONE[path.suffix]
+            shutil.copyfile(path, folder / name)
 
 
 def load(name: str) -> Tokenizer:
@@ -96,7 +85,7 @@ def load(name: str) -> Tokenizer:
 def _inside(folder: Path) -> Path | None:
     if all((folder / file).is_file() for file in _GPT2):
         return folder
-    files = (folder / file for file in ("tokenizer.json", "vocab.txt"))
+    files = (folder / file for file in _ALONE.values())
     return next((file for file in files if file.is_file()), None)
 
 

@@ -139,9 +139,9 @@ def _starts(
     offsets = min(stride, length - windows * stride - extra + 1)
     epoch_B, place_B = np.divmod(row_B, windows)
     start_B = np.empty_like(row_B)
-    for epoch in np.unique(epoch_B):
+    for epoch in set(epoch_B.tolist()):
         here = epoch_B == epoch
-        offset, order_W = epoch_of(seed, int(epoch), windows, offsets)
+        offset, order_W = epoch_of(seed, epoch, windows, offsets)
         start_B[here] = offset + order_W[place_B[here]] * stride
     return start_B
 
