@@ -16,6 +16,6 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-import jax  # noqa: E402
+import jax
 
 jax.devices()  # so that no test starts it with fewer: `train.plan.fake_devices` may
