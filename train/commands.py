@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from models import PRESETS, huggingface
+from models import PRESETS, EncoderConfig, huggingface
 from train import config, distributed, loop, program, saved
 from train import sample as sampling
 from train.distributed import DistributedConfig
@@ -143,7 +143,7 @@ def import_(
       tokenizer: of the model's text, as for `--data.tokenizer`.
     """
     model, _ = huggingface.load(folder)
-    if getattr(model, "classes", 0):
+    if isinstance(model, EncoderConfig) and model.classes:
         raise ValueError(
             f"{folder} is a classifier: start a run of its data from it, with --data.task classify "
             f"--model.classes {model.classes} --start-from {folder}."
