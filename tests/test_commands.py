@@ -45,6 +45,20 @@ def test_eval_prints_what_the_run_measured(run, capsys):
     assert f"{run} at step 8" in shown
 
 
+def test_a_run_is_loaded_in_shards_and_without_its_optimizer(run, monkeypatch):
+    """Also where its rows do not divide over the devices that are here."""
+    monkeypatch.setattr(program, "_optimizer", None)
+    uneven = dataclasses.replace(load(run), batch_size=9, accumulation=3)
+    monkeypatch.setattr(saved.config, "load", lambda folder: uneven)
+    loaded = saved.load(run)
+    matrix = loaded.params["tokens"]["embedding"]
+    assert matrix.shape == (256, 16)
+    assert {x.data.shape for x in matrix.addressable_shards} == {(256, 2)}
+    last = [row for row in loop.metrics.read_history(run) if "heldout_loss" in row][-1]
+    reached = loaded.evaluate(loaded.params)
+    assert reached["heldout_loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
+
+
 def test_sample_goes_on_from_the_prompt_repeats_itself_and_reads_no_data(run, capsys, monkeypatch):
     monkeypatch.delattr(program.data, "load")
     words = ["sample", str(run), "To be", "--length", "12", "--top-k", "5", "--seed", "3"]

@@ -1,6 +1,6 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,40 +12,34 @@ from models import huggingface
 from train import checkpoint, config, program
 from train.config import Config
 from train.data import tokenizers
-from train.mesh import MeshConfig
 
 
 class Saved(NamedTuple):
     """A run as it was at one of its checkpoints."""
 
     run: Config
-    programs: program.Program
+    evaluate: Callable[[Any], dict[str, float]]
     step: int
     params: Any
 
 
-def load(folder: Path, step: int | None = None, *, mesh: MeshConfig | None = None) -> Saved:
-    """The parameters of a run on the devices that are here, whatever it was trained on.
+def load(folder: Path, step: int | None = None) -> Saved:
+    """The parameters of a run, and these alone, sharded over the devices that are here.
 
     Args:
       folder: of the run.
       step: of a checkpoint; default the newest.
-      mesh: how to arrange the devices; by default rows over all of them, parameters over none.
 
     Raises:
-      ValueError: the folder holds no run, or the mesh does not fit.
+      ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = dataclasses.replace(config.load(folder), mesh=mesh or MeshConfig())
-    programs = program.assemble(run, None if mesh or _fits(run) else jax.devices()[:1])
+    run = config.load(folder)
+    programs = program.assemble_trained(run)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
-        done, state = checkpoints.restore(programs.abstract, step)
-    return Saved(run, programs, done, state.params)
-
-
-def _fits(run: Config) -> bool:
-    return run.batch_size % (jax.device_count() * run.accumulation) == 0
+        done, state = checkpoints.restore({"params": programs.params}, step, part=True)
+    return Saved(run, programs.evaluate, done, state["params"])
 
 
 def start_from(path: Path, run: Config, fresh: Any) -> Any:
@@ -65,7 +59,7 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
     if (path / "checkpoints").is_dir():
         there = load(path)
         _check_tokenizer(path, there.run, run)
-        params = jax.device_get(there.params)
+        params = there.params
     else:
         params = huggingface.load(path)[1]
     params = models.unstack_blocks(params)
@@ -107,6 +101,8 @@ def _replace(path: Path, fresh: Any, params: Any) -> Any:
         )
 
     def place(x, found):
+        if isinstance(found, jax.Array):
+            return jax.device_put(found.astype(x.dtype), x.sharding)
         found = np.asarray(found, x.dtype)
         return jax.make_array_from_callback(x.shape, x.sharding, found.__getitem__)
 
