@@ -104,6 +104,12 @@ def test_a_run_may_start_from_another_in_the_other_layout(run, tmp_path):
         )
 
 
+def test_a_run_without_a_checkpoint_is_no_start_and_says_what_to_do(run, tmp_path):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(ValueError, match=rf"no checkpoint yet: .* -m train resume {tmp_path}, or"):
+        saved.start_from(tmp_path, load(run), None)
+
+
 def test_another_model_is_refused_by_the_name_of_a_leaf(run, tmp_path):
     wider = dataclasses.replace(load(run).model, width=32)
     start = dataclasses.replace(

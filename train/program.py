@@ -82,7 +82,7 @@ class Trained(NamedTuple):
 def assemble_trained(run: Config) -> Trained:
     """For parameters sharded over all devices that there are, whatever mesh `run` was trained on.
 
-    Without an optimizer, and rows are padded to as many as the devices divide.
+    Without an optimizer; held-out rows come in batches that divide over the devices.
     """
     devices = jax.device_count()
     placed = mesh.make_mesh(mesh.MeshConfig(fsdp=math.gcd(devices, run.model.width)))

@@ -1,5 +1,6 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,12 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
         reads other tokens.
     """
-    if (path / "checkpoints").is_dir():
+    if _is_run(path):
+        if not (path / "checkpoints").is_dir():
+            raise ValueError(
+                f"{path} has no checkpoint yet: resume it first with {config.python()} -m train "
+                f"resume {path}, or start from another."
+            )
         there = load(path)
         _check_tokenizer(path, there.run, run)
         params = there.params
@@ -67,6 +73,12 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
         params = {**params, "head": fresh["head"]}
     return _replace(path, fresh, params)
+
+
+def _is_run(path: Path) -> bool:
+    """By `config.json`, which a model of Hugging Face's has too."""
+    shown = path / "config.json"
+    return shown.is_file() and "optimizer" in json.loads(shown.read_text())
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
