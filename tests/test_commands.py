@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,6 +103,23 @@ def test_a_run_may_start_from_another_in_the_other_layout(run, tmp_path):
             after["blocks"],
             before["blocks"][f"{layer:02d}"],
         )
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_vocabulary_is_padded_as_the_new_run_wants(run, exported, tmp_path, capsys):
+    cli.main(["export", str(run), str(tmp_path / "hf")])
+    start = dataclasses.replace(
+        load(run),
+        start_from=str(tmp_path / "hf" if exported else run),
+        mesh=MeshConfig(tensor=2),
+        model=dataclasses.replace(load(run).model, vocab_multiple=96, bias=exported),
+    )
+    fresh = program.assemble(start).abstract.params
+    begun = saved.start_from(Path(start.start_from), start, fresh)["tokens"]["embedding"]
+    before = saved.load(run).params["tokens"]["embedding"]
+    np.testing.assert_array_equal(begun[:256], before)
+    assert begun.shape == (288, 16) and not np.any(begun[256:])
+    assert begun.sharding == fresh["tokens"]["embedding"].sharding
 
 
 def test_a_run_without_a_checkpoint_is_no_start_and_says_what_to_do(run, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import models
@@ -13,6 +14,8 @@ from models import huggingface
 from train import checkpoint, config, program
 from train.config import Config
 from train.data import tokenizers
+
+Model = models.DecoderConfig | models.EncoderConfig
 
 
 class Saved(NamedTuple):
@@ -48,9 +51,9 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
 
     Args:
       path: of a run, or of a folder with `config.json` and safetensors.
-      run: what is to be trained. Layers may be stacked in one and not in the other. An encoder's
-        head that the model there lacks, or has for another task or other classes, stays fresh as
-        a whole.
+      run: what is to be trained. Layers may be stacked in one and not in the other, and the
+        vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
+        for another task or other classes, stays fresh as a whole.
       fresh: parameters of `run`, on its mesh.
 
     Raises:
@@ -65,9 +68,9 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
             )
         there = load(path)
         _check_tokenizer(path, there.run, run)
-        params = there.params
+        params = _padded(there.params, there.run.model, run.model)
     else:
-        params = huggingface.load(path)[1]
+        params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
     params = models.unstack_blocks(params)
     params = models.stack_blocks(params) if run.model.scan_layers else params
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
@@ -88,6 +91,21 @@ def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
             f"{path} was trained on tokens of {theirs}, which are not those of {ours}: set "
             f"--data.tokenizer {theirs}."
         )
+
+
+def _padded(params: Any, there: Model, model: Model) -> Any:
+    """Parameters with the padding rows of `model`, where the vocabulary is the same."""
+    if there.vocab_size != model.vocab_size:
+        return params
+    rows = model.padded_vocab - model.vocab_size
+
+    def pad(place, x):
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        if name not in huggingface.VOCABULARY or len(x) != there.padded_vocab:
+            return x
+        return jnp.pad(x[: model.vocab_size], [(0, rows), (0, 0)][: x.ndim])
+
+    return jax.tree.map_with_path(pad, params)
 
 
 def _named(params: Any) -> dict[str, Any]:
