@@ -177,6 +177,19 @@ def test_missing_folder_and_missing_steps_are_named(folder):
         checkpoints.restore(target, step=15)
 
 
+def test_a_part_of_what_was_saved_is_read_alone(folder):
+    """Not the optimizer's state, though it is another one, nor step."""
+    states = saved(folder, 10)
+    target = {"params": abstract(states[10])["params"]}
+    with Checkpoints(folder, save_interval=10) as checkpoints:
+        assert_same(checkpoints.restore(target, part=True)[1], {"params": states[10]["params"]})
+        with pytest.raises(CheckpointError, match=r"opt/.* is .* on disk and absent here"):
+            checkpoints.restore(target)
+        target["params"]["other"] = target["params"]["kernel"]
+        with pytest.raises(CheckpointError, match="params/other is absent on disk and float32"):
+            checkpoints.restore(target, part=True)
+
+
 # Orbax leaves the reads of the other leaves unfinished after the first error.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,6 +44,20 @@ def test_eval_prints_what_the_run_measured(run, capsys):
     assert f"heldout loss: {last['heldout_loss']:.4f}" in shown
     assert f"bits per byte: {last['bits_per_byte']:.4f}" in shown
     assert f"{run} at step 8" in shown
+
+
+def test_a_run_is_loaded_in_shards_and_without_its_optimizer(run, monkeypatch):
+    """Also where its rows do not divide over the devices that are here."""
+    monkeypatch.setattr(program, "_optimizer", None)
+    uneven = dataclasses.replace(load(run), batch_size=9, accumulation=3)
+    monkeypatch.setattr(saved.config, "load", lambda folder: uneven)
+    loaded = saved.load(run)
+    matrix = loaded.params["tokens"]["embedding"]
+    assert matrix.shape == (256, 16)
+    assert {x.data.shape for x in matrix.addressable_shards} == {(256, 2)}
+    last = [row for row in loop.metrics.read_history(run) if "heldout_loss" in row][-1]
+    reached = loaded.evaluate(loaded.params)
+    assert reached["heldout_loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
 
 
 def test_sample_goes_on_from_the_prompt_repeats_itself_and_reads_no_data(run, capsys, monkeypatch):
@@ -88,6 +103,29 @@ def test_a_run_may_start_from_another_in_the_other_layout(run, tmp_path):
             after["blocks"],
             before["blocks"][f"{layer:02d}"],
         )
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_vocabulary_is_padded_as_the_new_run_wants(run, exported, tmp_path, capsys):
+    cli.main(["export", str(run), str(tmp_path / "hf")])
+    start = dataclasses.replace(
+        load(run),
+        start_from=str(tmp_path / "hf" if exported else run),
+        mesh=MeshConfig(tensor=2),
+        model=dataclasses.replace(load(run).model, vocab_multiple=96, bias=exported),
+    )
+    fresh = program.assemble(start).abstract.params
+    begun = saved.start_from(Path(start.start_from), start, fresh)["tokens"]["embedding"]
+    before = saved.load(run).params["tokens"]["embedding"]
+    np.testing.assert_array_equal(begun[:256], before)
+    assert begun.shape == (288, 16) and not np.any(begun[256:])
+    assert begun.sharding == fresh["tokens"]["embedding"].sharding
+
+
+def test_a_run_without_a_checkpoint_is_no_start_and_says_what_to_do(run, tmp_path):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(ValueError, match=rf"no checkpoint yet: .* -m train resume {tmp_path}, or"):
+        saved.start_from(tmp_path, load(run), None)
 
 
 def test_another_model_is_refused_by_the_name_of_a_leaf(run, tmp_path):

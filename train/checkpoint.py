@@ -99,12 +99,14 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step: int | None = None,
         *,
         accept: Callable[[Mapping[str, Any]], object] = lambda record: None,
+        part: bool = False,
     ) -> tuple[int, Any]:
         """Read (step, state) onto the devices that `abstract_state` names, from whatever mesh.
 
         `abstract_state` is a pytree of `jax.ShapeDtypeStruct` with shardings; `step` is one of
         `steps`, by default the last that can be read: `notes` tell of those that could not.
         `accept` is shown what was saved beside the arrays, before these are read, and may raise.
+        With `part` leaves that `abstract_state` lacks are not read; it may be of plain dicts then.
         Raises CheckpointError.
         """
         steps = self.steps
@@ -116,7 +118,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         errors: list[CheckpointError] = []
         for candidate in steps[::-1] if step is None else [step]:
             try:
-                state = self._read(candidate, steps, abstract_state, accept)
+                state = self._read(candidate, steps, abstract_state, accept, part)
             except _Unreadable as error:
                 errors.append(error)
                 continue
@@ -155,7 +157,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self.notes.append(f"the metrics of step {step} were damaged: it is no longer best")
 
     def _read(
-        self, step: int, steps: list[int], abstract_state: Any, accept: Callable[..., object]
+        self,
+        step: int,
+        steps: list[int],
+        abstract_state: Any,
+        accept: Callable[..., object],
+        part: bool,
     ) -> Any:
         others = [s for s in steps if s != step]
         cure = f"others are there: {others}, pick one by step=" if others else "it was the only one"
@@ -167,8 +174,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             saved = metadata.metadata
             if saved is not None:  # where the metadata is damaged, load says how
-                _compare(saved, abstract_state, self.directory)
-            return self._manager.load(step, abstract_state)
+                _compare(saved, abstract_state, self.directory, part)
+            context = _orbax().Context()
+            context.pytree.loading.partial_load = part
+            with context:
+                return self._manager.load(step, abstract_state)
 
     def close(self) -> None:
         """Wait for the save in progress. Raises CheckpointError if it failed."""
@@ -230,12 +240,12 @@ def _rank(metrics: Mapping[str, float]) -> float:
     return -loss if math.isfinite(loss) else -math.inf
 
 
-def _compare(saved: Any, abstract_state: Any, directory: Path) -> None:
+def _compare(saved: Any, abstract_state: Any, directory: Path, part: bool) -> None:
     """Orbax would cast a leaf of another dtype, and name no leaf of another shape."""
     have, want = _leaves(saved), _leaves(abstract_state)
     wrong = [
         f"{name} is {have.get(name, 'absent')} on disk and {want.get(name, 'absent')} here"
-        for name in sorted(have | want)
+        for name in sorted(want if part else have | want)
         if have.get(name) != want.get(name)
     ]
     if wrong:

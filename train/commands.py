@@ -70,7 +70,7 @@ def evaluate(run: Folder, step: int | None = None) -> None:
       step: of a checkpoint; default the newest.
     """
     loaded = saved.load(run, step)
-    for name, value in loaded.programs.evaluate(loaded.params).items():
+    for name, value in loaded.evaluate(loaded.params).items():
         _say(f"{name.replace('_', ' ')}: {value:.4f}")
     _say(f"{run} at step {loaded.step}")
 

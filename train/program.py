@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
     abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     shapes = _batch_shapes(run, placed)
-    loaded = functools.cache(functools.partial(_load, run))
+    loaded = _loaded(run, run.batch_size)
     outputs = loss.outputs_of(model, run.loss_chunk)
     step = jax.jit(
         _step(run, outputs, tx, placed),
@@ -64,16 +65,37 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
         init=jax.jit(init, out_shardings=shardings),
         step=step,
         compile=functools.partial(_compile, step, abstract, shapes),
-        evaluate=evaluate.make_evaluate(
-            functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
-            loaded,
-            mesh.batch_sharding(placed),
-            whole_text=run.data.task == "next-token",
-        ),
+        evaluate=_evaluate(run, placed, outputs, loaded),
         data=loaded,
         batch=lambda number: _place(functools.partial(loaded().batch, number), shapes),
         abstract=abstract,
     )
+
+
+class Trained(NamedTuple):
+    """What is to be known of a config whose parameters are there and are not trained."""
+
+    params: Any  # ShapeDtypeStruct with sharding, for each parameter
+    evaluate: Any  # params -> dict of floats
+
+
+def assemble_trained(run: Config) -> Trained:
+    """For parameters sharded over all devices that there are, whatever mesh `run` was trained on.
+
+    Without an optimizer; held-out rows come in batches that divide over the devices.
+    """
+    devices = jax.device_count()
+    placed = mesh.make_mesh(mesh.MeshConfig(fsdp=math.gcd(devices, run.model.width)))
+    rows = -(-run.batch_size // devices) * devices
+    run = resolved(run, placed.devices.flat[0].platform)
+    model = _split(run.model, placed)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(model.init, jax.random.key(0)),
+        mesh.parameter_shardings(placed, model.specs),
+    )
+    outputs = loss.outputs_of(model, run.loss_chunk)
+    return Trained(params, _evaluate(run, placed, outputs, _loaded(run, rows)))
 
 
 def use_compile_cache(folder: str) -> None:
@@ -147,8 +169,12 @@ def _batch_shapes(run: Config, placed: Mesh) -> Batch:
     )
 
 
-def _load(run: Config) -> data.Data:
-    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+def _loaded(run: Config, batch_size: int) -> Callable[[], data.Data]:
+    return functools.cache(functools.partial(_load, run, batch_size))
+
+
+def _load(run: Config, batch_size: int) -> data.Data:
+    sizes = {"batch_size": batch_size, "sequence_length": run.sequence_length}
     loaded = data.load(run.data, **sizes, seed=run.seed)
     _check_vocabulary(run, loaded.vocab_size)
     wanted = getattr(run.model, "classes", 0)
@@ -190,6 +216,17 @@ def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
         return data.to_mesh(rows, like.shape, like.sharding)
 
     return Batch(**{name: leaf(name, like) for name, like in shapes._asdict().items()})
+
+
+def _evaluate(
+    run: Config, placed: Mesh, outputs: loss.Outputs, loaded: Callable[[], data.Data]
+) -> Callable[[Any], dict[str, float]]:
+    return evaluate.make_evaluate(
+        functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
+        loaded,
+        mesh.batch_sharding(placed),
+        whole_text=run.data.task == "next-token",
+    )
 
 
 def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None):

@@ -1,10 +1,12 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
-import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import models
@@ -12,40 +14,36 @@ from models import huggingface
 from train import checkpoint, config, program
 from train.config import Config
 from train.data import tokenizers
-from train.mesh import MeshConfig
+
+Model = models.DecoderConfig | models.EncoderConfig
 
 
 class Saved(NamedTuple):
     """A run as it was at one of its checkpoints."""
 
     run: Config
-    programs: program.Program
+    evaluate: Callable[[Any], dict[str, float]]
     step: int
     params: Any
 
 
-def load(folder: Path, step: int | None = None, *, mesh: MeshConfig | None = None) -> Saved:
-    """The parameters of a run on the devices that are here, whatever it was trained on.
+def load(folder: Path, step: int | None = None) -> Saved:
+    """The parameters of a run, and these alone, sharded over the devices that are here.
 
     Args:
       folder: of the run.
       step: of a checkpoint; default the newest.
-      mesh: how to arrange the devices; by default rows over all of them, parameters over none.
 
     Raises:
-      ValueError: the folder holds no run, or the mesh does not fit.
+      ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = dataclasses.replace(config.load(folder), mesh=mesh or MeshConfig())
-    programs = program.assemble(run, None if mesh or _fits(run) else jax.devices()[:1])
+    run = config.load(folder)
+    programs = program.assemble_trained(run)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
-        done, state = checkpoints.restore(programs.abstract, step)
-    return Saved(run, programs, done, state.params)
-
-
-def _fits(run: Config) -> bool:
-    return run.batch_size % (jax.device_count() * run.accumulation) == 0
+        done, state = checkpoints.restore({"params": programs.params}, step, part=True)
+    return Saved(run, programs.evaluate, done, state["params"])
 
 
 def start_from(path: Path, run: Config, fresh: Any) -> Any:
@@ -53,26 +51,37 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
 
     Args:
       path: of a run, or of a folder with `config.json` and safetensors.
-      run: what is to be trained. Layers may be stacked in one and not in the other. An encoder's
-        head that the model there lacks, or has for another task or other classes, stays fresh as
-        a whole.
+      run: what is to be trained. Layers may be stacked in one and not in the other, and the
+        vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
+        for another task or other classes, stays fresh as a whole.
       fresh: parameters of `run`, on its mesh.
 
     Raises:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
         reads other tokens.
     """
-    if (path / "checkpoints").is_dir():
+    if _is_run(path):
+        if not (path / "checkpoints").is_dir():
+            raise ValueError(
+                f"{path} has no checkpoint yet: resume it first with {config.python()} -m train "
+                f"resume {path}, or start from another."
+            )
         there = load(path)
         _check_tokenizer(path, there.run, run)
-        params = jax.device_get(there.params)
+        params = _padded(there.params, there.run.model, run.model)
     else:
-        params = huggingface.load(path)[1]
+        params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
     params = models.unstack_blocks(params)
     params = models.stack_blocks(params) if run.model.scan_layers else params
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
         params = {**params, "head": fresh["head"]}
     return _replace(path, fresh, params)
+
+
+def _is_run(path: Path) -> bool:
+    """By `config.json`, which a model of Hugging Face's has too."""
+    shown = path / "config.json"
+    return shown.is_file() and "optimizer" in json.loads(shown.read_text())
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
@@ -82,6 +91,21 @@ def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
             f"{path} was trained on tokens of {theirs}, which are not those of {ours}: set "
             f"--data.tokenizer {theirs}."
         )
+
+
+def _padded(params: Any, there: Model, model: Model) -> Any:
+    """Parameters with the padding rows of `model`, where the vocabulary is the same."""
+    if there.vocab_size != model.vocab_size:
+        return params
+    rows = model.padded_vocab - model.vocab_size
+
+    def pad(place, x):
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        if name not in huggingface.VOCABULARY or len(x) != there.padded_vocab:
+            return x
+        return jnp.pad(x[: model.vocab_size], [(0, rows), (0, 0)][: x.ndim])
+
+    return jax.tree.map_with_path(pad, params)
 
 
 def _named(params: Any) -> dict[str, Any]:
@@ -107,6 +131,8 @@ def _replace(path: Path, fresh: Any, params: Any) -> Any:
         )
 
     def place(x, found):
+        if isinstance(found, jax.Array):
+            return jax.device_put(found.astype(x.dtype), x.sharding)
         found = np.asarray(found, x.dtype)
         return jax.make_array_from_callback(x.shape, x.sharding, found.__getitem__)
 
