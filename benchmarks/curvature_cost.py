@@ -31,7 +31,7 @@ from rich.table import Table
 
 import sophia_optax
 from models import GPT2, DecoderConfig, split
-from train.batch import Batch
+from train.batch import Batch, next_tokens
 from train.flops import model_flops
 from train.loss import outputs_of
 from train.step import init_state, make_step
@@ -143,7 +143,8 @@ def wall_times(config: DecoderConfig, rows: int, length: int, rounds: int) -> Fi
         f"Sophia-H, 1/{SHARE}": (hutchinson(SHARE), True),
         "lax.cond": (share, None),
     }
-    batch = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocab_size)
+    batch = next_tokens(tokens)
     init = jax.jit(functools.partial(init_state, split(config).init, share.tx, 0))
     programs, states = {}, {}
     for name, (sampler, refresh) in cases.items():

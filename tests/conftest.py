@@ -19,3 +19,5 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 
 jax.devices()  # so that no test starts it with fewer: `train.plan.fake_devices` may
+
+collect_ignore = ["kills.py", "two_processes.py"]  # programs of their own

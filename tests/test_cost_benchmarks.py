@@ -146,8 +146,9 @@ def test_what_a_device_does_stays_flat_as_devices_and_rows_grow(monkeypatch):
             two, four = (figures[f"{layout}, {name}, {n}"] for n in (2, 4))
             for figure in ("collectives", "collective_bytes"):
                 assert four[figure] == two[figure] > 0, (layout, name)
+            least = 0.95 if layout == "data" else 0.9  # a device's share of the update falls
             for figure in ("flops", "bytes"):
-                assert four[figure] == pytest.approx(two[figure], rel=0.05), (layout, name)
+                assert least <= four[figure] / two[figure] <= 1.05, (layout, name)
             halved = 0.5 if layout == "fsdp" else 1
             state = two["argument_bytes"] * halved
             assert four["argument_bytes"] == pytest.approx(state, rel=0.1), (layout, name)

@@ -15,9 +15,7 @@ from train.mesh import MeshConfig, make_mesh
 
 MODEL = DecoderConfig(vocab_size=256, context=16, width=32, layers=1, heads=2)
 CASES = [
-    ("sophia-g", Form((2, 4, 1))),
     ("sophia-g", Form((2, 2, 2), scan=True, remat="full", accumulation=4)),
-    ("sophia-h", Form((1, 1, 8), remat="full")),
     ("sophia-h", Form((2, 4, 1), scan=True, accumulation=4)),
     ("orthosoph", Form((2, 2, 2), scan=True, accumulation=4)),
     ("soaa", Form((1, 1, 8), scan=True)),

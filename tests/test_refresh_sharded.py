@@ -45,7 +45,8 @@ CASES = {
 
 
 def mesh():
-    return jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Auto,) * 2)
+    axes = (*AXES, "tensor")
+    return jax.make_mesh((2, 4, 1), axes, axis_types=(AxisType.Auto,) * 3)
 
 
 def losses(logits, batch):

@@ -88,7 +88,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     >>> from train.config import preset
     >>> figures = plan(preset("tiny", "adamw"), devices=1)
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
-    (119104, 952840)
+    (119104, 952844)
     """
     least = run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1)
     program = assemble(run, fake_devices(devices or least))
