@@ -7,6 +7,7 @@ is sampled, and 64 at least. By hand from shapes; `python -m train plan` shows m
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -34,7 +35,7 @@ def config(model: str, devices: int) -> Config:
         model=shape,
         precision="bfloat16",
         optim=optim,
-        mesh=MeshConfig(data=1, fsdp=devices),
+        mesh=MeshConfig(fsdp=math.gcd(devices, run.model.width)),
         batch_size=rows,
         sequence_length=length,
     )

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -347,3 +348,18 @@ def test_a_failed_save_is_reported_by_the_next_call_and_can_be_repeated(
 def test_policies_must_be_positive(folder, wrong):
     with pytest.raises(ValueError, match="at least 1"):
         Checkpoints(folder, **wrong)
+
+
+def event_loops():
+    """Open files and threads of those that wait for saves."""
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    polls = sum("eventpoll" in os.readlink(link) for link in links if os.path.islink(link))
+    return polls, sum("_run_loop" in thread.name for thread in threading.enumerate())
+
+
+def test_saves_leave_no_threads_and_no_open_files(folder):
+    state, before = train_state(0), event_loops()
+    with Checkpoints(folder, save_interval=1, keep_last=1) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(step, jax.device_put(state, shardings(state, mesh_of(8))))
+    assert event_loops() == before

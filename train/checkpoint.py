@@ -40,6 +40,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.directory = Path(directory).absolute()
         self._interval, self._keep_last = save_interval, keep_last
         self._current: int | None = None  # the step last saved or restored through this object
+        self._saving: Any = None  # Orbax's answer to the save in progress
         self.record: dict[str, Any] = {}  # what was saved with the state last restored
         self.notes: list[str] = []  # what a user should know of the last `repair` and `restore`
 
@@ -87,7 +88,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self._manager.delete(s)
             values = None if metrics is None else {k: float(v) for k, v in metrics.items()}
             beside = None if record is None else dict(record)
-            self._manager.save_async(
+            self._finish()
+            self._saving = self._manager.save_async(
                 step, state, force=True, metrics=values, custom_metadata=beside
             )
         self._current = step
@@ -184,7 +186,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """Wait for the save in progress. Raises CheckpointError if it failed."""
         if "_manager" in self.__dict__:
             with self._explain("the last save failed", _DISK):
+                self._finish()
                 self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the save in progress; unasked, its answer keeps a thread and three files.
+
+        What went wrong in it the manager says at its next call.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with contextlib.suppress(Exception):
+                saving.result()
 
     def __exit__(self, *error: object) -> None:
         self.close()
