@@ -111,3 +111,19 @@ def _reduced_in_loops(compiled, shape):
         for line in text.splitlines()
         if "all-reduce(" in line and shape in line
     ]
+
+
+def test_rows_that_devices_do_not_divide_have_their_losses_too():
+    """As those of a set of rows with a probe of its own, on more devices than it has rows."""
+    placed = mesh.make_mesh(MeshConfig(fsdp=2))
+    few = jax.tree.map(lambda x: x[:3], BATCH)
+    outputs = outputs_of(MODEL, 4)
+
+    @jax.jit
+    def losses(params):
+        made = outputs(params, few)
+        return token_losses(made, few, functools.partial(mesh.over_rows, placed)), token_losses(
+            made, few
+        )
+
+    np.testing.assert_allclose(*losses(PARAMS), rtol=1e-6)

@@ -78,13 +78,19 @@ def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any,
     """`function(shared, rows)` by row, evaluated where the rows are.
 
     What a loop inside adds to the gradient of `shared` is then added up over the devices once, at
-    its end; XLA would do it in each of its rounds.
+    its end; XLA would do it in each of its rounds. It does where the devices do not divide the
+    rows, such as those of a small set that has a probe of its own.
     """
-    if row_devices(mesh) == 1:
-        return function
-    return jax.shard_map(
+    devices = row_devices(mesh)
+    spread = jax.shard_map(
         function, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(ROWS), axis_names=set(ROWS)
     )
+
+    def by_row(shared: Any, rows: Any) -> Any:
+        number = len(jax.tree.leaves(rows)[0])
+        return function(shared, rows) if devices == 1 or number % devices else spread(shared, rows)
+
+    return by_row
 
 
 def gather_embedding(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
