@@ -3,7 +3,7 @@
 The first ten losses of each optimizer on 8 fake CPU devices in four meshes and on one device, with
 layers scanned and unrolled, with and without remat, in one micro-batch and in four, against one
 device, unrolled, in one piece. Prints the largest relative difference of each form; `--quick` takes
-one form of each mesh. About 25 minutes on two cores, nearly all of it compilation.
+one form of each mesh. About half an hour on two cores, nearly all of it compilation.
 """
 
 import argparse
