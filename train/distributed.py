@@ -106,18 +106,7 @@ def from_main(text: str) -> str:
 
 def on_main(action: Callable[[], T]) -> T | None:
     """Lets process 0 alone act, and has the result there; where that fails, all raise."""
-    result, error = None, None
-    if is_main():
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-    message = from_main(_said(error))
-    if error is not None:
-        raise error
-    if message:
-        raise ValueError(f"process 0 failed: {message}")
-    return result
+    return on_all(lambda: action() if is_main() else None)
 
 
 def on_all(action: Callable[[], T]) -> T:
