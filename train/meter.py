@@ -54,7 +54,7 @@ class Meter:
     def _take(self, keep: int) -> None:
         while len(self._pending) > keep:
             step, measured, sampled = self._pending.popleft()
-            self._count(bool(measured["skipped"] > 0.5), sampled)
+            self._count(float(measured["skipped"]) > 0.5, sampled)
             if step % self.run.run.log_every == 0 or step in (1, self.run.steps):
                 self._record(step, measured)
             self._check(step)
