@@ -3,21 +3,28 @@
 The first ten losses of each optimizer on 8 fake CPU devices in four meshes and on one device, with
 layers scanned and unrolled, with and without remat, in one micro-batch and in four, against one
 device, unrolled, in one piece. Prints the largest relative difference of each form; `--quick` takes
-one form of each mesh. About half an hour on two cores, nearly all of it compilation.
+one form of each mesh, `--processes` two processes of four devices each. About an hour on two cores,
+nearly all of it compilation; `--quick` and `--processes` take minutes.
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
+import json
+import math
 import os
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 if __name__ == "__main__":  # before jax starts
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        + f" --xla_force_host_platform_device_count={8 // int(os.environ.get('NUM_PROCESSES', 1))}"
+        + " --xla_backend_optimization_level=0"
         + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
 
@@ -29,7 +36,7 @@ from rich.table import Table
 
 from models import DecoderConfig
 from models.config import RematName
-from train import program
+from train import distributed, program
 from train.config import Config, preset
 from train.mesh import MeshConfig
 
@@ -65,7 +72,7 @@ def config(optimizer: str, form: Form) -> Config:
 
 def losses(optimizer: str, form: Form) -> np.ndarray:
     """Of the first ten steps, with samples of curvature at steps 0, 3, 6 and 9."""
-    devices = jax.devices()[: int(np.prod(form.mesh))]
+    devices = jax.devices()[: math.prod(form.mesh)]
     programs = program.assemble(config(optimizer, form), devices)
     state, seen = programs.init(), []
     for step in range(STEPS):
@@ -94,22 +101,74 @@ def forms(quick: bool) -> Iterator[Form]:
             yield form
 
 
+PROCESSES = 2
+SHARED = (Form((2, 4, 1)), Form((2, 4, 1), True, "full", 4), Form((1, 8, 1)), Form((2, 2, 2)))
+
+
+def one_of_several(names: Sequence[str]) -> None:
+    """What each of the processes does: the first prints the losses, for each form those of each."""
+    distributed.start(distributed.DistributedConfig())
+    found = [[losses(name, form).tolist() for name in names] for form in SHARED]
+    if distributed.is_main():
+        print(json.dumps(found))
+
+
+def several(names: Sequence[str]) -> np.ndarray:
+    """Losses [form, optimizer, step] of `SHARED` in processes that share the devices."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port = listening.getsockname()[1]
+    own = {"COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": str(PROCESSES)}
+    command = [sys.executable, "-m", "benchmarks.mesh_equality", "--only", ",".join(names)]
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | own | {"PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(PROCESSES)
+    ]
+    outs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"a process failed, exit codes {[p.returncode for p in started]}")
+    return np.array(json.loads(outs[0].splitlines()[-1]))
+
+
+def row(form: Form, differences: Sequence[float]) -> list[str]:
+    """Of the table."""
+    shape = " x ".join(map(str, form.mesh))
+    layers = "scanned" if form.scan else "unrolled"
+    return [shape, layers, form.remat, str(form.accumulation), *(f"{x:.1e}" for x in differences)]
+
+
+def rows(names: Sequence[str], *, quick: bool, processes: bool) -> Iterator[list[str]]:
+    """Each form, with the differences of each optimizer."""
+    if processes:
+        for form, found in zip(SHARED, several(names), strict=True):
+            alone = [reference(name) for name in names]
+            yield row(form, np.max(np.abs(found / alone - 1), axis=-1))
+        return
+    for form in track(list(forms(quick)), "compiling"):
+        yield row(form, [difference(name, form) for name in names])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one form of each mesh")
+    parser.add_argument("--processes", action="store_true", help="two processes of four devices")
     parser.add_argument("--only", default=",".join(OPTIMIZERS), help="optimizers, by comma")
     args = parser.parse_args()
     names = args.only.split(",")
+    if "NUM_PROCESSES" in os.environ:
+        return one_of_several(names)
     table = Table(title="largest relative difference of ten losses")
     for column in ("data x fsdp x tensor", "layers", "remat", "micro-batches", *names):
         table.add_column(column)
-    for form in track(list(forms(args.quick)), "compiling"):
-        cells = [f"{difference(name, form):.1e}" for name in names]
-        shape = " x ".join(map(str, form.mesh))
-        layers = "scanned" if form.scan else "unrolled"
-        table.add_row(shape, layers, form.remat, str(form.accumulation), *cells)
+    for cells in rows(names, quick=args.quick, processes=args.processes):
+        table.add_row(*cells)
     Console(width=120).print(table)
 
 

@@ -60,11 +60,12 @@ def gauss_newton_bartlett(
         n = round(1 / fraction).
       num_samples: independent draws of all labels, averaged in one sample; each costs a backward
         pass, after one forward pass.
-      shards: how many groups run side by side, `groups / shards` times one after the other; a
-        multiple of the number of devices over which the batch is sharded. It changes where and
-        when the work is done, never h. Each round reduces the squares over devices anew, so take
-        all groups at once where a device bears `shards / devices` gradients of one layer. Inside
-        `shard_map` it has no effect.
+      shards: how many groups run side by side, round after round until all have run; a multiple
+        of the number of devices over which the batch is sharded. Where it does not divide the
+        groups, places of the last round stay idle: fewer rows than devices are best sampled so,
+        a group a row. It changes where and when the work is done, never h. Each round reduces the
+        squares over devices anew, so take all groups at once where a device bears
+        `shards / devices` gradients of one layer. Inside `shard_map` it has no effect.
       spmd_axis_name: as in `jax.vmap`: mesh axes over which the groups side by side are spread,
         those of the batch. Sharding constraints inside `logits_fn` apply to the rows of one group
         then, which lie on one device: they name no such axis (`PartitionSpec()` keeps activations
@@ -112,8 +113,8 @@ def gauss_newton_bartlett(
         _checks.positive_integer(name, value)
     check_fraction(batch_fraction)
     stride = round(1 / batch_fraction)
-    if groups % shards:
-        raise ValueError(f"groups={groups} must be a multiple of shards={shards}.")
+    if groups == 1 and shards > 1:
+        raise ValueError(f"one group of all rows has no other beside it, but shards={shards}.")
     if spmd_axis_name is not None and shards == 1:
         raise ValueError(
             f"spmd_axis_name={spmd_axis_name!r} spreads groups that run side by side, but shards=1."
@@ -131,17 +132,18 @@ def gauss_newton_bartlett(
         side_by_side = shards if axis_name is None else 1
         beside = SIDE_BY_SIDE if side_by_side > 1 else None
 
-        def group(rows):
+        def group(rows, counts):
             draw, true, aux = forward(params, rows)
             check_aux(aux, rows)
 
+            def add_up(tree):
+                return across(jax.lax.psum, _where(counts, tree), beside)
+
             def square(key):
                 s, count = draw(key)
-                squares = jax.tree.map(lambda s: jnp.square(widen(s)), s)
-                return across(jax.lax.psum, (squares, count), beside)
+                return add_up((jax.tree.map(lambda s: jnp.square(widen(s)), s), count))
 
-            squared = mean_over_samples(square, key, num_samples, axis_name)
-            return (across(jax.lax.psum, true, beside), squared), aux
+            return (add_up(true), mean_over_samples(square, key, num_samples, axis_name)), aux
 
         if side_by_side > 1:
             group = jax.vmap(
@@ -193,15 +195,23 @@ def gauss_newton_bartlett(
         forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
         rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
         here = varying(params, axis_name)
-        true, aux, h = differentiate(key, here, forward, rows, axis_name)
-        if stride > 1:
-            rest = _other_rows(inputs, weights, row_numbers, stride)
-            if spmd_axis_name is not None and axis_name is None:
-                logits_fn = _spread(logits_fn, shards, spmd_axis_name)
-            others, other_aux = gradient_pass(likelihood, logits_fn, loss_fn, has_aux)(here, rest)
-            check_aux(other_aux, rest)
-            true = _mean_of_parts(true, others, groups, stride)
-            aux = _join(aux, other_aux, batch_size(rows))
+        over_all = logits_fn
+        if spmd_axis_name is not None and axis_name is None:
+            over_all = _spread(logits_fn, shards, spmd_axis_name)
+        plain = gradient_pass(likelihood, over_all, loss_fn, has_aux)
+        if groups % shards and axis_name is None:
+            # Beside idle places a shared pass saves no time, and moves the rows that it leaves.
+            true, aux = plain(here, (inputs, weights, row_numbers))
+            sampled = logits_pass(likelihood, logits_fn)
+            h = differentiate(key, here, sampled, rows, axis_name)[2]
+        else:
+            true, aux, h = differentiate(key, here, forward, rows, axis_name)
+            if stride > 1:
+                rest = _other_rows(inputs, weights, row_numbers, stride)
+                others, other_aux = plain(here, rest)
+                check_aux(other_aux, rest)
+                true = _mean_of_parts(true, others, groups, stride)
+                aux = _join(aux, other_aux, batch_size(rows))
         loss, weight, gradient = across(jax.lax.psum, true, axis_name)
 
         def mean(g, p):
@@ -281,11 +291,12 @@ def _spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
     """`logits_fn` whose constraints apply to the rows of one shard, as in a group."""
 
     def spread(params, inputs):
-        cut = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), inputs)
+        number = batch_size(inputs)
+        cut = jax.tree.map(lambda x: _filled(x, shards).reshape(shards, -1, *x.shape[1:]), inputs)
         # What has no rows, such as a head's matrix, is one for all shards.
         mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
         of_rows, whole = mapped(params, cut)
-        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])
+        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])[:number]
         return of_rows if whole is None else dataclasses.replace(whole, features=of_rows)
 
     def parts(params, inputs):
@@ -297,8 +308,21 @@ def _spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
     return spread
 
 
+def _filled(x: jax.Array, multiple: int) -> jax.Array:
+    """`x` with leading entries repeated at its end, up to a multiple of their number."""
+    missing = -len(x) % multiple
+    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "wrap") if missing else x
+
+
+def _where(condition: jax.Array | None, tree: Tree) -> Tree:
+    """Zeros where the condition is false; None is always true."""
+    if condition is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
+
+
 def _sum_over_groups(
-    function: Callable[[Tree], tuple[Tree, Tree]],
+    function: Callable[[Tree, jax.Array | None], tuple[Tree, Tree]],
     rows: Tree,
     groups: int,
     shards: int,
@@ -306,21 +330,26 @@ def _sum_over_groups(
 ) -> tuple[Tree, Tree]:
     """(sums, outputs by row); `function` takes the rows of a group, or of `shards` of them.
 
-    The scan is outside: inside a shard its sums would be of the size of all parameters, however
-    these are sharded. A scan over all groups would gather every group onto every device.
+    Groups that only fill the last round are told that they do not count. The scan is outside:
+    inside a shard its sums would be of the size of all parameters, however these are sharded. A
+    scan over all groups would gather every group onto every device.
     """
-    if groups == 1:
-        return function(rows)
+    if groups == shards == 1:
+        return function(rows, None)
+    number, rounds = batch_size(rows), -(-groups // shards)
+    places = jnp.arange(rounds * shards).reshape(shards, rounds).T
 
     def cut(x):
-        x = x.reshape(shards, groups // shards, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = _filled(x.reshape(groups, -1, *x.shape[1:]), shards)
+        x = x.reshape(shards, rounds, *x.shape[1:]).swapaxes(0, 1)
         return x if shards > 1 else x[:, 0]
 
     def join(x):
         x = x if shards > 1 else x[:, None]
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[:number]
 
-    sums, aux = sum_over(function, jax.tree.map(cut, rows), axis_name)
+    cuts = jax.tree.map(cut, rows), places < groups if groups % shards else None
+    sums, aux = sum_over(lambda cuts: function(*cuts), cuts, axis_name)
     return sums, jax.tree.map(join, aux)
 
 

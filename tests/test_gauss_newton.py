@@ -221,9 +221,9 @@ def test_groups_of_sampled_loss_fn_draw_apart():
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_shards_change_nothing(number):
-    """Four groups one by one, two at once, all at once; with draws in a scan inside."""
+    """Four groups one by one, two or three at once, all with idle places; draws scanned inside."""
     arguments = {"groups": 4, "num_samples": number, "weights": W}
-    one, *others = (row_sample("categorical", **arguments, shards=n) for n in (1, 2, 4))
+    one, *others = (row_sample("categorical", **arguments, shards=n) for n in (1, 2, 3, 4, 16))
     for other, name in itertools.product(others, one):
         np.testing.assert_allclose(other[name], one[name], rtol=1e-6, atol=1e-9)
 

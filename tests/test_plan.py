@@ -237,3 +237,21 @@ def test_the_command_plans_for_devices_that_are_not_there():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "on 240 devices" in done.stdout and "data 30 x fsdp 8" in done.stdout
+    waiting = "48 sampled rows leave most of 240 devices waiting: --optim.batch-fraction 0.5"
+    assert waiting in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=8)])
+def test_a_sample_of_fewer_rows_than_devices(mesh):
+    """A row a device, most of them idle: the parameters come once more, their squares go once."""
+    run = run_of("sophia-g", mesh, {"groups": 0, "batch_fraction": 1 / 16})
+    step = plan(run, devices=8, compile=True).steps["curvature"]
+    assert step.compiled
+    ours, theirs = step.on_cpu, step.compiled.collectives
+    for kind in ours:
+        assert ours[kind].bytes == pytest.approx(theirs[kind].bytes, rel=0.02)
+    assert sum(c.bytes for kind, c in theirs.items() if kind not in ours) < 50_000  # tokens
+    assert step.memory.total == pytest.approx(
+        step.compiled.total, rel=0.25
+    )  # XLA does both at once
+    assert step.flops == pytest.approx(step.compiled.flops, rel=0.1)

@@ -36,6 +36,7 @@ CASES = {
     "one group of a quarter": ({"batch_fraction": 0.25}, P(AXES)),
     "a group a device": ({"groups": 8, "shards": 8, "batch_fraction": 0.25} | SPREAD, P()),
     "a group a row": ({"groups": 16, "shards": 16, "batch_fraction": 0.25} | SPREAD, P()),
+    "fewer rows than devices": ({"groups": 4, "shards": 8, "batch_fraction": 1 / 8} | SPREAD, P()),
     "four rounds": ({"groups": 32, "shards": 8} | SPREAD, P()),
     "a group on four devices": (
         {"groups": 2, "shards": 2, "batch_fraction": 0.25, "spmd_axis_name": "data"},
@@ -135,8 +136,8 @@ def test_curvature_moves_what_another_gradient_would(name):
 
     A pass gathers the parameters once, and reduces its gradient and the sample once.
     """
-    plain, refresh = collectives("plain"), collectives(name)
-    passes = 2 if "batch_fraction" in CASES[name][0] else 1
+    plain, refresh, settings = collectives("plain"), collectives(name), CASES[name][0]
+    passes = 2 if "batch_fraction" in settings else 1
     for kind, sizes in refresh.items():
         had, has = (sum(made) / ALL for made in (plain[kind], sizes))
         print(f"{name}, {kind}: {has:.2f} parameters, in a plain step {had:.2f}")
@@ -146,12 +147,14 @@ def test_curvature_moves_what_another_gradient_would(name):
     # A group on several devices is reduced over these before it is squared, then over the others.
     assert sum(refresh["all-reduce"]) <= 1.2 * (passes + 1) * sum(plain["all-reduce"])
     moved = ("all-to-all", "collective-permute")
-    assert sum(sum(refresh[kind]) for kind in moved) <= sum(sum(plain[kind]) for kind in moved)
-    assert bool(refresh["in a loop"]) == (name == "four rounds")
+    tokens = 2 * BATCH.nbytes if settings.get("groups", 1) % settings.get("shards", 1) else 0
+    has, had = (sum(sum(made[kind]) for kind in moved) for made in (refresh, plain))
+    assert has <= had + tokens
+    assert bool(refresh["in a loop"]) == ("rounds" in name)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_are_not_those_of_a_gradient_for_each_group(name):
     plain, refresh = (compiled(n)[0].memory_analysis().temp_size_in_bytes for n in ("plain", name))
     print(f"{name}: {refresh / ALL:.2f} parameters of temporaries, plain {plain / ALL:.2f}")
-    assert refresh < 1.25 * plain
+    assert refresh < 1.3 * plain

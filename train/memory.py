@@ -51,30 +51,33 @@ class Cut(NamedTuple):
     """What of a micro-batch one device bears."""
 
     rows: int
-    share: float  # of the rows, whose curvature is sampled
+    share: float  # of the rows, whose curvature is sampled, or as many where some devices are idle
     groups: int  # whose gradients of one parameter live at once; 0 if nothing is sampled
     rounds: int  # one after the other, each with its own sums over devices
     draws: int  # of labels or probes
     sampled: int  # micro-batches, of all
     beside: bool  # groups go side by side
+    apart: bool  # with idle devices beside them, and the gradient of all rows by itself
 
 
 def cut(run: Config, mesh: Mesh, samples: bool) -> Cut:
     """How a mesh and an optimizer cut a micro-batch; `samples` on a step that takes curvature."""
     rows = run.batch_size // run.accumulation // row_devices(mesh)
     if not samples or not isinstance(run.optim, SophiaG | SophiaH):
-        return Cut(rows, 0.0, 0, 0, 0, 0, False)
-    size = run.batch_size, run.accumulation
-    groups, shards = run.optim.groups_of(*size), run.optim.shards(row_devices(mesh), *size)
+        return Cut(rows, 0.0, 0, 0, 0, 0, False, False)
+    size, devices = (run.batch_size, run.accumulation), row_devices(mesh)
+    groups, shards = run.optim.groups_of(*size), run.optim.shards(devices, *size)
     every, stride = run.optim.strides(*size)
+    rounds = math.ceil(groups / shards)
     return Cut(
         rows=rows,
-        share=1 / stride,
-        groups=max(shards // row_devices(mesh), 1),
-        rounds=groups // shards,
+        share=rounds * shards / groups / stride,
+        groups=max(shards // devices, 1),
+        rounds=rounds,
         draws=run.optim.num_samples,
         sampled=run.accumulation // every,
         beside=shards > 1,
+        apart=groups % shards > 0,
     )
 
 
@@ -129,7 +132,7 @@ def batch_bytes(run: Config) -> int:
 
 def _live(run: Config, part: Cut) -> float:
     """Rows that go forward and back at once: a sample in rounds is apart from the other rows."""
-    if part.rounds > 1 and isinstance(run.optim, SophiaG):
+    if part.rounds > 1 and not part.apart and isinstance(run.optim, SophiaG):
         return part.rows * max(1 - part.share, part.share / part.rounds)
     return part.rows
 
@@ -142,6 +145,8 @@ def _curvature(run: Config, part: Cut, here: int, largest: int, tensor: int) -> 
     """
     tokens = part.rows * part.share / part.rounds * run.sequence_length
     loss, blocks = logits(run, tensor), activations(run, tensor)
+    if part.apart:  # after the gradient, which needs more
+        return here + part.groups * largest
     if isinstance(run.optim, SophiaG):
         rest = largest if part.share < 1 else 0  # the other rows go back by themselves
         twice = max(tokens * loss, tokens * 2 * _way_back(run, tensor) - tokens * loss)

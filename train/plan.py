@@ -17,6 +17,7 @@ from train import hlo, memory, traffic
 from train.config import Config
 from train.flops import model_flops
 from train.hlo import Collective
+from train.mesh import row_devices
 from train.optimizers import refresh_due
 from train.program import Program, assemble
 from train.sophia import SophiaG, SophiaH
@@ -66,7 +67,8 @@ class Plan(NamedTuple):
     def curvature(self) -> float:
         """Operations that samples add, as a share of all steps without."""
         plain = self.run.batch_size * self.run.sequence_length * self.flops_per_token
-        return curvature_flops(self.run) / plain / self.interval
+        devices = self.mesh["data"] * self.mesh["fsdp"]
+        return curvature_flops(self.run, devices) / plain / self.interval
 
     def tokens_per_second(self, peak: float, mfu: float = 0.4) -> float:
         """Of all devices, each of which could do `peak` operations a second and does a share."""
@@ -107,7 +109,9 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
 
 def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
     shapes = run, program.abstract, mesh, refresh is not False
-    flops = step_flops(run) + (curvature_flops(run) if refresh is not False else 0.0)
+    flops = step_flops(run)
+    if refresh is not False:
+        flops += curvature_flops(run, row_devices(mesh))
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,

@@ -9,6 +9,7 @@ from train.cli import parse
 from train.flops import PEAKS
 from train.hlo import KINDS, Collective
 from train.plan import Plan, Step, options, plan
+from train.sophia import SophiaG
 
 MFU = 0.4
 HELP = """What a run needs: memory, operations and traffic, of devices that need not exist.
@@ -49,6 +50,8 @@ def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> N
     """Prints a plan; tokens a second are those at `MFU` of the peak given, or of known chips."""
     _head(figures, console)
     console.print(_memory(figures), _collectives(figures), _speed(figures, peak_tflops))
+    if waiting := _idle(figures):
+        console.print(waiting, highlight=False)
     if any(step.compiled for step in figures.steps.values()):
         console.print(_compiled(figures))
         console.print(
@@ -116,6 +119,21 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
         rate = figures.tokens_per_second(1e12 * peak, MFU)
         table.add_row(name, f"{peak:,.1f}", f"{rate:,.0f}", f"{tokens / rate / 86400:,.2f}")
     return table
+
+
+def _idle(figures: Plan) -> str:
+    """What to sample instead where that takes no longer; empty if no device waits."""
+    run, devices = figures.run, figures.mesh["data"] * figures.mesh["fsdp"]
+    if not isinstance(run.optim, SophiaG):
+        return ""
+    every, stride = run.optim.strides(run.batch_size, run.accumulation)
+    rows = run.batch_size // (run.accumulation * stride)
+    if rows >= devices or run.optim.shards(devices, run.batch_size, run.accumulation) == 1:
+        return ""
+    return (
+        f"{rows} sampled rows leave most of {devices} devices waiting: --optim.batch-fraction "
+        f"{run.accumulation * devices / (every * run.batch_size):.4g}, a row of each, takes no longer."
+    )
 
 
 def _compiled(figures: Plan) -> Table:

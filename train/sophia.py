@@ -157,15 +157,16 @@ class SophiaG(_Sophia):
     def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
         """Groups side by side; 1 if they go one after the other, all devices to each.
 
-        All, for one reduction of their squares; above 8 a device, whose gradients of a layer all
-        live at once, a group a device.
+        Side by side where that leaves a device no more rows to do: all groups at once, for one
+        reduction of their squares; a group a device in rounds, the last with idle devices, where
+        devices do not divide them or a device would hold above 8 gradients of a layer.
         """
         groups = self.groups_of(batch_size, accumulation)
-        if devices == 1 or groups < devices:
+        rows = batch_size // (accumulation * self.strides(batch_size, accumulation)[1] * groups)
+        rounds = math.ceil(groups / devices)
+        if 1 in (devices, groups) or rounds * rows > groups * math.ceil(rows / devices):
             return 1
-        if groups <= 8 * devices:
-            return groups
-        return 1 if groups % devices else devices
+        return devices if groups % devices or rounds > 8 else groups
 
     def make(
         self,

@@ -84,6 +84,8 @@ def _passes(run: Config, part: Cut) -> tuple[int, int, int]:
     if isinstance(run.optim, SophiaH):
         products = part.rounds * part.draws
         gathers, sums, again = products, 2 * products, products
+    elif part.apart:
+        gathers, sums, again = 1, part.rounds * part.draws, 0
     else:
         rest = part.share < 1
         gathers = rest and (part.beside or part.rounds > 1)

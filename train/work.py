@@ -26,10 +26,11 @@ def _again(run: Config) -> float:
     return blocks[config.remat] + head * (run.loss_chunk > 0)
 
 
-def curvature_flops(run: Config) -> float:
-    """What a sample of curvature adds to a plain step.
+def curvature_flops(run: Config, devices: int = 1) -> float:
+    """What a sample of curvature adds to a plain step, with rows over so many devices.
 
-    Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Hutchinson's
+    Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Where groups leave
+    devices idle it does not, and idle devices count as if they were not. Hutchinson's
     product has three products for each of the gradient's where the gradient is wanted too; apart,
     the gradient of parameters itself is not computed. A further probe costs the tangents alone.
     What Hutchinson computes again is left out.
@@ -40,7 +41,12 @@ def curvature_flops(run: Config) -> float:
     tokens = run.batch_size * run.sequence_length / (every * stride)
     parameters, attention = forward_flops(run.model, run.sequence_length)
     if isinstance(run.optim, SophiaG):
-        return tokens * run.optim.num_samples * (2 * (parameters + attention) + _again(run))
+        pass_back = 2 * (parameters + attention) + _again(run)
+        size = run.batch_size, run.accumulation
+        groups, shards = run.optim.groups_of(*size), run.optim.shards(devices, *size)
+        idle = -groups % shards
+        forward = (parameters + attention) * (idle > 0)
+        return tokens * (1 + idle / groups) * (forward + run.optim.num_samples * pass_back)
     shared = stride == 1 and run.optim.groups_of(run.batch_size, run.accumulation) == 1
     first = 6 * (parameters + attention) if shared else 8 * parameters + 9 * attention
     return tokens * (first + (run.optim.num_samples - 1) * 6 * (parameters + attention))
