@@ -5,9 +5,10 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 
-from benchmarks.mesh_equality import OPTIMIZERS, Form, difference, forms
+from benchmarks.mesh_equality import OPTIMIZERS, Form, difference, forms, reference, several
 from models import DecoderConfig
 from train import hlo, program
 from train.config import preset
@@ -34,6 +35,12 @@ def test_ten_losses_are_those_of_one_device_unrolled_in_one_piece(optimizer, for
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_form_has_the_losses_of_one_device(optimizer, form):
     assert difference(optimizer, form) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_device():
+    alone = np.stack([reference(name) for name in OPTIMIZERS])
+    assert np.max(np.abs(several(OPTIMIZERS) / alone - 1)) < 1e-5
 
 
 def assembled(optimizer, mesh, model=MODEL, **changes):
