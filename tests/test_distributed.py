@@ -85,8 +85,8 @@ def test_where_one_process_fails_all_raise(monkeypatch):
         distributed.on_all(lambda: 3)
 
 
-def start(words, stop, port, process):
-    job = json.dumps({"words": words, "stop": stop})
+def start(words, what, at, port, process):
+    job = json.dumps({"words": words, "what": what, "at": at})
     environment = os.environ | {
         "PYTHONPATH": str(HERE.parent),
         "COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -116,7 +116,7 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     folder, words = tmp_path / "two", [*WORDS.split(), "--mesh.fsdp", "4"]
     port = free_port()
     words_two = [*words, "--run.folder", str(folder), "--run.compile-cache", str(tmp_path / "xla")]
-    both = [start(words_two, 4, port, i) for i in range(2)]
+    both = [start(words_two, "stop", 4, port, i) for i in range(2)]
     texts = [process.communicate(timeout=900) for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
     outs = [out for out, _ in texts]
@@ -139,3 +139,17 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     assert list(a) == list(b) == list(range(1, 9))
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_where_one_process_fails_none_waits_and_the_run_can_go_on(tmp_path):
+    """JAX would wait five minutes at the exit of the one for the other, which waits for it."""
+    folder, port = tmp_path / "two", free_port()
+    words = [*WORDS.split(), "--run.folder", str(folder), "--run.checkpoint-every", "2"]
+    words += ["--run.compile-cache", ""]
+    both = [start(words, "fail", 5, port, i) for i in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    assert all(process.returncode for process in both), errors
+    assert "error: the disk of process 1 is gone" in errors[1]
+    assert "another process failed before" in errors[0]
+    steps = [row["step"] for row in loop.resume(folder, compile_cache="") if "loss" in row]
+    assert steps == list(range(1, 9))

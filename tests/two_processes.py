@@ -42,16 +42,24 @@ def disagree():
         print(f"ALONE {error}", flush=True)
 
 
-def stop_process_1(at):
-    """Its signal, at this step, is to stop both."""
+def in_process_1(at, act):
+    """Does this there, at this step."""
     report = meter.Meter.report
 
     def reported(self, step, *args):
         if step == at and jax.process_index() == 1:
-            os.kill(os.getpid(), 15)
+            act()
         report(self, step, *args)
 
     meter.Meter.report = reported
+
+
+def stop():
+    os.kill(os.getpid(), 15)
+
+
+def fail():
+    raise OSError("the disk of process 1 is gone")
 
 
 def checked(run):
@@ -60,7 +68,7 @@ def checked(run):
 
 
 train, loop.train = loop.train, checked
-if job["stop"]:
-    stop_process_1(job["stop"])
+if job["what"]:
+    in_process_1(job["at"], {"stop": stop, "fail": fail}[job["what"]])
 cli.main(job["words"])
 print(f"END process {jax.process_index()} of {jax.process_count()}", flush=True)

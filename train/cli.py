@@ -65,7 +65,11 @@ The flags, with their defaults for the model and optimizer named, follow.
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command; a mistake of the user's ends it with one line that names the cure."""
-    args = list(sys.argv[1:] if args is None else args)
+    with distributed.leaving():
+        _main(list(sys.argv[1:] if args is None else args))
+
+
+def _main(args: list[str]) -> None:
     try:
         _run(args)
     except BrokenPipeError:  # the reader has enough, such as `head`; there is nothing to flush to

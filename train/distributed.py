@@ -4,13 +4,17 @@ All of it does nothing where there is one process. Everything but `is_main` must
 processes alike: each waits for the others.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+import sys
+import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -24,6 +28,7 @@ from train import record
 
 T = TypeVar("T")
 _CURE = "Start all of them with the same flags and the same code, on the same files."
+_PARTING = 10.0  # seconds in which processes that fail alike end together
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # not SLURM_NTASKS: salloc sets it
 
 
@@ -92,6 +97,37 @@ def _arguments(config: DistributedConfig, environ: Mapping[str, str]) -> dict[st
         "num_processes": count,
         "process_id": None if process < 0 else process,
     }
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """A process that fails ends, and does not wait for others that wait for it.
+
+    At its exit JAX would wait for five minutes. All that fail alike still part in order; else the
+    others meet a lost connection, or in 100 s miss the heartbeat, and end too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not code or not jax.distributed.is_initialized():
+            raise
+        _tell(error)
+        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        parting.start()
+        parting.join(_PARTING)
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _tell(error: BaseException) -> None:
+    """What Python would print of it at its end."""
+    if isinstance(error, SystemExit):
+        print(error.code if isinstance(error.code, str) else "", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        print("If another process failed before, its output says why.", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def is_main() -> bool:
