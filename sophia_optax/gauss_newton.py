@@ -1,7 +1,5 @@
 """Gauss-Newton-Bartlett: the Gauss-Newton diagonal from labels that the model draws itself."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,21 +10,25 @@ from sophia_optax.curvature import (
     AxisName,
     Estimator,
     SharingEstimator,
-    Tree,
     across,
     batch_size,
     check_fraction,
-    check_groups,
     check_params,
-    every_nth_row,
     mean_over_samples,
-    numbers_of,
-    sum_over,
     varying,
     widen,
 )
+from sophia_optax.groups import (
+    check_leads_with_rows,
+    join_rows,
+    mean_of_parts,
+    other_rows,
+    sampled_rows,
+    spread,
+    sum_over_groups,
+    zero_unless,
+)
 from sophia_optax.likelihood import SAMPLED_LOSSES, gradient_pass, logits_pass, user_pass
-from sophia_optax.linear import LinearLogits
 
 SIDE_BY_SIDE = "sophia_optax.gauss_newton_bartlett"
 """Name of the axis of groups under `jax.vmap`."""
@@ -96,7 +98,8 @@ def gauss_newton_bartlett(
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
         `batch_fraction` without `inputs`; rows that do not divide into groups; `weights` or
-        `row_numbers` of a wrong shape; params are masked.
+        `row_numbers` of a wrong shape; params are masked; `shards` that do not divide the rows of a
+        gradient taken with the sample, where `spmd_axis_name` spreads them.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 2, extended to groups and weights.
 
@@ -123,7 +126,7 @@ def gauss_newton_bartlett(
 
     def check_aux(aux, rows):
         if groups > 1 or stride > 1:
-            _leads_with_rows(aux, batch_size(rows), groups, batch_fraction)
+            check_leads_with_rows(aux, batch_size(rows), groups, batch_fraction)
 
     def differentiate(key, params, forward, rows, axis_name):
         """(sums over groups of `Pass.true`, auxiliary output, h)."""
@@ -137,7 +140,7 @@ def gauss_newton_bartlett(
             check_aux(aux, rows)
 
             def add_up(tree):
-                return across(jax.lax.psum, _where(counts, tree), beside)
+                return across(jax.lax.psum, zero_unless(counts, tree), beside)
 
             def square(key):
                 s, count = draw(key)
@@ -149,7 +152,7 @@ def gauss_newton_bartlett(
             group = jax.vmap(
                 group, out_axes=(None, 0), axis_name=beside, spmd_axis_name=spmd_axis_name
             )
-        (true, squared), aux = _sum_over_groups(group, rows, groups, side_by_side, axis_name)
+        (true, squared), aux = sum_over_groups(group, rows, groups, side_by_side, axis_name)
         squares, count = across(jax.lax.psum, squared, axis_name)
         return true, aux, jax.tree.map(lambda s: s / count.astype(s.dtype), squares)
 
@@ -172,7 +175,7 @@ def gauss_newton_bartlett(
             forward = logits_pass(likelihood, logits_fn)
         else:
             forward = user_pass(sampled_loss_fn, weights)
-        rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
+        rows = sampled_rows(inputs, weights, row_numbers, groups, batch_fraction)
         return differentiate(key, varying(params, axis_name), forward, rows, axis_name)[2]
 
     def with_gradient(
@@ -193,11 +196,11 @@ def gauss_newton_bartlett(
         check_params("gauss_newton_bartlett", params)
         _check_loss_fn(loss_fn, sampled_loss_fn)
         forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
-        rows = _rows(inputs, weights, row_numbers, groups, batch_fraction)
+        rows = sampled_rows(inputs, weights, row_numbers, groups, batch_fraction)
         here = varying(params, axis_name)
         over_all = logits_fn
         if spmd_axis_name is not None and axis_name is None:
-            over_all = _spread(logits_fn, shards, spmd_axis_name)
+            over_all = spread(logits_fn, shards, spmd_axis_name)
         plain = gradient_pass(likelihood, over_all, loss_fn, has_aux)
         if groups % shards and axis_name is None:
             # Beside idle places a shared pass saves no time, and moves the rows that it leaves.
@@ -207,11 +210,11 @@ def gauss_newton_bartlett(
         else:
             true, aux, h = differentiate(key, here, forward, rows, axis_name)
             if stride > 1:
-                rest = _other_rows(inputs, weights, row_numbers, stride)
+                rest = other_rows(inputs, weights, row_numbers, stride)
                 others, other_aux = plain(here, rest)
                 check_aux(other_aux, rest)
-                true = _mean_of_parts(true, others, groups, stride)
-                aux = _join(aux, other_aux, batch_size(rows))
+                true = mean_of_parts(true, others, groups, stride)
+                aux = join_rows(aux, other_aux, batch_size(rows))
         loss, weight, gradient = across(jax.lax.psum, true, axis_name)
 
         def mean(g, p):
@@ -235,128 +238,3 @@ def _check_loss_fn(loss_fn: Any, sampled_loss_fn: Any) -> None:
         "Pass `loss_fn=lambda outputs, inputs: ...`, the true loss of each output of `logits_fn` "
         "(without `inputs`: `lambda outputs: ...`).",
     )
-
-
-def _rows(
-    inputs: Tree, weights: Any, row_numbers: Any, groups: int, fraction: float
-) -> tuple[Tree, Any, Any]:
-    """(inputs, weights, row numbers) of the sub-batch; row numbers are those of the full batch."""
-    if inputs is None:
-        if groups > 1 or fraction != 1:
-            raise ValueError(
-                f"gauss_newton_bartlett(groups={groups}, batch_fraction={fraction}) cuts rows "
-                "from `inputs`, which was not passed. Pass `inputs=batch` and "
-                "`logits_fn=lambda params, inputs: ...`."
-            )
-        numbers = None if row_numbers is None else numbers_of(row_numbers, jnp.size(row_numbers))
-        return None, weights, numbers
-    numbers = numbers_of(row_numbers, batch_size((inputs, weights)))
-    rows = every_nth_row((inputs, weights, numbers), fraction)
-    check_groups(len(rows[2]), len(numbers), fraction, groups)
-    return rows
-
-
-def _other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tuple[Tree, Any, Any]:
-    """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
-    number = batch_size((inputs, weights))
-    if number % stride:
-        raise ValueError(
-            f"batch_fraction=1/{stride} does not divide the {number} rows of `inputs`, which "
-            "value_grad_and_hessian needs to put the rows in order again. Choose a fraction that "
-            "divides them, or call `jax.value_and_grad` and let `update` take the sample."
-        )
-    return jax.tree.map(
-        lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
-        (inputs, weights, numbers_of(row_numbers, number)),
-    )
-
-
-def _mean_of_parts(true: Tree, others: Tree, groups: int, stride: int) -> Tree:
-    """Means over all rows, of sums over the groups and of means over the other rows."""
-    share = 1 / stride
-    return jax.tree.map(lambda s, m: s * (share / groups) + m * (1 - share), true, others)
-
-
-def _join(aux: Tree, others: Tree, number: int) -> Tree:
-    """Auxiliary output in the order of the rows, the sub-batch's `number` and the other rows'."""
-
-    def join(x, other):
-        parts = x.reshape(number, 1, *x.shape[1:]), other.reshape(number, -1, *x.shape[1:])
-        return jnp.concatenate(parts, 1).reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(join, aux, others)
-
-
-def _spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
-    """`logits_fn` whose constraints apply to the rows of one shard, as in a group."""
-
-    def spread(params, inputs):
-        number = batch_size(inputs)
-        cut = jax.tree.map(lambda x: _filled(x, shards).reshape(shards, -1, *x.shape[1:]), inputs)
-        # What has no rows, such as a head's matrix, is one for all shards.
-        mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
-        of_rows, whole = mapped(params, cut)
-        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])[:number]
-        return of_rows if whole is None else dataclasses.replace(whole, features=of_rows)
-
-    def parts(params, inputs):
-        outputs = logits_fn(params, inputs)
-        if not isinstance(outputs, LinearLogits):
-            return outputs, None
-        return outputs.features, dataclasses.replace(outputs, features=None)
-
-    return spread
-
-
-def _filled(x: jax.Array, multiple: int) -> jax.Array:
-    """`x` with leading entries repeated at its end, up to a multiple of their number."""
-    missing = -len(x) % multiple
-    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "wrap") if missing else x
-
-
-def _where(condition: jax.Array | None, tree: Tree) -> Tree:
-    """Zeros where the condition is false; None is always true."""
-    if condition is None:
-        return tree
-    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
-
-
-def _sum_over_groups(
-    function: Callable[[Tree, jax.Array | None], tuple[Tree, Tree]],
-    rows: Tree,
-    groups: int,
-    shards: int,
-    axis_name: AxisName,
-) -> tuple[Tree, Tree]:
-    """(sums, outputs by row); `function` takes the rows of a group, or of `shards` of them.
-
-    Groups that only fill the last round are told that they do not count. The scan is outside:
-    inside a shard its sums would be of the size of all parameters, however these are sharded. A
-    scan over all groups would gather every group onto every device.
-    """
-    if groups == shards == 1:
-        return function(rows, None)
-    number, rounds = batch_size(rows), -(-groups // shards)
-    places = jnp.arange(rounds * shards).reshape(shards, rounds).T
-
-    def cut(x):
-        x = _filled(x.reshape(groups, -1, *x.shape[1:]), shards)
-        x = x.reshape(shards, rounds, *x.shape[1:]).swapaxes(0, 1)
-        return x if shards > 1 else x[:, 0]
-
-    def join(x):
-        x = x if shards > 1 else x[:, None]
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[:number]
-
-    cuts = jax.tree.map(cut, rows), places < groups if groups % shards else None
-    sums, aux = sum_over(lambda cuts: function(*cuts), cuts, axis_name)
-    return sums, jax.tree.map(join, aux)
-
-
-def _leads_with_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:
-    if any(jnp.shape(x)[:1] != (number,) for x in jax.tree.leaves(aux)):
-        raise ValueError(
-            f"with groups={groups} and batch_fraction={fraction} the auxiliary output of `loss_fn` "
-            f"must lead with the rows of its outputs, here {number}, but its shapes are "
-            f"{jax.tree.map(jnp.shape, aux)}: what is not of a row cannot be joined."
-        )

@@ -36,7 +36,7 @@ CASES = {
     "one group of a quarter": ({"batch_fraction": 0.25}, P(AXES)),
     "a group a device": ({"groups": 8, "shards": 8, "batch_fraction": 0.25} | SPREAD, P()),
     "a group a row": ({"groups": 16, "shards": 16, "batch_fraction": 0.25} | SPREAD, P()),
-    "fewer rows than devices": ({"groups": 4, "shards": 8, "batch_fraction": 1 / 8} | SPREAD, P()),
+    "fewer rows than devices": ({"groups": 4, "shards": 8, "batch_fraction": 1 / 16} | SPREAD, P()),
     "four rounds": ({"groups": 32, "shards": 8} | SPREAD, P()),
     "a group on four devices": (
         {"groups": 2, "shards": 2, "batch_fraction": 0.25, "spmd_axis_name": "data"},
@@ -158,3 +158,9 @@ def test_temporaries_are_not_those_of_a_gradient_for_each_group(name):
     plain, refresh = (compiled(n)[0].memory_analysis().temp_size_in_bytes for n in ("plain", name))
     print(f"{name}: {refresh / ALL:.2f} parameters of temporaries, plain {plain / ALL:.2f}")
     assert refresh < 1.3 * plain
+
+
+def test_a_batch_that_places_do_not_divide_is_refused():
+    settings = {"groups": 4, "shards": 24, "batch_fraction": 1 / 16} | SPREAD
+    with pytest.raises(ValueError, match="shards=24 does not divide the 64 rows"):
+        jax.eval_shape(refresh_step(settings, P()), PARAMS, BATCH)

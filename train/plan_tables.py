@@ -130,9 +130,10 @@ def _idle(figures: Plan) -> str:
     rows = run.batch_size // (run.accumulation * stride)
     if rows >= devices or run.optim.shards(devices, run.batch_size, run.accumulation) == 1:
         return ""
+    fraction = run.accumulation * devices / (every * run.batch_size)
     return (
         f"{rows} sampled rows leave most of {devices} devices waiting: --optim.batch-fraction "
-        f"{run.accumulation * devices / (every * run.batch_size):.4g}, a row of each, takes no longer."
+        f"{fraction:.4g}, a row a device, takes no longer."
     )
 
 

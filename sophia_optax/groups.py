@@ -1,0 +1,150 @@
+"""Rows of a batch in groups: cut out, evaluated side by side or in turn, put in order again."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sophia_optax.curvature import (
+    AxisName,
+    Tree,
+    batch_size,
+    check_groups,
+    every_nth_row,
+    numbers_of,
+    sum_over,
+)
+from sophia_optax.linear import LinearLogits
+
+
+def sampled_rows(
+    inputs: Tree, weights: Any, row_numbers: Any, groups: int, fraction: float
+) -> tuple[Tree, Any, Any]:
+    """(inputs, weights, row numbers) of the sub-batch; row numbers are those of the full batch."""
+    if inputs is None:
+        if groups > 1 or fraction != 1:
+            raise ValueError(
+                f"gauss_newton_bartlett(groups={groups}, batch_fraction={fraction}) cuts rows "
+                "from `inputs`, which was not passed. Pass `inputs=batch` and "
+                "`logits_fn=lambda params, inputs: ...`."
+            )
+        numbers = None if row_numbers is None else numbers_of(row_numbers, jnp.size(row_numbers))
+        return None, weights, numbers
+    numbers = numbers_of(row_numbers, batch_size((inputs, weights)))
+    rows = every_nth_row((inputs, weights, numbers), fraction)
+    check_groups(len(rows[2]), len(numbers), fraction, groups)
+    return rows
+
+
+def other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tuple[Tree, Any, Any]:
+    """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
+    number = batch_size((inputs, weights))
+    if number % stride:
+        raise ValueError(
+            f"batch_fraction=1/{stride} does not divide the {number} rows of `inputs`, which "
+            "value_grad_and_hessian needs to put the rows in order again. Choose a fraction that "
+            "divides them, or call `jax.value_and_grad` and let `update` take the sample."
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
+        (inputs, weights, numbers_of(row_numbers, number)),
+    )
+
+
+def mean_of_parts(true: Tree, others: Tree, groups: int, stride: int) -> Tree:
+    """Means over all rows, of sums over the groups and of means over the other rows."""
+    share = 1 / stride
+    return jax.tree.map(lambda s, m: s * (share / groups) + m * (1 - share), true, others)
+
+
+def join_rows(aux: Tree, others: Tree, number: int) -> Tree:
+    """Auxiliary output in the order of the rows, the sub-batch's `number` and the other rows'."""
+
+    def join(x, other):
+        parts = x.reshape(number, 1, *x.shape[1:]), other.reshape(number, -1, *x.shape[1:])
+        return jnp.concatenate(parts, 1).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(join, aux, others)
+
+
+def spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
+    """`logits_fn` whose constraints apply to the rows of one shard, as in a group."""
+
+    def spreading(params, inputs):
+        number = batch_size(inputs)
+        if number % shards:
+            raise ValueError(
+                f"shards={shards} does not divide the {number} rows of `inputs` whose gradient is "
+                "taken. Choose the number of devices that the batch is spread over."
+            )
+        cut = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), inputs)
+        # What has no rows, such as a head's matrix, is one for all shards.
+        mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
+        of_rows, whole = mapped(params, cut)
+        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])
+        return of_rows if whole is None else dataclasses.replace(whole, features=of_rows)
+
+    def parts(params, inputs):
+        outputs = logits_fn(params, inputs)
+        if not isinstance(outputs, LinearLogits):
+            return outputs, None
+        return outputs.features, dataclasses.replace(outputs, features=None)
+
+    return spreading
+
+
+def _filled(x: jax.Array, multiple: int) -> jax.Array:
+    """`x` with leading entries repeated at its end, up to a multiple of their number."""
+    missing = -len(x) % multiple
+    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "wrap") if missing else x
+
+
+def zero_unless(condition: jax.Array | None, tree: Tree) -> Tree:
+    """Zeros where the condition is false; None is always true."""
+    if condition is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
+
+
+def sum_over_groups(
+    function: Callable[[Tree, jax.Array | None], tuple[Tree, Tree]],
+    rows: Tree,
+    groups: int,
+    shards: int,
+    axis_name: AxisName,
+) -> tuple[Tree, Tree]:
+    """(sums, outputs by row); `function` takes the rows of a group, or of `shards` of them.
+
+    Groups that only fill the last round are told that they do not count, and must give no output
+    by row. The scan is outside:
+    inside a shard its sums would be of the size of all parameters, however these are sharded. A
+    scan over all groups would gather every group onto every device.
+    """
+    if groups == shards == 1:
+        return function(rows, None)
+    rounds = -(-groups // shards)
+    places = jnp.arange(rounds * shards).reshape(shards, rounds).T
+
+    def cut(x):
+        x = _filled(x.reshape(groups, -1, *x.shape[1:]), shards)
+        x = x.reshape(shards, rounds, *x.shape[1:]).swapaxes(0, 1)
+        return x if shards > 1 else x[:, 0]
+
+    def join(x):
+        x = x if shards > 1 else x[:, None]
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
+
+    cuts = jax.tree.map(cut, rows), places < groups if groups % shards else None
+    sums, aux = sum_over(lambda cuts: function(*cuts), cuts, axis_name)
+    return sums, jax.tree.map(join, aux)
+
+
+def check_leads_with_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:
+    if any(jnp.shape(x)[:1] != (number,) for x in jax.tree.leaves(aux)):
+        raise ValueError(
+            f"with groups={groups} and batch_fraction={fraction} the auxiliary output of `loss_fn` "
+            f"must lead with the rows of its outputs, here {number}, but its shapes are "
+            f"{jax.tree.map(jnp.shape, aux)}: what is not of a row cannot be joined."
+        )
