@@ -5,11 +5,13 @@ import json
 import math
 import sys
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from train import metrics
+from train import meter, metrics
+from train.config import preset
 
 
 def terminal(**kwargs):
@@ -210,3 +212,17 @@ def test_smoothing_keeps_length_and_constants_and_lowers_noise(size):
     assert len(metrics._smooth(noise)) == size
     if size >= 40:
         assert metrics._smooth(noise).std() < 0.8 * noise.std()
+
+
+def test_the_share_of_the_peak_is_that_of_tokens_a_second(monkeypatch, tmp_path):
+    """A token of the tiny model is 3 x 262,144 operations; here is a chip that does a billion."""
+    monkeypatch.setattr(meter, "peak_flops", lambda kind: 1e9)
+    console = terminal()
+    with metrics.RunLog(tmp_path, 1, console=console) as log:
+        watched = meter.Meter(preset("tiny", "adamw"), log, 0, meter.Health())
+        measured = {"loss": np.float32(2), "grad_norm": np.float32(1), "skipped": np.float32(0)}
+        watched.report(1, measured, True)
+    (row,) = metrics.read_history(tmp_path)
+    want = 3 * 262_144 * row["tokens_per_second"] / (1e9 * jax.device_count())
+    assert row["mfu"] == pytest.approx(want, rel=1e-9)
+    assert f"{want:.0%} MFU" in shown(console)

@@ -11,6 +11,7 @@ import numpy as np
 
 from train import metrics
 from train.config import Config
+from train.flops import model_flops, peak_flops
 
 
 class Health(NamedTuple):
@@ -31,6 +32,7 @@ class Meter:
     def __init__(self, run: Config, log: metrics.RunLog, first: int, health: Health):
         self.run, self.log, self.health = run, log, health
         self.spikes = Spikes(run.run.spike, log.kept) if run.run.spike else None
+        self.peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
         self._pending: deque[tuple[int, Mapping[str, jax.Array], bool]] = deque()
         self.restart(first)
 
@@ -89,6 +91,9 @@ class Meter:
             if excess:
                 self.log.print(f"step {step}: loss {values['loss']:.3f} is a spike, {excess}")
         values["tokens_per_second"] = tokens / seconds
+        if self.peak:
+            steps = model_flops(self.run.model, self.run.batch_size, self.run.sequence_length)
+            values["mfu"] = (step - self.since) * steps / seconds / self.peak
         self.log.train(step, values)
         self.restart(step)
 

@@ -152,10 +152,14 @@ class RunLog:
         self.print(f"compiled the {name} in {time.perf_counter() - start:.1f} s")
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one training step: `loss`, `tokens_per_second`, and whatever else there is."""
+        """Record one training step: `loss`, `tokens_per_second`, and whatever else there is.
+
+        `mfu` is the share of the peak of chips that `train.flops` knows.
+        """
         self._write(step, metrics)
         loss = f"loss {metrics.get('loss', math.nan):.3f}"
         rate = f"{_short(metrics.get('tokens_per_second', math.nan))} tokens/s"
+        rate += f"  {metrics['mfu']:.0%} MFU" if "mfu" in metrics else ""
         self._progress.update(self._task, completed=step, loss=loss, rate=rate)
         if not self._bar and (time.monotonic() >= self._next_line or step >= self._total):
             self._next_line = time.monotonic() + _PLAIN_SECONDS
