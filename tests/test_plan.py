@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 
@@ -229,6 +230,25 @@ def test_tables_have_every_figure():
     for word in (*plan_tables.LABELS.values(), "reduce-scatter", "plain", "curvature", "40% MFU"):
         assert word in text, word
     assert f"{figures.tokens_per_second(1e14):,.0f}" in text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "optim", "hint"),
+    [
+        ("sophia-g", {"groups": 0, "batch_fraction": 0.5}, ""),
+        ("sophia-g", {"groups": 1, "batch_fraction": 1 / 8}, ""),
+        ("sophia-g", {"groups": 0, "batch_fraction": 1 / 8}, "--optim.batch-fraction 0.25, a row"),
+        ("sophia-h", {"groups": 4}, ""),
+        ("sophia-h", {"groups": 8, "batch_fraction": 0.5}, "8 sets of 2 .* --optim.groups 2 is"),
+        ("adamw", {}, ""),
+    ],
+)
+def test_samples_that_leave_devices_waiting_are_pointed_out(optimizer, optim, hint):
+    console = Console(width=200, file=io.StringIO())
+    plan_tables.show(plan(run_of(optimizer, optim=optim), devices=8), console)
+    shown = console.file.getvalue()
+    assert ("waiting" in shown) == bool(hint)
+    assert re.search(hint, shown)
 
 
 def test_the_command_plans_for_devices_that_are_not_there():

@@ -9,7 +9,7 @@ from train.cli import parse
 from train.flops import PEAKS
 from train.hlo import KINDS, Collective
 from train.plan import Plan, Step, options, plan
-from train.sophia import SophiaG
+from train.sophia import SophiaG, SophiaH
 
 MFU = 0.4
 HELP = """What a run needs: memory, operations and traffic, of devices that need not exist.
@@ -122,13 +122,20 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
 
 
 def _idle(figures: Plan) -> str:
-    """What to sample instead where that takes no longer; empty if no device waits."""
+    """What to sample instead where devices wait for rows; empty if none does."""
     run, devices = figures.run, figures.mesh["data"] * figures.mesh["fsdp"]
-    if not isinstance(run.optim, SophiaG):
+    if not isinstance(run.optim, SophiaG | SophiaH):
         return ""
-    every, stride = run.optim.strides(run.batch_size, run.accumulation)
-    rows = run.batch_size // (run.accumulation * stride)
-    if rows >= devices or run.optim.shards(devices, run.batch_size, run.accumulation) == 1:
+    size = run.batch_size, run.accumulation
+    every, stride = run.optim.strides(*size)
+    rows, groups = run.batch_size // (run.accumulation * stride), run.optim.groups_of(*size)
+    if isinstance(run.optim, SophiaH) and groups > 1 and rows // groups < devices:
+        least = max(rows // devices, 1) * run.accumulation // every
+        return (
+            f"{groups} sets of {rows // groups} sampled rows, one after the other, leave devices "
+            f"waiting: --optim.groups {least} is faster, and noisier."
+        )
+    if rows >= devices or run.optim.shards(devices, *size) == 1:
         return ""
     fraction = run.accumulation * devices / (every * run.batch_size)
     return (
