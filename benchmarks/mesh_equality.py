@@ -107,10 +107,11 @@ SHARED = (Form((2, 4, 1)), Form((2, 4, 1), True, "full", 4), Form((1, 8, 1)), Fo
 
 def one_of_several(names: Sequence[str]) -> None:
     """What each of the processes does: the first prints the losses, for each form those of each."""
-    distributed.start(distributed.DistributedConfig())
-    found = [[losses(name, form).tolist() for name in names] for form in SHARED]
-    if distributed.is_main():
-        print(json.dumps(found))
+    with distributed.leaving():
+        distributed.start(distributed.DistributedConfig())
+        found = [[losses(name, form).tolist() for name in names] for form in SHARED]
+        if distributed.is_main():
+            print(json.dumps(found))
 
 
 def several(names: Sequence[str]) -> np.ndarray:

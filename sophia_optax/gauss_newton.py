@@ -20,6 +20,7 @@ from sophia_optax.curvature import (
 )
 from sophia_optax.groups import (
     check_leads_with_rows,
+    check_stride,
     join_rows,
     mean_of_parts,
     other_rows,
@@ -203,8 +204,10 @@ def gauss_newton_bartlett(
             over_all = spread(logits_fn, shards, spmd_axis_name)
         plain = gradient_pass(likelihood, over_all, loss_fn, has_aux)
         if groups % shards and axis_name is None:
-            # Beside idle places a shared pass saves no time, and moves the rows that it leaves.
+            # The rows that a shared pass leaves need not divide over the places.
+            check_stride(batch_size((inputs, weights)), stride)
             true, aux = plain(here, (inputs, weights, row_numbers))
+            check_aux(aux, (inputs, weights))
             sampled = logits_pass(likelihood, logits_fn)
             h = differentiate(key, here, sampled, rows, axis_name)[2]
         else:

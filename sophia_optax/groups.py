@@ -41,16 +41,21 @@ def sampled_rows(
 def other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tuple[Tree, Any, Any]:
     """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
     number = batch_size((inputs, weights))
+    check_stride(number, stride)
+    return jax.tree.map(
+        lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
+        (inputs, weights, numbers_of(row_numbers, number)),
+    )
+
+
+def check_stride(number: int, stride: int) -> None:
+    """Raises ValueError where every `stride`-th of so many rows leaves no whole number."""
     if number % stride:
         raise ValueError(
             f"batch_fraction=1/{stride} does not divide the {number} rows of `inputs`, which "
             "value_grad_and_hessian needs to put the rows in order again. Choose a fraction that "
             "divides them, or call `jax.value_and_grad` and let `update` take the sample."
         )
-    return jax.tree.map(
-        lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
-        (inputs, weights, numbers_of(row_numbers, number)),
-    )
 
 
 def mean_of_parts(true: Tree, others: Tree, groups: int, stride: int) -> Tree:
@@ -70,7 +75,10 @@ def join_rows(aux: Tree, others: Tree, number: int) -> Tree:
 
 
 def spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
-    """`logits_fn` whose constraints apply to the rows of one shard, as in a group."""
+    """`logits_fn` whose constraints apply to the rows of one shard, as in a group.
+
+    It raises ValueError where shards do not divide the rows.
+    """
 
     def spreading(params, inputs):
         number = batch_size(inputs)
@@ -118,9 +126,8 @@ def sum_over_groups(
     """(sums, outputs by row); `function` takes the rows of a group, or of `shards` of them.
 
     Groups that only fill the last round are told that they do not count, and must give no output
-    by row. The scan is outside:
-    inside a shard its sums would be of the size of all parameters, however these are sharded. A
-    scan over all groups would gather every group onto every device.
+    by row. The scan is outside: inside a shard its sums would be of the size of all parameters,
+    however these are sharded. A scan over all groups would gather every group onto every device.
     """
     if groups == shards == 1:
         return function(rows, None)
@@ -142,6 +149,7 @@ def sum_over_groups(
 
 
 def check_leads_with_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:
+    """Raises ValueError where an output is not by row."""
     if any(jnp.shape(x)[:1] != (number,) for x in jax.tree.leaves(aux)):
         raise ValueError(
             f"with groups={groups} and batch_fraction={fraction} the auxiliary output of `loss_fn` "

@@ -275,10 +275,10 @@ def test_the_radius_of_soaa_closes_in_over_the_steps_of_the_run():
 
 @pytest.mark.parametrize(
     ("groups", "devices", "shards"),
-    [(1, 8, 1), (2, 2, 2), (3, 2, 1), (3, 8, 8), (0, 3, 6), (0, 8, 8), (2, 8, 1)],
+    [(1, 8, 1), (2, 2, 2), (3, 2, 1), (3, 8, 1), (0, 3, 6), (0, 8, 8), (2, 8, 1)],
 )
 def test_the_estimator_of_sophia_g_is_the_same_on_any_number_of_devices(groups, devices, shards):
-    """Side by side go groups where that is no more work for a device; no groups are one a row."""
+    """Side by side go groups that devices divide, and single rows; no groups are one a row."""
     optim = SophiaG(groups=groups, batch_fraction=1.0, num_samples=2)
     assert optim.shards(devices, 6) == shards
     direct = sophia_optax.gauss_newton_bartlett(groups=groups or 6, num_samples=2)

@@ -151,5 +151,7 @@ def test_where_one_process_fails_none_waits_and_the_run_can_go_on(tmp_path):
     assert all(process.returncode for process in both), errors
     assert "error: the disk of process 1 is gone" in errors[1]
     assert "another process failed before" in errors[0]
+    assert any((folder / "checkpoints" / "4").iterdir())  # which the run goes on from
     steps = [row["step"] for row in loop.resume(folder, compile_cache="") if "loss" in row]
     assert steps == list(range(1, 9))
+    assert not list(folder.glob("metrics-*"))  # it did not begin again

@@ -233,22 +233,33 @@ def test_tables_have_every_figure():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "optim", "hint"),
+    ("optimizer", "optim", "cure"),
     [
-        ("sophia-g", {"groups": 0, "batch_fraction": 0.5}, ""),
-        ("sophia-g", {"groups": 1, "batch_fraction": 1 / 8}, ""),
-        ("sophia-g", {"groups": 0, "batch_fraction": 1 / 8}, "--optim.batch-fraction 0.25, a row"),
-        ("sophia-h", {"groups": 4}, ""),
-        ("sophia-h", {"groups": 8, "batch_fraction": 0.5}, "8 sets of 2 .* --optim.groups 2 is"),
-        ("adamw", {}, ""),
+        ("sophia-g", {"groups": 0, "batch_fraction": 0.5}, {}),
+        ("sophia-g", {"groups": 1, "batch_fraction": 1 / 8}, {}),
+        ("sophia-g", {"groups": 0, "batch_fraction": 1 / 8}, {"batch_fraction": 0.25}),
+        ("sophia-g", {"groups": 4, "batch_fraction": 1 / 8}, {"batch_fraction": 0.25, "groups": 0}),
+        ("sophia-g", {"groups": 2, "batch_fraction": 1 / 4}, {"groups": 0}),
+        (
+            "sophia-g",
+            {"groups": 0, "batch_fraction": 1 / 4, "spread": True, "update_interval": 2},
+            {"batch_fraction": 0.5},
+        ),
+        ("sophia-h", {"groups": 4}, {}),
+        ("sophia-h", {"groups": 8, "batch_fraction": 0.5}, {"groups": 2}),
+        ("adamw", {}, {}),
     ],
 )
-def test_samples_that_leave_devices_waiting_are_pointed_out(optimizer, optim, hint):
+def test_samples_that_leave_devices_waiting_are_pointed_out(optimizer, optim, cure):
+    """What is said to be better leaves none waiting."""
     console = Console(width=200, file=io.StringIO())
     plan_tables.show(plan(run_of(optimizer, optim=optim), devices=8), console)
-    shown = console.file.getvalue()
-    assert ("waiting" in shown) == bool(hint)
-    assert re.search(hint, shown)
+    (said,) = re.findall(r".* (?:wait|waiting)\b.*", console.file.getvalue()) or [""]
+    assert bool(said) == bool(cure)
+    for name, value in cure.items():
+        assert re.search(rf"--optim.{name.replace('_', '-')} {value}\b", said)
+    better = plan(run_of(optimizer, optim=optim | cure), devices=8)
+    assert plan_tables._idle(better) == ""
 
 
 def test_the_command_plans_for_devices_that_are_not_there():
@@ -257,21 +268,22 @@ def test_the_command_plans_for_devices_that_are_not_there():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "on 240 devices" in done.stdout and "data 30 x fsdp 8" in done.stdout
-    waiting = "48 sampled rows leave most of 240 devices waiting: --optim.batch-fraction 0.5"
+    waiting = "192 of 240 devices wait while 48 rows are sampled: --optim.batch-fraction 0.5"
     assert waiting in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=8)])
-def test_a_sample_of_fewer_rows_than_devices(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "fraction", "accumulation"), [(FSDP, 1 / 16, 1), (MeshConfig(data=8), 1 / 8, 2)]
+)
+def test_a_sample_of_fewer_rows_than_devices(mesh, fraction, accumulation):
     """A row a device, most of them idle: the parameters come once more, their squares go once."""
-    run = run_of("sophia-g", mesh, {"groups": 0, "batch_fraction": 1 / 16})
+    run = run_of("sophia-g", mesh, {"groups": 0, "batch_fraction": fraction})
+    run = dataclasses.replace(run, accumulation=accumulation)
     step = plan(run, devices=8, compile=True).steps["curvature"]
     assert step.compiled
     ours, theirs = step.on_cpu, step.compiled.collectives
     for kind in ours:
         assert ours[kind].bytes == pytest.approx(theirs[kind].bytes, rel=0.02)
     assert sum(c.bytes for kind, c in theirs.items() if kind not in ours) < 50_000  # tokens
-    assert step.memory.total == pytest.approx(
-        step.compiled.total, rel=0.25
-    )  # XLA does both at once
+    assert step.memory.total == pytest.approx(step.compiled.total, rel=0.15)
     assert step.flops == pytest.approx(step.compiled.flops, rel=0.1)

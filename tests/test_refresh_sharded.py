@@ -157,7 +157,7 @@ def test_curvature_moves_what_another_gradient_would(name):
 def test_temporaries_are_not_those_of_a_gradient_for_each_group(name):
     plain, refresh = (compiled(n)[0].memory_analysis().temp_size_in_bytes for n in ("plain", name))
     print(f"{name}: {refresh / ALL:.2f} parameters of temporaries, plain {plain / ALL:.2f}")
-    assert refresh < 1.3 * plain
+    assert refresh < (1.3 if "fewer" in name else 1.25) * plain
 
 
 def test_a_batch_that_places_do_not_divide_is_refused():

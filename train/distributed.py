@@ -122,7 +122,8 @@ def leaving() -> Iterator[None]:
 def _tell(error: BaseException) -> None:
     """What Python would print of it at its end."""
     if isinstance(error, SystemExit):
-        print(error.code if isinstance(error.code, str) else "", file=sys.stderr)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     else:
         traceback.print_exception(error)
         print("If another process failed before, its output says why.", file=sys.stderr)

@@ -24,9 +24,11 @@ def outputs_of(model: Functional, chunk: int = 0) -> Outputs:
     """
 
     def outputs(params: Any, batch: Batch, constrain: Constrain = identity):
+        # Left alone, XLA cuts the tokens of a group, and gathers a gradient of the table for each.
+        inputs, named = jax.tree.map(constrain, (batch.inputs, model_inputs(batch)))
         if not chunk:
-            return model.apply(params, batch.inputs, constrain, **model_inputs(batch))
-        features = model.features(params, batch.inputs, constrain, **model_inputs(batch))
+            return model.apply(params, inputs, constrain, **named)
+        features = model.features(params, inputs, constrain, **named)
         if features.ndim == 2:  # of classes, which are few
             return model.logits(params, features)
         return LinearLogits(features, *model.linear(params), chunk=chunk)

@@ -93,16 +93,16 @@ def memory(run: Config, abstract: Any, mesh: Mesh, samples: bool) -> Memory:
     params, tensor = jax.tree.leaves(abstract.params), mesh.shape["tensor"]
     here, whole = sum(map(shard_bytes, params)), _whole(run, abstract.params)
     part = cut(run, mesh, samples)
-    rows = _live(run, part)
+    rows, gathered = _live(run, part), sum(whole) if mesh.shape["fsdp"] > 1 else 0
     return Memory(
         parameters=here,
         optimizer=sum(map(shard_bytes, jax.tree.leaves((abstract.step, abstract.opt_state)))),
         batch=batch_bytes(run) // row_devices(mesh),
-        gathered=sum(whole) if mesh.shape["fsdp"] > 1 else 0,
+        gathered=gathered,
         gradients=here * (1 + (run.accumulation > 1)) + max(whole),
         activations=round(rows * run.sequence_length * activations(run, tensor)),
         loss=round(rows * run.sequence_length * logits(run, tensor)),
-        curvature=_curvature(run, part, here, max(whole), tensor) if part.groups else 0,
+        curvature=_curvature(run, part, here, max(whole), gathered, tensor) if part.groups else 0,
     )
 
 
@@ -137,7 +137,7 @@ def _live(run: Config, part: Cut) -> float:
     return part.rows
 
 
-def _curvature(run: Config, part: Cut, here: int, largest: int, tensor: int) -> int:
+def _curvature(run: Config, part: Cut, here: int, largest: int, gathered: int, tensor: int) -> int:
     """The sample itself, and what the passes that make it keep beside the gradient's.
 
     Gauss-Newton-Bartlett goes back twice from the sampled rows, and what it goes back through
@@ -145,8 +145,8 @@ def _curvature(run: Config, part: Cut, here: int, largest: int, tensor: int) -> 
     """
     tokens = part.rows * part.share / part.rounds * run.sequence_length
     loss, blocks = logits(run, tensor), activations(run, tensor)
-    if part.apart:  # after the gradient, which needs more
-        return here + part.groups * largest
+    if part.apart:  # XLA holds what gradient and sample keep at once, and gathers for each
+        return round(here + part.groups * largest + tokens * (loss + blocks) + gathered)
     if isinstance(run.optim, SophiaG):
         rest = largest if part.share < 1 else 0  # the other rows go back by themselves
         twice = max(tokens * loss, tokens * 2 * _way_back(run, tensor) - tokens * loss)

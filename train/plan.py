@@ -64,11 +64,15 @@ class Plan(NamedTuple):
         return math.prod(self.mesh.values())
 
     @property
+    def row_devices(self) -> int:
+        """Over which rows are spread."""
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
     def curvature(self) -> float:
         """Operations that samples add, as a share of all steps without."""
         plain = self.run.batch_size * self.run.sequence_length * self.flops_per_token
-        devices = self.mesh["data"] * self.mesh["fsdp"]
-        return curvature_flops(self.run, devices) / plain / self.interval
+        return curvature_flops(self.run, self.row_devices) / plain / self.interval
 
     def tokens_per_second(self, peak: float, mfu: float = 0.4) -> float:
         """Of all devices, each of which could do `peak` operations a second and does a share."""

@@ -122,25 +122,28 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
 
 
 def _idle(figures: Plan) -> str:
-    """What to sample instead where devices wait for rows; empty if none does."""
-    run, devices = figures.run, figures.mesh["data"] * figures.mesh["fsdp"]
+    """A better sample where devices wait for rows; empty where there is none, or none waits."""
+    run, devices = figures.run, figures.row_devices
     if not isinstance(run.optim, SophiaG | SophiaH):
         return ""
     size = run.batch_size, run.accumulation
     every, stride = run.optim.strides(*size)
     rows, groups = run.batch_size // (run.accumulation * stride), run.optim.groups_of(*size)
-    if isinstance(run.optim, SophiaH) and groups > 1 and rows // groups < devices:
-        least = max(rows // devices, 1) * run.accumulation // every
+    fraction = run.optim.slices * run.accumulation * devices / (every * run.batch_size)
+    if groups > 1 and rows // groups < devices and run.optim.shards(devices, *size) == 1:
+        fewer = max(rows // devices, 1) * run.accumulation // every
+        cure = "0 takes them side by side"
+        if isinstance(run.optim, SophiaH):
+            cure = f"{fewer} is faster, and noisier"
         return (
             f"{groups} sets of {rows // groups} sampled rows, one after the other, leave devices "
-            f"waiting: --optim.groups {least} is faster, and noisier."
+            f"waiting: --optim.groups {cure}."
         )
-    if rows >= devices or run.optim.shards(devices, *size) == 1:
+    if groups < rows or rows >= devices or fraction > 1:
         return ""
-    fraction = run.accumulation * devices / (every * run.batch_size)
     return (
-        f"{rows} sampled rows leave most of {devices} devices waiting: --optim.batch-fraction "
-        f"{fraction:.4g}, a row a device, takes no longer."
+        f"{devices - rows} of {devices} devices wait while {rows} rows are sampled: "
+        f"--optim.batch-fraction {fraction:.4g} --optim.groups 0, a row a device, takes no longer."
     )
 
 

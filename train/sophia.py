@@ -157,16 +157,15 @@ class SophiaG(_Sophia):
     def shards(self, devices: int, batch_size: int, accumulation: int = 1) -> int:
         """Groups side by side; 1 if they go one after the other, all devices to each.
 
-        Side by side where that leaves a device no more rows to do: all groups at once, for one
-        reduction of their squares; a group a device in rounds, the last with idle devices, where
-        devices do not divide them or a device would hold above 8 gradients of a layer.
+        All that devices divide, for one reduction of their squares; above 8 a device, whose
+        gradients of a layer all live at once, a group a device in rounds. A group a row goes so
+        too, the last round with idle devices; larger groups would hold more than they save.
         """
         groups = self.groups_of(batch_size, accumulation)
         rows = batch_size // (accumulation * self.strides(batch_size, accumulation)[1] * groups)
-        rounds = math.ceil(groups / devices)
-        if 1 in (devices, groups) or rounds * rows > groups * math.ceil(rows / devices):
+        if 1 in (devices, groups) or (groups % devices and rows > 1):
             return 1
-        return devices if groups % devices or rounds > 8 else groups
+        return devices if groups % devices or groups > 8 * devices else groups
 
     def make(
         self,

@@ -1,5 +1,7 @@
 """Operations of a step of a run by hand: what is computed again, and what curvature adds."""
 
+import math
+
 import models
 from train.config import Config
 from train.flops import forward_flops, model_flops
@@ -29,24 +31,25 @@ def _again(run: Config) -> float:
 def curvature_flops(run: Config, devices: int = 1) -> float:
     """What a sample of curvature adds to a plain step, with rows over so many devices.
 
-    Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Where groups leave
-    devices idle it does not, and idle devices count as if they were not. Hutchinson's
+    Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Where groups side
+    by side leave devices idle it does not. Devices that wait count as if they worked. Hutchinson's
     product has three products for each of the gradient's where the gradient is wanted too; apart,
     the gradient of parameters itself is not computed. A further probe costs the tangents alone.
     What Hutchinson computes again is left out.
     """
     if not isinstance(run.optim, SophiaG | SophiaH):
         return 0.0
-    every, stride = run.optim.strides(run.batch_size, run.accumulation)
-    tokens = run.batch_size * run.sequence_length / (every * stride)
+    size = run.batch_size, run.accumulation
+    every, stride = run.optim.strides(*size)
+    groups, shards = run.optim.groups_of(*size), run.optim.shards(devices, *size)
+    rows = run.batch_size // (run.accumulation * stride * groups)
+    filled = math.ceil(groups / shards) * math.ceil(rows * shards / devices) * devices
+    tokens = run.accumulation // every * filled * run.sequence_length
     parameters, attention = forward_flops(run.model, run.sequence_length)
     if isinstance(run.optim, SophiaG):
         pass_back = 2 * (parameters + attention) + _again(run)
-        size = run.batch_size, run.accumulation
-        groups, shards = run.optim.groups_of(*size), run.optim.shards(devices, *size)
-        idle = -groups % shards
-        forward = (parameters + attention) * (idle > 0)
-        return tokens * (1 + idle / groups) * (forward + run.optim.num_samples * pass_back)
-    shared = stride == 1 and run.optim.groups_of(run.batch_size, run.accumulation) == 1
+        forward = (parameters + attention) * (groups % shards > 0)
+        return tokens * (forward + run.optim.num_samples * pass_back)
+    shared = stride == groups == 1
     first = 6 * (parameters + attention) if shared else 8 * parameters + 9 * attention
     return tokens * (first + (run.optim.num_samples - 1) * 6 * (parameters + attention))
