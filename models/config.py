@@ -191,5 +191,6 @@ def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...
             raise ValueError(f"{field.name} is {value}: set it above 0.")
     if config.attention == "cudnn" and config.dtype == "float32":
         raise ValueError(
-            "cuDNN attention has no float32 kernel: set dtype='bfloat16' or attention='xla'."
+            "cuDNN attention has no float32 kernel: set dtype='bfloat16' or attention='xla' (with "
+            "flags --model.dtype bfloat16; --precision comes too late for it)."
         )

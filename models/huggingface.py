@@ -51,7 +51,7 @@ def load(path: str | Path, **arithmetic: Any) -> tuple[DecoderConfig | EncoderCo
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give a folder that transformers saved.")
-    fields = json.loads((folder / "config.json").read_text())
+    fields = _json(folder / "config.json")
     config, family, architecture = read_config(fields)
     shapes = _shapes(config)
     pieces = _pieces(config, family, architecture, shapes)
@@ -105,6 +105,16 @@ def save(params: Any, config: DecoderConfig | EncoderConfig, path: str | Path) -
     Path(path).mkdir(parents=True, exist_ok=True)
     safetensors.write(Path(path) / "model.safetensors", tensors)
     (Path(path) / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): take it from its source again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no settings, but {fields!r:.40}.")
+    return fields
 
 
 def read_config(fields: dict[str, Any]) -> tuple[DecoderConfig | EncoderConfig, Family, str]:

@@ -237,7 +237,7 @@ def test_the_board_has_the_losses_that_the_trainer_reaches(tmp_path, monkeypatch
 
 
 def test_a_run_that_diverges_is_infinitely_bad_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(leaderboard, "GRIDS", {"lion": (math.inf,)})
+    monkeypatch.setattr(leaderboard, "GRIDS", {"lion": (1e38,)})
     monkeypatch.setattr(leaderboard, "MOST_RATES", 1)
     path = tmp_path / "runs.json"
     row = leaderboard.sweep(["lion"], path, QUIET, steps=3, seeds=1, **SMALL)["lion"]

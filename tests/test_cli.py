@@ -44,6 +44,7 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
     ("words", "message"),
     [
         ("tiny sofia", "Did you mean sophia"),
+        ("adamw", "That is an optimizer: name the model before it, such as tiny adamw"),
         ("resum runs", "Did you mean resume"),
         ("resume nowhere", "nowhere does not exist"),
         ("tiny --run.folder /dev/null/run", "Choose a folder that can be written"),

@@ -160,3 +160,14 @@ def test_the_table_of_models_is_in_the_help(capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in PRESETS)
     assert all(name in shown for name in cli.COMMANDS)
+
+
+def test_a_checkpoint_that_was_passed_over_is_told_beside_the_result(run, monkeypatch, capsys):
+    load = saved.load
+    monkeypatch.setattr(saved, "load", lambda *args: load(*args)._replace(notes=("8 is damaged",)))
+    cli.main(["eval", str(run)])
+    out, err = capsys.readouterr()
+    assert "heldout loss" in out and "damaged" not in out
+    assert err == "8 is damaged\n"
+    with pytest.raises(SystemExit, match="--length -1 is negative"):
+        cli.main(["sample", str(run), "A", "--length", "-1"])

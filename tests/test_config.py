@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import math
 import typing
 
 import jax
@@ -16,6 +17,7 @@ from train import config, reference
 from train.config import preset
 from train.layers import matrices
 from train.optimizers import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
+from train.peers import AdamW
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,15 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else():
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"sequence_length": 65}, "longer than the model's context of 64"),
-        ({"steps": 50}, "warmup_steps=100 must be at least 0 and less than steps=50"),
+        ({"steps": 50}, "warmup_steps=100 must .* less than steps=50.* give --warmup-steps too"),
         ({"gradient_clip": -1.0}, "gradient_clip=-1.0"),
+        ({"gradient_clip": math.nan}, "--gradient-clip nan is not a finite number"),
+        ({"final_learning_rate": -3.0}, "final_learning_rate=-3.0 is a share"),
+        ({"loss_chunk": -1}, "loss_chunk=-1 is negative"),
+        ({"optim": AdamW(b1=1.0)}, "--optim.b1 1.0 is no decay"),
+        ({"optim": AdamW(b2=math.nan)}, "--optim.b2 nan is not a finite number"),
+        ({"optim": AdamW(weight_decay=math.inf)}, "--optim.weight-decay inf is not a fin"),
+        ({"optim": AdamW(learning_rate=-1.0)}, "--optim.learning-rate -1.0 is negative"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused(change, message):

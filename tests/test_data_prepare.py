@@ -356,3 +356,19 @@ def test_the_command_line_takes_both_functions(files, tmp_path):
     path = tmp_path / "tokenizer.json"
     args = [files, "-o", str(path), "--vocab-size", "300", "--kind", "wordpiece"]
     assert tyro.cli(train_tokenizer, args=args) == path and path.is_file()
+
+
+def test_the_kind_of_a_source_is_part_of_what_was_prepared(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a line\n" * 50)
+    prepare(f"csv:{path}", tmp_path / "out", DataConfig(), quiet=True)
+    with pytest.raises(ValueError, match=r"out holds csv:.*prepared otherwise"):
+        prepare(f"text:{path}", tmp_path / "out", DataConfig(), quiet=True)
+
+
+def test_a_table_of_a_header_alone_has_no_documents(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match="the source has no documents\\."):
+        prepare(f"csv:{tmp_path}/a.csv", tmp_path / "out", DataConfig(), quiet=True)
+    with pytest.raises(ValueError, match="--workers -1 is negative"):
+        prepare(f"csv:{tmp_path}/a.csv", tmp_path / "out", DataConfig(), workers=-1, quiet=True)

@@ -313,10 +313,10 @@ def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoi
     folder = tmp_path / "run"
     train.train(small(folder, "adamw", steps=6))
     run = loop.config.load(folder)
-    hot = dataclasses.replace(run.optim, learning_rate=float("inf"))
+    hot = dataclasses.replace(run.optim, learning_rate=1e30, weight_decay=1e30)
     shown = dataclasses.replace(run.run, checkpoint_every=1, keep_checkpoints=1)
     loop.config.save(dataclasses.replace(run, optim=hot, run=shown), folder)
-    with pytest.raises(ValueError, match=r"step 6: optim.learning_rate 0\.01 -> inf\. Put back"):
+    with pytest.raises(ValueError, match=r"step 6: optim.learning_rate 0\.01 -> 1e\+30.*Put back"):
         train.resume(folder, steps=12)
     with pytest.raises(FloatingPointError, match=r"at step 7, .* not saved.*step 6 is kept"):
         train.resume(folder, steps=12, allow_changes=True)

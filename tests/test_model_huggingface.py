@@ -326,3 +326,12 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(ValueError, match="its header of 4611686018427387904 bytes exceeds its 10"):
         safetensors.read(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "holds no settings, but \\[\\]"), ("{", "not JSON")]
+)
+def test_a_config_json_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        huggingface.load(tmp_path)

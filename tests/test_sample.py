@@ -42,10 +42,17 @@ def test_tokens_are_picked_in_proportion_to_what_is_left_of_them(how, want):
 
 
 @pytest.mark.parametrize(
-    "how", [Picking(temperature=-1), Picking(top_k=-1), Picking(top_p=0), Picking(top_p=1.1)]
+    "how",
+    [
+        Picking(temperature=-1),
+        Picking(temperature=float("nan")),
+        Picking(top_k=-1),
+        Picking(top_p=0),
+        Picking(top_p=1.1),
+    ],
 )
 def test_what_picks_nothing_is_refused(how):
-    with pytest.raises(ValueError, match="cannot pick"):
+    with pytest.raises(ValueError, match=r"--top-k .* picks nothing"):
         sample(CONFIG, PARAMS, np.array([1]), length=1, how=how)
 
 

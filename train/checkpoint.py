@@ -101,6 +101,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step: int | None = None,
         *,
         accept: Callable[[Mapping[str, Any]], object] = lambda record: None,
+        sound: Callable[[Any], bool] = lambda state: True,
         part: bool = False,
     ) -> tuple[int, Any]:
         """Read (step, state) onto the devices that `abstract_state` names, from whatever mesh.
@@ -108,6 +109,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         `abstract_state` is a pytree of `jax.ShapeDtypeStruct` with shardings; `step` is one of
         `steps`, by default the last that can be read: `notes` tell of those that could not.
         `accept` is shown what was saved beside the arrays, before these are read, and may raise.
+        A state that is not `sound` is one that cannot be read.
         With `part` leaves that `abstract_state` lacks are not read; it may be of plain dicts then.
         Raises CheckpointError.
         """
@@ -121,6 +123,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         for candidate in steps[::-1] if step is None else [step]:
             try:
                 state = self._read(candidate, steps, abstract_state, accept, part)
+                if not sound(state):
+                    raise _Unreadable(
+                        f"{self.directory}: step {candidate} is damaged (its parameters are not "
+                        f"finite, and such are never saved); {_cure(candidate, steps)}"
+                    )
             except _Unreadable as error:
                 errors.append(error)
                 continue
@@ -129,6 +136,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self.notes.append(f"going on from step {candidate} instead")
             self._current = candidate
             return candidate, state
+        if len(errors) > 1:
+            raise CheckpointError(
+                f"{errors[0]}. Nor can the others be read: start again, or from a copy"
+            )
         raise errors[0]
 
     def abandon_later(self) -> list[int]:
@@ -166,8 +177,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         accept: Callable[..., object],
         part: bool,
     ) -> Any:
-        others = [s for s in steps if s != step]
-        cure = f"others are there: {others}, pick one by step=" if others else "it was the only one"
+        cure = _cure(step, steps)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             self._manager.wait()
             metadata = self._manager.metadata(step)
@@ -237,6 +247,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise kind(f"{self.directory}: {what} ({cause}); {cure}") from root
         finally:
             log.disabled = disabled
+
+
+def _cure(step: int, steps: list[int]) -> str:
+    others = [s for s in steps if s != step]
+    return f"others are there: {others}, pick one by --step" if others else "it was the only one"
 
 
 def _orbax() -> Any:

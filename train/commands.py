@@ -1,6 +1,7 @@
 """Commands on runs that were saved, each a function that `tyro` makes flags of."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -69,7 +70,7 @@ def evaluate(run: Folder, step: int | None = None) -> None:
       run: folder of the run.
       step: of a checkpoint; default the newest.
     """
-    loaded = saved.load(run, step)
+    loaded = _load(run, step)
     for name, value in loaded.evaluate(loaded.params).items():
         _say(f"{name.replace('_', ' ')}: {value:.4f}")
     _say(f"{run} at step {loaded.step}")
@@ -99,8 +100,10 @@ def sample(
     """
     how = sampling.Picking(temperature, top_k, top_p)
     how.check()
+    if length < 0:
+        raise ValueError(f"--length {length} is negative: it is the number of tokens to add.")
     sampling.check_seed(seed)
-    loaded = saved.load(run, step)
+    loaded = _load(run, step)
     tokenizer = program.load_tokenizer(loaded.run)
     tokens = sampling.sample(
         loaded.run.model,
@@ -122,7 +125,7 @@ def export(run: Folder, output: Folder, step: int | None = None) -> None:
       output: the folder to write; a model in it is replaced.
       step: of a checkpoint; default the newest.
     """
-    loaded = saved.load(run, step)
+    loaded = _load(run, step)
     huggingface.save(loaded.params, loaded.run.model, output)
     _say(f"{output} holds {run} at step {loaded.step}, for transformers' from_pretrained")
 
@@ -161,6 +164,14 @@ def import_(
     )
     loop.begin(made)
     _say(f"{run} holds the model; go on with: {config.python()} -m train sample {run} 'PROMPT'")
+
+
+def _load(run: Path, step: int | None) -> saved.Saved:
+    """A run's parameters; tells of checkpoints that were passed over, beside what is asked for."""
+    loaded = saved.load(run, step)
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
+    return loaded
 
 
 def _say(text: str) -> None:

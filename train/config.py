@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -60,6 +61,8 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
+        if self.sample_length < 0:
+            raise ValueError(f"run.sample_length={self.sample_length} is negative; 0 samples none.")
         for name in ("checkpoint_minutes", "spike"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
@@ -128,6 +131,14 @@ class Config:
             )
         if isinstance(self.optim, SophiaG | SophiaH):
             self.optim.estimator(1, self.batch_size, self.accumulation)
+        _check_numbers(dataclasses.asdict(self), "--")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate} is a share of the peak: choose "
+                "0 to 1."
+            )
+        if self.loss_chunk < 0:
+            raise ValueError(f"loss_chunk={self.loss_chunk} is negative; 0 holds all positions.")
         if self.gradient_clip < 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
         _check_task(self.data.task, self.model)
@@ -139,7 +150,8 @@ class Config:
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be at least 0 and less than "
-                f"steps={self.steps}, or the learning rate never reaches its peak."
+                f"steps={self.steps}, or the learning rate never reaches its peak: give "
+                "--warmup-steps too, about a tenth of --steps."
             )
 
     @property
@@ -166,6 +178,20 @@ class Config:
         places = ("cache", "download", "tfds_folder")
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_numbers(fields: dict[str, Any], flag: str) -> None:
+    """What is no number would train to NaN, or diverge and be laid on the learning rate."""
+    for name, value in fields.items():
+        shown = flag + name.replace("_", "-")
+        if isinstance(value, dict):
+            _check_numbers(value, f"{shown}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{shown} {value} is not a finite number.")
+        elif name == "learning_rate" and value < 0:
+            raise ValueError(f"{shown} {value} is negative, which climbs the loss.")
+        elif (name == "b1" and not 0 <= value < 1) or (name == "b2" and not 0 <= value <= 1):
+            raise ValueError(f"{shown} {value} is no decay: choose at least 0 and less than 1.")
 
 
 def _check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
@@ -273,6 +299,8 @@ def _known(name: str, table: dict[str, Any], kind: str, commands: tuple[str, ...
         near = [word for word in words if word.startswith(name)]
         near += [forms[form] for form in difflib.get_close_matches(name, forms, cutoff=0.4)]
         hint = f" Did you mean {near[0]}?" if near else ""
+        if kind == "model" and name in OPTIMIZERS:
+            hint = f" That is an optimizer: name the model before it, such as tiny {name}."
         raise ValueError(f"unknown {kind} {name!r}.{hint} There are: {', '.join(table)}.")
 
 

@@ -59,6 +59,8 @@ def start(config: DistributedConfig, environ: Mapping[str, str] = os.environ) ->
       ConnectionError: they did not come.
     """
     arguments = _arguments(config, environ)
+    if config.timeout < 1:
+        raise ValueError(f"--distributed.timeout {config.timeout} must be at least 1 second.")
     if arguments is None or jax.distributed.is_initialized():
         return
     try:

@@ -188,7 +188,8 @@ def _owned(folder: Path) -> Iterator[None]:
 
     def hold() -> None:
         if not folder.is_dir():
-            raise ValueError(f"{folder} does not exist: give the folder of a run.")
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ValueError(f"{folder} {what}: give the folder of a run.")
         stack.enter_context(lock.hold(folder, print))
 
     with contextlib.ExitStack() as stack:
@@ -227,7 +228,9 @@ def _restored(
         if said := distributed.from_main(again or ""):
             return _Start(_initial(run, programs), notes=(said,))
     done, state = distributed.on_all(
-        lambda: checkpoints.restore(programs.abstract, step, accept=accept)
+        lambda: checkpoints.restore(
+            programs.abstract, step, accept=accept, sound=lambda state: saver.finite(state.params)
+        )
     )
     distributed.check_same(
         {"checkpoint": done},
@@ -242,6 +245,8 @@ def _restored(
     notes = [*checkpoints.notes, *notes]
     if step is not None and (later := checkpoints.abandon_later()):
         notes.append(f"going on from step {step}: the later checkpoints, {later}, are deleted")
+    if done == run.steps:
+        notes.append(f"step {done} was the last: nothing is left to train")
     return _Start(state, health, tuple(notes))
 
 

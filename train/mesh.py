@@ -44,8 +44,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if min(config.fsdp, config.tensor) < 1 or config.data < 0 or data * rest != count:
         raise ValueError(
             f"a mesh of data={config.data or 'the rest'} x fsdp={config.fsdp} x tensor="
-            f"{config.tensor} does not use {count} devices exactly. Choose factors of {count}: "
-            "--mesh.data 0 takes what --mesh.fsdp and --mesh.tensor leave."
+            f"{config.tensor} does not use {count} devices exactly. Choose factors of {count}, "
+            "such as --mesh.fsdp 1 --mesh.tensor 1; --mesh.data 0 takes what they leave."
         )
     shape = (data, config.fsdp, config.tensor)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

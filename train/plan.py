@@ -96,7 +96,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
     (119104, 952844)
     """
-    least = run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1)
+    least = max(run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1), 1)
     program = assemble(run, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
     kinds = dict.fromkeys(refresh_due(run.optim, step) for step in (1, 0))
@@ -179,4 +179,7 @@ def options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peak-tflops", type=float)
     parser.add_argument("--help", "-h", action="store_true")
-    return parser.parse_known_args(args)
+    known, words = parser.parse_known_args(args)
+    if known.peak_tflops is not None and not 0 < known.peak_tflops < math.inf:
+        parser.error(f"--peak-tflops {known.peak_tflops} must be above 0")
+    return known, words

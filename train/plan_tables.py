@@ -20,7 +20,7 @@ usage: python -m train plan [MODEL] [OPTIMIZER] [flags of a run] [options]
   --compile          also compile the programs for fake CPU devices, and compare XLA's figures
   --peak-tflops X    of a device, for tokens a second; default those of known chips
 
-python -m train plan gpt2-770m sophia-g --mesh.fsdp 8 --devices 64
+python -m train plan gpt2-770m sophia-g --mesh.fsdp 8 --devices 240 --precision bfloat16
 """
 LABELS = {
     "parameters": "parameters",

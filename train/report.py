@@ -98,7 +98,7 @@ def _comparison(run: Config, baseline: reference.Reference | None) -> str:
         return f"AdamW with the same budget: not known; to find out: {again}"
     if baseline.stale:
         again = f"{config.command(run)} --run.recompute-reference"
-        return f"AdamW: the stored reference is stale (another config); to renew it: {again}"
+        return f"AdamW: what is stored belongs to another config; to find out: {again}"
     bits, nats = baseline.bits_per_byte, baseline.heldout[-1][1]
     reached = f"{nats:.3f} nats" if bits is None else f"{bits:.3f} bits a byte"
     return f"AdamW with the same budget: {reached} ({baseline.command})"

@@ -1,6 +1,7 @@
 """Text from a trained model: a cache of keys and values, and ways to pick the next token."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,10 +25,11 @@ class Picking(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for what is no way to pick."""
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"{self} cannot pick: temperature and top_k must not be negative (0 takes the "
-                "likeliest, and all), top_p above 0 and at most 1."
+                f"--temperature {self.temperature} --top-k {self.top_k} --top-p {self.top_p} picks "
+                "nothing: the first two must not be negative (0 takes the likeliest, and all), "
+                "--top-p above 0 and at most 1."
             )
 
 

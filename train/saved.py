@@ -11,7 +11,7 @@ import numpy as np
 
 import models
 from models import huggingface
-from train import checkpoint, config, program
+from train import checkpoint, config, program, saver
 from train.config import Config
 from train.data import tokenizers
 
@@ -25,6 +25,7 @@ class Saved(NamedTuple):
     evaluate: Callable[[Any], dict[str, float]]
     step: int
     params: Any
+    notes: tuple[str, ...]  # of checkpoints that could not be read
 
 
 def load(folder: Path, step: int | None = None) -> Saved:
@@ -42,8 +43,13 @@ def load(folder: Path, step: int | None = None) -> Saved:
     programs = program.assemble_trained(run)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
-        done, state = checkpoints.restore({"params": programs.params}, step, part=True)
-    return Saved(run, programs.evaluate, done, state["params"])
+        done, state = checkpoints.restore(
+            {"params": programs.params},
+            step,
+            sound=lambda state: saver.finite(state["params"]),
+            part=True,
+        )
+    return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
 
 
 def start_from(path: Path, run: Config, fresh: Any) -> Any:
@@ -125,9 +131,11 @@ def _replace(path: Path, fresh: Any, params: Any) -> Any:
     wrong = [name for name in want | have if want.get(name) != have.get(name)]
     if wrong:
         shown = (f"{name} is {have.get(name)}, not {want.get(name)}" for name in wrong[:3])
+        biases = all("bias" in name and name not in want for name in wrong)
+        hint = " GPT-2's format has biases, and zeros for none: --model.bias." if biases else ""
         raise ValueError(
             f"{path} holds another model: {'; '.join(shown)} ({len(wrong)} such). Give the "
-            "flags --model.* that it was made with."
+            f"flags --model.* that it was made with.{hint}"
         )
 
     def place(x, found):

@@ -50,7 +50,7 @@ class Saver:
         if not (due or (overdue and step > self.stale) or last):
             return
         self.meter.flush()
-        if not bool(_finite(state.params)):
+        if not finite(state.params):
             raise FloatingPointError(
                 f"parameters are not finite at step {step}, which is not saved. Lower "
                 f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
@@ -64,6 +64,11 @@ class Saver:
     def _kept(self) -> str:
         latest = self.checkpoints.latest
         return "nothing was saved yet" if latest is None else f"step {latest} is kept"
+
+
+def finite(params: Any) -> bool:
+    """Whether all parameters are finite."""
+    return bool(_finite(params))
 
 
 @jax.jit

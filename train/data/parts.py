@@ -90,10 +90,9 @@ def merge(
         "first": [line for c in counts for line in c["skipped"]["first"]][:5],
     }
     if not sum(split["documents"] for split in splits.values()):
-        first = f"; skipped {skipped['count']}, first {skipped['first'][0]}" * bool(
-            skipped["count"]
-        )
-        raise ValueError(f"the source has no documents{first}.")
+        count, first = skipped["count"], skipped["first"]
+        said = f"; skipped {count}, first {first[0]}" if count else ""
+        raise ValueError(f"the source has no documents{said}.")
     names = {split: [folder / f"{i:05}.{split}" for i in range(len(counts))] for split in _SPLITS}
     # With few documents all may fall on one side: then the end of the text is held out.
     by_tail = data.heldout_fraction > 0 and not all(splits[s]["documents"] for s in _SPLITS)

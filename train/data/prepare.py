@@ -48,6 +48,8 @@ def prepare(
     Raises:
       ValueError: nothing to read, broken data, or a folder that holds something else.
     """
+    if workers < 0:
+        raise ValueError(f"--workers {workers} is negative; 0 takes one a processor.")
     tokenizer = tokenizers.load(data.tokenizer)
     shards, fields = sources.shards(source, data)
     request = request_hash(shards, fields, tokenizer, data)
@@ -116,7 +118,9 @@ def request_hash(
     shards: list[Shard], fields: tuple[str, ...], tokenizer: Tokenizer, data: DataConfig
 ) -> str:
     """A hash of all that decides what the token files hold."""
-    states = [(str(s.path.resolve()), (t := s.path.stat()).st_size, t.st_mtime_ns) for s in shards]
+    states = [
+        (s.kind, str(s.path.resolve()), (t := s.path.stat()).st_size, t.st_mtime_ns) for s in shards
+    ]
     how = (data.heldout_fraction, data.separator, data.broken, data.document_limit)
     return hashlib.sha256(json.dumps([states, fields, tokenizer.hash, how]).encode()).hexdigest()
 
