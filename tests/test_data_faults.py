@@ -233,6 +233,8 @@ def test_a_held_out_part_that_is_too_short_is_named_with_a_cure_that_helps(tmp_p
     small, out = loader(tmp_path), tmp_path / "out"
     (tmp_path / "short.txt").write_text("so it goes")
     short = f"text:{tmp_path / 'short.txt'}"
+    with pytest.raises(ValueError, match=r"text:.*short\.txt, train part: .*shorter sequence_len"):
+        small(short)
     with pytest.raises(ValueError, match=r"heldout part: .*; or give another --data.heldout-so"):
         small("embedded", heldout_source=short)
     prepare(short, out, quiet=True)

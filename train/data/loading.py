@@ -100,7 +100,8 @@ def _open(source: str, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
         tokens = sources.open_tokens(folder, tokenizer, config)
         again = "prepare it with a higher --data.heldout-fraction"  # which it keeps
         return tokens._replace(cure=again) if folder.is_dir() else tokens
-    return sources.open_tokens(_prepared(source, tokenizer, config), tokenizer, config)
+    found = sources.open_tokens(_prepared(source, tokenizer, config), tokenizer, config)
+    return found._replace(where=source, judge=source)
 
 
 def _prepared(source: str, tokenizer: Tokenizer, config: DataConfig) -> Path:

@@ -62,14 +62,14 @@ def windows_of(tokens: Tokens, stride: int, extra: int, seed: int) -> tuple[Wind
     """Windows to train on and to be judged by; the error names which part is too short."""
     found = []
     parts = (
-        (tokens.train, f"{tokens.where}, train part", "give more text"),
-        (tokens.heldout, f"{tokens.judge}, heldout part", tokens.cure),
+        (tokens.train, f"{tokens.where}, train part", ""),
+        (tokens.heldout, f"{tokens.judge}, heldout part", f"; or {tokens.cure}"),
     )
     for part, where, cure in parts:
         try:
             found.append(Windows(part, stride=stride, extra=extra, seed=seed))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}; or {cure}.") from error
+            raise ValueError(f"{where}: {error}{cure}.") from error
     return found[0], found[1]
 
 
