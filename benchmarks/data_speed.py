@@ -3,6 +3,7 @@
 Rates are a second of processor time, so that a busy machine does not move them, and of wall-clock.
 Without --tokenizer the text is the embedded one and its tokens are bytes; with the folder of
 `benchmarks.corpus`, --text 'FOLDER/text/*.txt' --tokenizer FOLDER/gpt2, they are GPT-2's.
+With --step it says what batches add to the steps of a tiny model, another minute.
 """
 
 import argparse
@@ -14,11 +15,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import data
+from train import data, program
+from train.config import Config, preset
 from train.data import DataConfig, documents, sources
 from train.data.prepare import prepare
 
@@ -128,13 +133,50 @@ def measure(pattern: str | None, tokenizer: str, copies: int) -> dict[str, tuple
     return {name: (cpu / 1e6, wall / 1e6) for name, (cpu, wall) in rates.items()}
 
 
+def added(run: Config, steps: int, rounds: int) -> tuple[float, float]:
+    """What making batches adds to the time of a loop of steps on one device.
+
+    Args:
+      run: the config.
+      steps: of a loop; the host is one step ahead, as in training.
+      rounds: loops with a batch for each step, each before one that has the same batch again.
+
+    Returns:
+      (share of the time of the latter, its standard error over the rounds).
+    """
+    programs = program.assemble(run, jax.devices()[:1])
+    step, state, same = programs.compile(None), programs.init(), programs.batch(0)
+
+    def seconds(make: Callable[[int], Any], first: int) -> float:
+        nonlocal state
+        start, late = time.perf_counter(), same.inputs
+        for number in range(first, first + steps):
+            state, measured = step(state, make(number))
+            jax.block_until_ready(late)
+            late = measured["loss"]
+        jax.block_until_ready(late)
+        return time.perf_counter() - start
+
+    ratios = []
+    for number in range(rounds + 1):
+        own = seconds(programs.batch, number * steps)
+        ratios.append(own / seconds(lambda _: same, 0))
+    kept = np.array(ratios[1:])  # the first warms up
+    return float(kept.mean() - 1), float(kept.std(ddof=1) / len(kept) ** 0.5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", help="glob of text files; default the embedded text")
     parser.add_argument("--tokenizer", default="bytes", help="as --data.tokenizer")
     parser.add_argument("--copies", type=int, default=COPIES, help="times each document is given")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--step", action="store_true", help="measure what batches add to a step")
     args = parser.parse_args()
+    if args.step:
+        share, error = added(preset("tiny", "adamw"), 60, 40)
+        print(f"batches add {share:.1%} ± {error:.1%} to the steps of the tiny model")
+        return
     rates = measure(args.text, args.tokenizer, args.copies)
     table = Table("", "a processor second", "a second")
     for name, (cpu, wall) in rates.items():

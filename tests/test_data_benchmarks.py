@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import corpus, data_speed
 from tests.corpora import DOCUMENTS, loader
+from train.config import preset
 
 
 def packages(folder):
@@ -65,3 +66,8 @@ def test_readers_return_all_the_text_they_are_timed_on(tmp_path, monkeypatch):
     rates = data_speed.readers(data_speed.write(tmp_path, DOCUMENTS))
     assert set(rates.values()) == {sum(map(len, DOCUMENTS))} and len(rates) >= 4
     assert loader(tmp_path)(f"jsonl:{tmp_path / 'all.jsonl'}", task="classify").classes == 2
+
+
+def test_what_batches_add_is_a_share_with_its_error():
+    share, error = data_speed.added(preset("tiny", "adamw"), 2, 2)
+    assert -1 < share < 10 and 0 <= error < 10
