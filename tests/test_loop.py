@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,7 +17,7 @@ import pytest
 import models
 import train
 from models import DecoderConfig
-from train import checkpoint, data, distributed, loop, metrics, program, reference
+from train import checkpoint, data, distributed, loop, metrics, program, reference, saved, saver
 from train.config import RunConfig, preset
 from train.loss import outputs_of, token_losses
 
@@ -322,6 +323,23 @@ def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoi
         train.resume(folder, steps=12, allow_changes=True)
     with loop._checkpoints(run, folder) as checkpoints:
         assert checkpoints.steps == [6]
+
+
+def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(tmp_path, monkeypatch):
+    """Such are never saved: it was damaged on disk."""
+    folder, seen, here = tmp_path / "run", [], saver.finite_here
+    run = small(folder, "adamw", steps=6)
+    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
+
+    def damaged_at_6(params):
+        name, bad = ("tokens", {"embedding": params["tokens"]["embedding"] * jnp.nan})
+        seen.append(here(params | {name: bad} if not seen else params))
+        return seen[-1]
+
+    monkeypatch.setattr(saver, "finite_here", damaged_at_6)
+    loaded = saved.load(folder)
+    assert (seen, loaded.step) == ([False, True], 3)
+    assert "step 6 is damaged (its parameters are not finite" in loaded.notes[0]
 
 
 def spoiled(monkeypatch, *bad):

@@ -229,7 +229,10 @@ def _restored(
             return _Start(_initial(run, programs), notes=(said,))
     done, state = distributed.on_all(
         lambda: checkpoints.restore(
-            programs.abstract, step, accept=accept, sound=lambda state: saver.finite(state.params)
+            programs.abstract,
+            step,
+            accept=accept,
+            sound=lambda state: saver.finite_here(state.params),
         )
     )
     distributed.check_same(

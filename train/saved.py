@@ -46,7 +46,7 @@ def load(folder: Path, step: int | None = None) -> Saved:
         done, state = checkpoints.restore(
             {"params": programs.params},
             step,
-            sound=lambda state: saver.finite(state["params"]),
+            sound=lambda state: saver.finite_here(state["params"]),
             part=True,
         )
     return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))

@@ -50,7 +50,7 @@ class Saver:
         if not (due or (overdue and step > self.stale) or last):
             return
         self.meter.flush()
-        if not finite(state.params):
+        if not bool(_finite(state.params)):
             raise FloatingPointError(
                 f"parameters are not finite at step {step}, which is not saved. Lower "
                 f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
@@ -66,9 +66,10 @@ class Saver:
         return "nothing was saved yet" if latest is None else f"step {latest} is kept"
 
 
-def finite(params: Any) -> bool:
-    """Whether all parameters are finite."""
-    return bool(_finite(params))
+def finite_here(params: Any) -> bool:
+    """Whether what this process holds of the parameters is finite; it waits for no other."""
+    shards = (s for x in jax.tree.leaves(params) for s in x.addressable_shards)
+    return all(bool(_finite(s.data)) for s in shards if s.replica_id == 0)
 
 
 @jax.jit
