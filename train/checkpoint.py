@@ -137,8 +137,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._current = candidate
             return candidate, state
         if len(errors) > 1:
+            first = str(errors[0]).rpartition("; ")[0]
             raise CheckpointError(
-                f"{errors[0]}. Nor can the others be read: start again, or from a copy"
+                f"{first}; nor can the others be read: start again, or from a copy"
             )
         raise errors[0]
 
