@@ -238,7 +238,7 @@ def test_where_all_are_damaged_the_newest_is_named(folder):
     with (
         Checkpoints(folder, save_interval=10) as checkpoints,
         pytest.raises(
-            CheckpointError, match=r"step 20 is unreadable .* \); nor can the others be read"
+            CheckpointError, match=r"step 20 is unreadable .*\); nor can the others be read"
         ),
     ):
         checkpoints.restore(abstract(states[20]))
