@@ -55,6 +55,8 @@ class Form(NamedTuple):
 
 
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (1, 1, 1))
+PROCESSES = 2
+SHARED = (Form((2, 4, 1)), Form((2, 4, 1), True, "full", 4), Form((1, 8, 1)), Form((2, 2, 2)))
 
 
 def config(optimizer: str, form: Form) -> Config:
@@ -101,10 +103,6 @@ def forms(quick: bool) -> Iterator[Form]:
             yield form
 
 
-PROCESSES = 2
-SHARED = (Form((2, 4, 1)), Form((2, 4, 1), True, "full", 4), Form((1, 8, 1)), Form((2, 2, 2)))
-
-
 def one_of_several(names: Sequence[str]) -> None:
     """What each of the processes does: the first prints the losses, for each form those of each."""
     with distributed.leaving():
@@ -114,12 +112,16 @@ def one_of_several(names: Sequence[str]) -> None:
             print(json.dumps(found))
 
 
-def several(names: Sequence[str]) -> np.ndarray:
-    """Losses [form, optimizer, step] of `SHARED` in processes that share the devices."""
+def free_port() -> int:
+    """At which processes of this machine can meet."""
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
-        port = listening.getsockname()[1]
-    own = {"COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": str(PROCESSES)}
+        return listening.getsockname()[1]
+
+
+def several(names: Sequence[str]) -> np.ndarray:
+    """Losses [form, optimizer, step] of `SHARED` in processes that share the devices."""
+    own = {"COORDINATOR_ADDRESS": f"localhost:{free_port()}", "NUM_PROCESSES": str(PROCESSES)}
     command = [sys.executable, "-m", "benchmarks.mesh_equality", "--only", ",".join(names)]
     started = [
         subprocess.Popen(

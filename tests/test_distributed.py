@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.mesh_equality import free_port
 from train import distributed, loop, metrics
 from train.cli import parse
 from train.distributed import DistributedConfig, _arguments
@@ -99,12 +99,6 @@ def start(words, what, at, port, process):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
 
 
 def losses(history):
