@@ -1,25 +1,128 @@
 """Errors that name the cause and the cure, shared by the transforms."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
+
+from sophia_optax.numerics import accumulation_dtype
+
+
+def _number(value: Any) -> float | None:
+    """A number that is known now; None for traced values (`inject_hyperparams`) and schedules."""
+    if isinstance(value, int | float | np.number):
+        return float(value)
+    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
+    return float(value) if known and value.ndim == 0 else None
 
 
 def in_range(name: str, value: Any, low: float, high: float, *, open_high: bool = False) -> None:
-    """Refuses a Python number outside the range; traced values pass (`inject_hyperparams`)."""
-    if not isinstance(value, int | float | np.number):
+    """Refuses a number outside the range, or NaN."""
+    number = _number(value)
+    if number is None:
         return
-    if not (low <= value < high if open_high else low <= value <= high):
+    if not (low <= number < high if open_high else low <= number <= high):
         bracket = ")" if open_high else "]"
         raise ValueError(f"{name}={value} is outside [{low}, {high}{bracket}.")
 
 
+def finite(**values: Any) -> None:
+    """Refuses numbers that are NaN or infinite."""
+    for name, value in values.items():
+        number = _number(value)
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name}={value} is not finite: training would end in NaN.")
+
+
+def positive(name: str, value: Any) -> None:
+    """Refuses a number that is not above 0 and finite."""
+    number = _number(value)
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"{name}={value} must be above 0 and finite.")
+
+
 def decays(**values: Any) -> None:
-    """Refuses decays of averages outside [0, 1)."""
+    """Refuses decays of averages outside [0, 1), before and after the cast to float32."""
+    dtype = jnp.result_type(float)
     for name, value in values.items():
         in_range(name, value, 0, 1, open_high=True)
+        _below_one(name, value, dtype, "")
+
+
+def decays_in_leaves(params: optax.Params, **values: Any) -> None:
+    """Refuses decays that are 1 in the dtype in which a leaf is averaged."""
+    for path, x in jax.tree.leaves_with_path(params):
+        for name, value in values.items():
+            _below_one(name, value, accumulation_dtype(x), f", in which {_named(path)} is averaged")
+
+
+def _below_one(name: str, value: Any, dtype: jnp.dtype, where: str) -> None:
+    number = _number(value)
+    if number is not None and not np.asarray(number).astype(dtype) < 1:
+        raise ValueError(
+            f"{name}={value} is 1 in {dtype.name}{where}: an average with it never moves, and its "
+            "bias correction divides by 0. Choose at most "
+            f"{1 - float(jnp.finfo(dtype).eps):.9g}."
+        )
+
+
+def _named(path: Any) -> str:
+    return f"params{jax.tree_util.keystr(path)}"
+
+
+def real_leaves(owner: str, params: optax.Params) -> None:
+    """Refuses leaves that are no real floating-point numbers, by name."""
+    for path, x in jax.tree.leaves_with_path(params):
+        dtype = jnp.result_type(x)
+        if jnp.issubdtype(dtype, jnp.floating):
+            continue
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            cure = (
+                "Keep its real and imaginary parts as two real leaves, and join them in the model "
+                "by `jax.lax.complex`; where the optimizer reads nothing but the gradient, "
+                "optax.contrib.split_real_and_imaginary does that."
+            )
+        else:
+            cure = (
+                "It cannot be trained, and weight decay would change it: keep it out of params "
+                "(close over it in the model), or put None in its place."
+            )
+        raise ValueError(f"{owner}: {_named(path)} is {jnp.dtype(dtype).name}. {cure}")
+
+
+def momentum_dtype(name: str, dtype: Any) -> None:
+    """Refuses dtypes in which an average of gradients does not move."""
+    known = _dtype(name, dtype)
+    if known is not None and (not jnp.issubdtype(known, jnp.floating) or known.itemsize < 2):
+        raise ValueError(
+            f"{name}={known.name} cannot hold an average of gradients: it would not move, or not "
+            "be real. Choose 'bfloat16', 'float16', 'float32' or 'float64', or None for the "
+            "parameter's."
+        )
+
+
+def curvature_dtype(name: str, dtype: Any) -> None:
+    """Refuses dtypes that cannot hold curvature."""
+    known = _dtype(name, dtype)
+    if known is not None and known not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name}={known.name} cannot hold curvature: float16 overflows, shorter "
+            "formats stall. Choose 'bfloat16', 'float32' or 'float64'."
+        )
+
+
+def _dtype(name: str, dtype: Any) -> Any:
+    """The dtype, None for None."""
+    if dtype is None:
+        return None
+    try:
+        return jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"{name}={dtype!r} is no dtype ({error}).") from error
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -28,14 +131,15 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def positive_integer(name: str, value: Any, cure: str = "") -> None:
-    """Refuses a Python number that is not an integer of at least 1."""
-    if isinstance(value, int | float | np.number) and (int(value) != value or value < 1):
+    """Refuses a number that is not an integer of at least 1."""
+    number = _number(value)
+    if number is not None and not (number >= 1 and number.is_integer()):
         raise ValueError(f"{name}={value} must be an integer of at least 1. {cure}".rstrip())
 
 
 def nonzero(name: str, value: Any, reason: str) -> None:
-    """Refuses a Python number that is zero."""
-    if isinstance(value, int | float | np.number) and value == 0:
+    """Refuses a number that is zero."""
+    if _number(value) == 0:
         raise ValueError(f"{name}=0: {reason}")
 
 

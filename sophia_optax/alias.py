@@ -8,7 +8,7 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax.blocks import scale_by_blocks
-from sophia_optax.curvature import AxisName, Estimator
+from sophia_optax.curvature import Estimator
 from sophia_optax.gauss_newton import gauss_newton_bartlett
 from sophia_optax.gradient import bounded, gradient_magnitude, weighted_squared_gradient
 from sophia_optax.hessian import hutchinson
@@ -21,11 +21,32 @@ from sophia_optax.moments import (
 )
 from sophia_optax.ratio import clip_by_ratio, floor, rms_floor, shift
 from sophia_optax.region import trust_region
+from sophia_optax.sharding import AxisName
 from sophia_optax.transform import hessian_estimate
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
 Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def _decay_and_rate(
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+    learning_rate: optax.ScalarOrSchedule,
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Decoupled decay, then the learning rate: the last two links of every optimizer here."""
+    numbers = {"weight_decay": weight_decay, "learning_rate": learning_rate}
+    _checks.finite(**{name: x for name, x in numbers.items() if not callable(x)})
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    if isinstance(weight_decay, int | float) and weight_decay == 0:  # params are not needed then
+        decay = optax.GradientTransformation(decay.init, lambda u, state, params=None: (u, state))
+    return decay, optax.scale_by_learning_rate(learning_rate)
+
+
+def _check_averages(b1: Any, b2: Any, mu_dtype: Any, hessian_dtype: Any) -> None:
+    _checks.decays(b1=b1, b2=b2)
+    _checks.momentum_dtype("mu_dtype", mu_dtype)
+    _checks.curvature_dtype("hessian_dtype", hessian_dtype)
 
 
 def sophia_h(
@@ -108,7 +129,7 @@ def sophia_h(
     >>> print(bool(loss(x) < loss(jnp.zeros(2)) / 10))
     True
     """
-    _checks.decays(b1=b1, b2=b2)
+    _check_averages(b1, b2, mu_dtype, hessian_dtype)
     return optax.chain(
         clip_by_ratio(
             first_moment(b1, bias_correction=debias_momentum, dtype=mu_dtype),
@@ -125,8 +146,7 @@ def sophia_h(
             clip_threshold=clip_threshold,
             statistics=statistics,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *_decay_and_rate(weight_decay, weight_decay_mask, learning_rate),
     )
 
 
@@ -283,7 +303,7 @@ def sophia_lite(
     >>> print(jnp.array_str(tx.update(g, tx.init(g), g)[0], precision=2))
     [-0.1  0.1]
     """
-    _checks.decays(b1=b1, b2=b2)
+    _check_averages(b1, b2, mu_dtype, hessian_dtype)
     return optax.chain(
         clip_by_ratio(
             first_moment(b1, bias_correction=debias_momentum, dtype=mu_dtype),
@@ -299,8 +319,7 @@ def sophia_lite(
             clip_threshold=clip_threshold,
             statistics=statistics,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *_decay_and_rate(weight_decay, weight_decay_mask, learning_rate),
     )
 
 
@@ -369,7 +388,7 @@ def sophia_geometric(
     >>> print(jnp.array_str(tx.update(g, tx.init(g), g)[0], precision=2))
     [-0.1  0.1]
     """
-    _checks.decays(b1=b1, b2=b2)
+    _check_averages(b1, b2, mu_dtype, hessian_dtype)
     momentum = first_moment(b1, bias_correction=debias_momentum, dtype=mu_dtype)
     if max_norm is not None:
         clip = optax.stateless(lambda g, _: bounded(g, max_norm)[0])
@@ -390,8 +409,7 @@ def sophia_geometric(
             two_sided=two_sided,
             statistics=statistics,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *_decay_and_rate(weight_decay, weight_decay_mask, learning_rate),
     )
 
 
@@ -490,8 +508,7 @@ def orthosoph(
             nesterov=nesterov,
             block_mask=block_mask,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *_decay_and_rate(weight_decay, weight_decay_mask, learning_rate),
     )
 
 
@@ -507,6 +524,7 @@ def soaa(
     mu_dtype: DTypeLike | None = None,
     hessian_dtype: DTypeLike | None = None,
     rule: str = "soaa",
+    loss_correction: str = "seen",
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAA: Adam, or a Newton step on a Fisher diagonal, inside an adaptive trust region.
 
@@ -531,6 +549,8 @@ def soaa(
       mu_dtype: dtype of m; None is the parameter's.
       hessian_dtype: dtype of the second moments; "bfloat16" is rounded stochastically.
       rule: "soaa" (algorithm 1 as printed) or "tadam" (its parent; one more moment to keep).
+      loss_correction: how the average loss is corrected where updates bring no `value`: "seen" by
+        the losses that came, "steps" by 1 - b1^t as printed.
 
     Extra arguments of `update`:
       value: the loss of this step, a scalar; without it r stays. Under `optax.MultiSteps` the last
@@ -552,7 +572,7 @@ def soaa(
     >>> print(jnp.array_str(u, precision=2), state[0].radius)
     [-0.1  0.1] 1.0
     """
-    _checks.decays(b1=b1, b2=b2)
+    _check_averages(b1, b2, mu_dtype, hessian_dtype)
     adam = second_moment(b2, dtype=hessian_dtype)
     centered = rule == "tadam"
     return optax.chain(
@@ -571,7 +591,7 @@ def soaa(
             eps=eps,
             gamma=gamma,
             rule=rule,
+            loss_correction=loss_correction,
         ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        *_decay_and_rate(weight_decay, weight_decay_mask, learning_rate),
     )

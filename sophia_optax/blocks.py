@@ -14,8 +14,16 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sophia_optax import _checks
-from sophia_optax.curvature import accumulation_dtype, widen
-from sophia_optax.inverse_root import floored, frobenius_norm, matmul, normalised_root
+from sophia_optax.holes import none_left_alone
+from sophia_optax.inverse_root import (
+    floored,
+    frobenius_norm,
+    identity_like,
+    matmul,
+    normalised_root,
+)
+from sophia_optax.numerics import accumulation_dtype, cast_to_step, widen
+from sophia_optax.sharding import spec_of, with_auto_axes
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
@@ -89,7 +97,7 @@ class _Tiles:
         shape, dtype, sharding = (*tiles[:-1], self.b), accumulation_dtype(x), _sharding(x)
         if sharding is None:
             return jnp.zeros(shape, dtype)
-        *batch, row, column = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+        *batch, row, column = (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
         row, column = (column, row) if self.transposed else (row, column)
         R, S = tiles[-4:-2]
         places = (_fitting(row, R, sharding), _fitting(column, S, sharding))
@@ -99,7 +107,7 @@ class _Tiles:
         return jnp.zeros(shape, dtype, device=sharding)
 
     def identity(self, C: jax.Array) -> jax.Array:
-        return C + jnp.eye(self.b, dtype=C.dtype)  # of zeros: as sharded as they are
+        return identity_like(C)
 
     def sample(self, g: jax.Array, mean: bool) -> jax.Array:
         tiles = self.cut(g)
@@ -142,6 +150,29 @@ def _fitting(axes: Any, blocks: int, sharding: NamedSharding) -> Any:
     return axes
 
 
+def _is_box(x: Any) -> bool:
+    """A node around a single array, such as Flax puts there to name mesh axes.
+
+    The names fit the array's shape, and no other: blocks are kept without the box.
+    """
+    if x is None or isinstance(x, dict | list | tuple) or jax.tree_util.all_leaves([x]):
+        return False
+    children = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
+    return len(children) == 1 and jax.tree_util.all_leaves(children)
+
+
+def _unboxed(cuts: Any, tree: Any, leaves: list[Any]) -> Any:
+    """`tree` with other leaves; those of matrices without their box."""
+    structure = jax.tree.structure(tree)
+    boxes, outside = jax.tree.flatten(tree, is_leaf=_is_box)
+    inside = jax.tree.leaves(structure.unflatten(leaves), is_leaf=_is_box)
+    kept = [
+        jax.tree.leaves(new)[0] if _is_box(box) and isinstance(cut, _Tiles) else new
+        for cut, box, new in zip(cuts, boxes, inside, strict=True)
+    ]
+    return outside.unflatten(kept)
+
+
 def _cuts(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -> Any:
     """How each leaf is cut: `_Tiles` or `_Numbers`."""
 
@@ -181,6 +212,7 @@ class ScaleByBlocksState(NamedTuple):
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # `mu_dtype`, shaped as params: the uncorrected momentum
+    # Of matrices these two are without the boxes that Flax puts around arrays.
     curvature: Any  # float32 or 64 [..., R, S, b, b], of numbers as they; 0 where none is kept
     root: Any  # Z [..., R, S, b, b], or 1 for numbers; () where the update interval is 1
 
@@ -240,7 +272,8 @@ def scale_by_blocks(
         choice, with no cond in the program. A boolean array: cond. Ignored where none is kept.
 
     Returns:
-      A transformation. It computes in float32 at least; its output has the gradient's dtype. For
+      A transformation. It computes in float32 at least; its output has the dtype of the gradient,
+      or of the parameter where that is wider, and is None where the gradient is. For
       an n x m matrix, n <= m, rows keep n m numbers of momentum, n b of C unless b2 = 0, and n b
       of roots unless k = 1. A block whose sample overflows keeps its C; where none is
       kept it stays in place. Momentum takes what comes, as in optax: a NaN in it spoils the matrix.
@@ -248,11 +281,12 @@ def scale_by_blocks(
       their number divides over the mesh axis. Choose a b that divides the rows of a device: then
       eight devices exchange 4 bytes (rms) for a 768 x 3072 matrix, at refreshes too. Where blocks
       straddle devices, the whole matrix is gathered (b = 128, 96 rows each: 9.8 MB); where columns
-      are sharded, n b numbers are summed (.3 MB), and gathered where C or roots are kept. `update`
-      is for axes of type Auto: on explicit ones jax asks for the sharding of each product.
+      are sharded, n b numbers are summed (.3 MB), and gathered where C or roots are kept. On
+      explicit axes the same is computed, and the state lies as `init` laid it.
 
     Raises:
-      ValueError: an argument is out of range; `block_mask` marks a leaf that holds no matrix.
+      ValueError: an argument is out of range; `block_mask` marks a leaf that holds no matrix; at
+        `init` a leaf of params is no real number.
       TypeError: `block_size` is traced; `refresh` is no bool.
 
     Source: "OrthoSoph: Analyzing Trade-offs in Memory-Efficient Second-Order Optimization", 2025,
@@ -279,16 +313,19 @@ def scale_by_blocks(
 
     def kept(cuts, C):
         """What the state holds of C: nothing that the next update would not use."""
-        return jax.tree.map(lambda cut, C: jnp.zeros([], C.dtype) if drops(cut) else C, cuts, C)
+        return [jnp.zeros([], C.dtype) if drops(cut) else C for cut, C in zip(cuts, C, strict=True)]
 
     def init(params):
-        cuts = cuts_of(params)
-        C = jax.tree.map(lambda cut, x: cut.zeros(x), cuts, params)
+        _checks.real_leaves("scale_by_blocks", params)
+        _checks.decays_in_leaves(params, b1=b1, b2=b2, b2_numbers=b2_numbers)
+        cuts, leaves = jax.tree.leaves(cuts_of(params)), jax.tree.leaves(params)
+        C = [cut.zeros(x) for cut, x in zip(cuts, leaves, strict=True)]
+        Z = [cut.identity(C) for cut, C in zip(cuts, C, strict=True)]
         return ScaleByBlocksState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            curvature=kept(cuts, C),
-            root=() if every_update else jax.tree.map(lambda cut, C: cut.identity(C), cuts, C),
+            curvature=_unboxed(cuts, params, kept(cuts, C)),
+            root=() if every_update else _unboxed(cuts, params, Z),
         )
 
     def average(count, cut, g, ahead, C):
@@ -311,16 +348,15 @@ def scale_by_blocks(
         mass, next_mass = (_mass(b, n, b.dtype) if rows else 1 for n in (count, ahead))
         return b * m / next_mass + (1 - b) * g / mass if nesterov else m / mass
 
-    def update(updates, state, params=None, *, refresh=None, **unused):
-        del params, unused
-        cuts, count = cuts_of(updates), jnp.asarray(optax.safe_increment(state.count))
-        grads = jax.tree.map(widen, updates)
-        mu = jax.tree.map(functools.partial(_decayed, b1), grads, state.mu)
-        out = jax.tree.map(functools.partial(direction, count), grads, mu)
-        C = jax.tree.map(functools.partial(average, count), cuts, grads, out, state.curvature)
+    def compute(cuts, due, grads, old_mu, C, Z, count):
+        """(directions, momentum, C, roots), of leaves."""
+        grads = [widen(g) for g in grads]
+        mu = [_decayed(b1, g, m) for g, m in zip(grads, old_mu, strict=True)]
+        out = [direction(count, g, m) for g, m in zip(grads, mu, strict=True)]
+        C = [average(count, *x) for x in zip(cuts, grads, out, C, strict=True)]
 
         def roots():
-            return jax.tree.map(lambda cut, C: cut.root(C, *norm_and_ridge(cut, C)), cuts, C)
+            return [cut.root(C, *norm_and_ridge(cut, C)) for cut, C in zip(cuts, C, strict=True)]
 
         def whiten(cut, m, C, Z):
             norm, ridge = norm_and_ridge(cut, C)
@@ -328,17 +364,27 @@ def scale_by_blocks(
             scale = jnp.where(norm > 0, jax.lax.rsqrt(norm + ridge), 0)
             return cut.apply(Z * scale, m, rms)
 
-        due = True if every_update else refresh_due(refresh, None)
         if due is None:
-            due = state.count % jnp.asarray(update_interval, jnp.int32) == 0
+            due = (count - 1) % jnp.asarray(update_interval, jnp.int32) == 0
         if isinstance(due, bool):
-            Z = roots() if due else state.root
+            Z = roots() if due else Z
         else:
-            Z = jax.lax.cond(due, roots, lambda: state.root)
-        out = jax.tree.map(whiten, cuts, out, C, Z)
-        mu = optax.tree.cast_like(mu, state.mu)
-        state = ScaleByBlocksState(count, mu, kept(cuts, C), () if every_update else Z)
-        return optax.tree.cast_like(out, updates), state
+            Z = jax.lax.cond(due, roots, lambda: Z)
+        out = [whiten(*x) for x in zip(cuts, out, C, Z, strict=True)]
+        return out, optax.tree.cast_like(mu, old_mu), kept(cuts, C), [] if every_update else Z
+
+    @none_left_alone
+    def update(updates, state, params=None, *, refresh=None, **unused):
+        del unused
+        count = jnp.asarray(optax.safe_increment(state.count))
+        old = (updates, state.mu, state.curvature, state.root)
+        leaves, structures = zip(*map(jax.tree.flatten, old), strict=True)
+        specs = tuple(jax.tree.map(spec_of, list(x)) for x in leaves)
+        due = True if every_update else refresh_due(refresh, None)
+        function = functools.partial(compute, jax.tree.leaves(cuts_of(updates)), due)
+        new = with_auto_axes(function, *leaves, count, specs=specs)
+        out, *rest = (s.unflatten(x) for s, x in zip(structures, new, strict=True))
+        return cast_to_step(out, updates, params), ScaleByBlocksState(count, *rest)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -363,8 +409,7 @@ def _check(eps, block_size, update_interval, form, mu_dtype, rms) -> None:
         )
     _checks.positive_integer("block_size", block_size)
     _checks.positive_integer("update_interval", update_interval, "1 takes roots at every update.")
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise ValueError(f"mu_dtype={jnp.dtype(mu_dtype).name} is no dtype of real numbers.")
+    _checks.momentum_dtype("mu_dtype", mu_dtype)
     if rms is not None:
         _checks.in_range("rms", rms, 0, float("inf"), open_high=True)
         _checks.nonzero("rms", rms, "it stops all matrices; None leaves steps at their own length.")

@@ -6,6 +6,7 @@ and how to average them.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
+from sophia_optax.sharding import AxisName, Tree, varying
 
-Tree = Any
-AxisName = str | tuple[str, ...] | None
+_MISSING: Any = object()
 
 
 class Estimator(Protocol):
@@ -44,27 +45,62 @@ class Estimator(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class SharingEstimator:
-    """An estimator that can also give the loss and its gradient: see `value_grad_and_hessian`."""
+class Sampler:
+    """An estimator of ours; some can also give the loss and its gradient in the same pass."""
 
+    name: str
     sample: Estimator
-    with_gradient: Callable[..., tuple[tuple[jax.Array, Tree], Tree, Tree]]
-    """`(key, params, *, has_aux, **extra) -> ((loss, aux), gradient, h)`."""
+    with_gradient: Callable[..., tuple[Any, Tree, Tree]] | None = None
+    """`(key, params, *, has_aux, has_state, **extra) -> (loss and what is beside it, gradient, h)`,
+    of `value_grad_and_hessian`."""
 
     def __call__(
-        self, key: jax.Array, params: optax.Params | None, updates: optax.Updates, **extra: Any
+        self, key: Any, params: Any = _MISSING, updates: Any = _MISSING, **extra: Any
     ) -> optax.Updates:
+        if updates is _MISSING:
+            raise TypeError(
+                f"the estimator {self.name}(...) was called with one argument, as a schedule is. "
+                "optax.inject_hyperparams takes every callable for a schedule: list it, "
+                '`static_args=("estimator", "weight_decay_mask")`.'
+            )
         return self.sample(key, params, updates, **extra)
 
 
-def accumulation_dtype(x: jax.typing.ArrayLike) -> jnp.dtype:
-    """float32 at least, float64 where `x` is."""
-    with jax.numpy_dtype_promotion("standard"):  # else bfloat16 has no answer in strict mode
-        return jnp.promote_types(jnp.result_type(x), jnp.float32)
+def check_estimator(estimator: Any) -> None:
+    """Refuses what cannot be called as an estimator is."""
+    if _takes(estimator, 3):
+        return
+    name = getattr(estimator, "__name__", repr(estimator))
+    raise TypeError(
+        f"estimator={name} cannot be called as (key, params, updates, **extra). Pass what the "
+        "factory returns, such as `estimator=hutchinson()` with its parentheses, or a function of "
+        "that form."
+    )
 
 
-def widen(x: jax.Array) -> jax.Array:
-    return x.astype(accumulation_dtype(x))
+def check_denominator(denominator: Any) -> None:
+    """Refuses what cannot be called with curvature and second moment."""
+    if _takes(denominator, 2):
+        return
+    name = getattr(denominator, "__name__", repr(denominator))
+    raise TypeError(
+        f"denominator={name} cannot be called as (h, v), the curvature and the second moment of "
+        "the gradient. Pass what a factory returns, such as `floor(.01, 1e-12)`, or "
+        "`lambda h, v: ...`, which need not read v."
+    )
+
+
+def _takes(function: Any, number: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind_partial(*range(number))
+    except TypeError:
+        return False
+    except ValueError:  # some builtins have no signature
+        return True
+    return True
 
 
 def mean_over_samples(
@@ -86,7 +122,7 @@ def sum_over(
 ) -> tuple[Tree, Tree]:
     """(sum of the first results, all second results) over the rows of `xs`, one by one."""
     shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
-    zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), axis_name)
+    zeros = varying(jax.tree.map(_zeros, shapes), axis_name)
 
     def add(total, x):
         part, kept = function(x)
@@ -95,71 +131,11 @@ def sum_over(
     return jax.lax.scan(add, zeros, xs)
 
 
-def batch_size(inputs: Tree) -> int:
-    """The number of rows, the same in every leaf."""
-    leaves = jax.tree.leaves(inputs)
-    sizes = {jnp.shape(x)[0] for x in leaves if jnp.ndim(x)}
-    if len(sizes) != 1 or not all(map(jnp.ndim, leaves)):
-        raise ValueError(
-            "every leaf of `inputs` (and `weights`) must lead with the same batch axis, but the "
-            f"shapes are {[jnp.shape(x) for x in leaves]}."
-        )
-    return sizes.pop()
-
-
-def numbers_of(row_numbers: Any, rows: int) -> jax.Array:
-    """int32[B]: the numbers that were passed, or 0, 1, ..."""
-    if row_numbers is None:
-        return jnp.arange(rows)
-    if jnp.shape(row_numbers) != (rows,) or not jnp.issubdtype(
-        jnp.result_type(row_numbers), jnp.integer
-    ):
-        raise ValueError(
-            f"`row_numbers` must be int32[{rows}], a number for each row of `inputs`, but it is "
-            f"{jnp.result_type(row_numbers)}{list(jnp.shape(row_numbers))}."
-        )
-    return jnp.asarray(row_numbers)
-
-
-def every_nth_row(tree: Tree, fraction: float) -> Tree:
-    """Every (1/fraction)-th row, so that each shard of the batch keeps its share.
-
-    A slice `x[:n]` would move rows between devices.
-    """
-    stride = round(1 / fraction)
-    return jax.tree.map(lambda x: x[::stride], tree) if stride > 1 else tree
-
-
-def check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"batch_fraction={fraction} is outside (0, 1].")
-    if abs(fraction * round(1 / fraction) - 1) > 1e-2:
-        raise ValueError(
-            f"batch_fraction={fraction} is not one n-th (1, 1/2, 1/3, ...): each n-th row is taken."
-        )
-
-
-def check_groups(rows: int, batch: int, fraction: float, groups: int) -> None:
-    if rows % groups:
-        raise ValueError(
-            f"{rows} rows (of {batch}, batch_fraction={fraction}) do not divide into "
-            f"groups={groups}. Choose a number of groups that divides the rows."
-        )
-
-
 def check_params(owner: str, params: optax.Params) -> None:
     _checks.given(owner, "params", params, "Call `tx.update(grads, state, params, ...)`.")
     _checks.unmasked(owner, params)
 
 
-def across(collective: Callable, tree: Tree, axis_name: AxisName) -> Tree:
-    """A `psum` or `pmean` inside `shard_map`, nothing outside."""
-    return tree if axis_name is None else collective(tree, axis_name)
-
-
-def varying(tree: Tree, axis_name: AxisName) -> Tree:
-    """Marks a tree as differing over shards: else `grad` inside `shard_map` sums over them."""
-    if axis_name is None:
-        return tree
-    zero = 0 * jax.lax.axis_index(axis_name)
-    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that lie as what is added to them does, on explicit axes."""
+    return jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding)

@@ -18,11 +18,17 @@ from sophia_optax.transform import HessianEstimateState
 ArrayLike = jax.typing.ArrayLike
 
 _FIELDS = {
-    ClipByRatioState: {"clipped_fraction": "clipped", "floored_fraction": "floored"},
+    ClipByRatioState: {
+        "clipped_fraction": "clipped",
+        "floored_fraction": "floored",
+        "momentum_nonfinite": "nonfinite",
+    },
     HessianEstimateState: {
         "hessian_age": "age",
         "hessian_accepted": "accepted",
         "hessian_rejected": "rejected",
+        "hessian_zero_samples": "zero",
+        "hessian_zero_leaves": "zero_leaves",
     },
     TrustRegionState: {"trust_radius": "radius", "predicted_reduction": "predicted"},
 }
@@ -44,13 +50,18 @@ def diagnostics(
 
     Returns:
       A flat dict of float32 scalars. From `clip_by_ratio`, as of the last refresh:
-        clipped_fraction: share of clipped coordinates among those above the floor, 0 if none is.
+        clipped_fraction: share of clipped coordinates among those above the floor; NaN if no
+          coordinate is above it, or before the first refresh.
         win_rate: its complement (the authors advise .1 to .5).
         floored_fraction: share of all coordinates whose curvature is below the floor; they take
           a sign step, and are counted in neither of the two above.
+        momentum_nonfinite: coordinates of the momentum that are NaN or infinite.
       From `hessian_estimate`, where it is no `second_moment` beside another curvature:
         hessian_age: updates since h last took a sample; 0 where it takes one on every update.
         hessian_accepted, hessian_rejected: samples averaged, and refused as not finite.
+        hessian_zero_samples: samples averaged that were 0 in every coordinate: the estimator
+          sees no curvature at all, as with batch normalisation and a group a row.
+        hessian_zero_leaves: leaves in which the last sample was 0 everywhere.
         hessian_norm: Euclidean norm of h / mass, the bias-corrected average, whether or not the
           transformation corrects; 0 while there is no sample.
         hessian_quantile_0.5: the median of the coordinates of h / mass, and so on. Exact up to
@@ -76,9 +87,12 @@ def diagnostics(
     clipped_fraction 1.0
     win_rate 0.0
     floored_fraction 0.0
+    momentum_nonfinite 0.0
     hessian_age 0.0
     hessian_accepted 1.0
     hessian_rejected 0.0
+    hessian_zero_samples 0.0
+    hessian_zero_leaves 0.0
     hessian_norm 5.0
     hessian_quantile_0.5 2.0
     """
@@ -97,8 +111,11 @@ def _scalars(state: Any, points: tuple[float, ...] | None) -> dict[str, jax.Arra
     if isinstance(state, ClipByRatioState):
         if isinstance(state.clipped, tuple):  # statistics are off
             return {}
-        clipped = fields["clipped_fraction"]
-        return {"clipped_fraction": clipped, "win_rate": 1 - clipped} | fields
+        live = state.floored < 1
+        clipped = jnp.where(live, state.clipped, jnp.nan)
+        return {"clipped_fraction": clipped, "win_rate": 1 - clipped} | {
+            name: x for name, x in fields.items() if name != "clipped_fraction"
+        }
     if isinstance(state, HessianEstimateState) and points is not None:
         norm, values = _norm_and_quantiles(state.h, state.mass, points)
         fields["hessian_norm"] = norm

@@ -1,36 +1,44 @@
 """Gauss-Newton-Bartlett: the Gauss-Newton diagonal from labels that the model draws itself."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sophia_optax import _checks
-from sophia_optax.curvature import (
-    AxisName,
-    Estimator,
-    SharingEstimator,
-    across,
-    batch_size,
-    check_fraction,
-    check_params,
-    mean_over_samples,
-    varying,
-    widen,
-)
+from sophia_optax.curvature import Estimator, Sampler, check_params, mean_over_samples
 from sophia_optax.groups import (
     check_leads_with_rows,
-    check_stride,
     join_rows,
     mean_of_parts,
+    mean_of_two_states,
     other_rows,
     sampled_rows,
     spread,
     sum_over_groups,
     zero_unless,
 )
-from sophia_optax.likelihood import SAMPLED_LOSSES, gradient_pass, logits_pass, user_pass
+from sophia_optax.likelihood import (
+    SAMPLED_LOSSES,
+    Model,
+    check_variance,
+    gradient_pass,
+    logits_pass,
+    user_pass,
+)
+from sophia_optax.numerics import widen
+from sophia_optax.rows import batch_size, check_fraction, check_stride
+from sophia_optax.sharding import (
+    AxisName,
+    across,
+    check_named,
+    explicit_mesh,
+    mean_over_shards,
+    varying,
+)
 
+OWNER = "gauss_newton_bartlett"
 SIDE_BY_SIDE = "sophia_optax.gauss_newton_bartlett"
 """Name of the axis of groups under `jax.vmap`."""
 
@@ -43,6 +51,7 @@ def gauss_newton_bartlett(
     num_samples: int = 1,
     shards: int = 1,
     spmd_axis_name: AxisName = None,
+    variance: float = 1.0,
 ) -> Estimator:
     r"""Gauss-Newton-Bartlett estimator of the diagonal of the Gauss-Newton matrix.
 
@@ -55,8 +64,8 @@ def gauss_newton_bartlett(
 
     Args:
       likelihood: "categorical" (softmax over the last axis, which B does not count), "bernoulli"
-        (element-wise sigmoid, B counts elements), or "gaussian" (½ Σ (y-f)² over the last axis,
-        unit variance, B counts the leading elements).
+        (element-wise sigmoid, B counts elements), or "gaussian" (½ Σ (y-f)² / variance over the
+        last axis, B counts the leading elements).
       groups: number of equal sets of consecutive rows that are squared apart; needs `inputs`. The
         mean of samples of M micro-batches of equal B is one of M times as many groups.
       batch_fraction: share of the rows of `inputs` that are used: every n-th row,
@@ -68,11 +77,15 @@ def gauss_newton_bartlett(
         groups, places of the last round stay idle: fewer rows than devices are best sampled so,
         a group a row. It changes where and when the work is done, never h. Each round reduces the
         squares over devices anew, so take all groups at once where a device bears
-        `shards / devices` gradients of one layer. Inside `shard_map` it has no effect.
+        `shards / devices` gradients of one layer. Inside `shard_map`, and on explicit axes, it
+        has no effect: groups run one after the other.
       spmd_axis_name: as in `jax.vmap`: mesh axes over which the groups side by side are spread,
         those of the batch. Sharding constraints inside `logits_fn` apply to the rows of one group
         then, which lie on one device: they name no such axis (`PartitionSpec()` keeps activations
         where their rows are).
+      variance: of the noise of "gaussian", which says how the loss reduces squared errors: 1 for
+        `mean(sum(½ (y-f)², -1))`, ½ without the ½; V / 2 for `mean((y-f)²)` over all elements of
+        V outputs a row, V for `mean(optax.l2_loss(f, y))`. h is divided by it.
 
     Extra arguments of `update`:
       logits_fn: `params -> float[B, ..., V]`, or `(params, inputs)` when `inputs` is passed; of
@@ -80,7 +93,8 @@ def gauss_newton_bartlett(
       sampled_loss_fn: instead of `logits_fn`, `(params, inputs, key) -> (summed loss on labels
         drawn from the model, number of counted outputs)`, for losses that never hold all logits;
         it weighs its own outputs, each cotangent times sqrt(w).
-      inputs: pytree whose leaves lead with the batch axis.
+      inputs: pytree whose leaves lead with the batch axis. A leaf may also be a typed PRNG key of
+        shape (), for dropout: groups get keys of their own from it.
       weights: `float[B, ...]` shaped as what B counts, 1 where an output counts, 0 for padding;
         default all ones.
       row_numbers: `int32[B]`, default 0, 1, ...: the rows' numbers in a batch that is evaluated
@@ -94,13 +108,15 @@ def gauss_newton_bartlett(
       drawn (a `sampled_loss_fn` gets a key for each group instead, by its first number). Under
       `axis_name` each shard groups its own rows and draws apart, and squares and B are summed over
       the shards. If nothing is counted (B = 0) the sample is not finite and `hessian_estimate`
-      rejects it. On a mesh with explicit axes, wrap the call in `jax.sharding.auto_axes`.
+      rejects it. Batch normalisation by the statistics of a group needs groups of many rows: of a
+        single row it normalises to 0, and h is 0 (docs/recipes.md).
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
         `batch_fraction` without `inputs`; rows that do not divide into groups; `weights` or
-        `row_numbers` of a wrong shape; params are masked; `shards` that do not divide the rows of a
-        gradient taken with the sample, where `spmd_axis_name` spreads them.
+        `row_numbers` of a wrong shape; params are masked; one class, whose softmax is always 1; an
+        axis of a `shard_map` that splits the batch and is not named; `shards` that do not divide
+        the rows of a gradient taken with the sample, where `spmd_axis_name` spreads them.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 2, extended to groups and weights.
 
@@ -113,6 +129,7 @@ def gauss_newton_bartlett(
     [1.9]
     """
     _checks.one_of("likelihood", likelihood, tuple(SAMPLED_LOSSES))
+    check_variance(likelihood, variance)
     for name, value in (("groups", groups), ("num_samples", num_samples), ("shards", shards)):
         _checks.positive_integer(name, value)
     check_fraction(batch_fraction)
@@ -130,14 +147,15 @@ def gauss_newton_bartlett(
             check_leads_with_rows(aux, batch_size(rows), groups, batch_fraction)
 
     def differentiate(key, params, forward, rows, axis_name):
-        """(sums over groups of `Pass.true`, auxiliary output, h)."""
-        if axis_name is not None:
+        """(sums over groups of `Pass.true`, (auxiliary output, state), h)."""
+        if axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        side_by_side = shards if axis_name is None else 1
+        # JAX gives vmap no way to spread groups over explicit axes.
+        side_by_side = 1 if axis_name or explicit_mesh(rows) else shards
         beside = SIDE_BY_SIDE if side_by_side > 1 else None
 
         def group(rows, counts):
-            draw, true, aux = forward(params, rows)
+            draw, true, aux, state = forward(params, rows)
             check_aux(aux, rows)
 
             def add_up(tree):
@@ -147,15 +165,16 @@ def gauss_newton_bartlett(
                 s, count = draw(key)
                 return add_up((jax.tree.map(lambda s: jnp.square(widen(s)), s), count))
 
-            return (add_up(true), mean_over_samples(square, key, num_samples, axis_name)), aux
+            sums = add_up(true), mean_over_samples(square, key, num_samples, axis_name)
+            return sums, (aux, state)
 
         if side_by_side > 1:
             group = jax.vmap(
                 group, out_axes=(None, 0), axis_name=beside, spmd_axis_name=spmd_axis_name
             )
-        (true, squared), aux = sum_over_groups(group, rows, groups, side_by_side, axis_name)
+        (true, squared), beside_them = sum_over_groups(group, rows, groups, side_by_side, axis_name)
         squares, count = across(jax.lax.psum, squared, axis_name)
-        return true, aux, jax.tree.map(lambda s: s / count.astype(s.dtype), squares)
+        return true, beside_them, jax.tree.map(lambda s: s / count.astype(s.dtype), squares)
 
     def estimator(
         key,
@@ -172,10 +191,11 @@ def gauss_newton_bartlett(
     ):
         del updates, unused
         check_params("gauss_newton_bartlett", params)
+        named = functools.partial(check_named, OWNER, params=params, axis_name=axis_name)
         if sampled_loss_fn is None:
-            forward = logits_pass(likelihood, logits_fn)
+            forward = logits_pass(Model(likelihood, logits_fn, named, variance))
         else:
-            forward = user_pass(sampled_loss_fn, weights)
+            forward = user_pass(sampled_loss_fn, weights, named)
         rows = sampled_rows(inputs, weights, row_numbers, groups, batch_fraction)
         return differentiate(key, varying(params, axis_name), forward, rows, axis_name)[2]
 
@@ -184,6 +204,7 @@ def gauss_newton_bartlett(
         params,
         *,
         has_aux,
+        has_state,
         loss_fn=None,
         logits_fn=None,
         sampled_loss_fn=None,
@@ -196,36 +217,41 @@ def gauss_newton_bartlett(
         del unused
         check_params("gauss_newton_bartlett", params)
         _check_loss_fn(loss_fn, sampled_loss_fn)
-        forward = logits_pass(likelihood, logits_fn, loss_fn, has_aux)
+        named = functools.partial(check_named, OWNER, params=params, axis_name=axis_name)
+        model = Model(likelihood, logits_fn, named, variance, has_state, loss_fn, has_aux)
         rows = sampled_rows(inputs, weights, row_numbers, groups, batch_fraction)
         here = varying(params, axis_name)
-        over_all = logits_fn
-        if spmd_axis_name is not None and axis_name is None:
-            over_all = spread(logits_fn, shards, spmd_axis_name)
-        plain = gradient_pass(likelihood, over_all, loss_fn, has_aux)
-        if groups % shards and axis_name is None:
+        over_all = model
+        if spmd_axis_name is not None and not axis_name:
+            over_all = model._replace(logits_fn=spread(logits_fn, shards, spmd_axis_name))
+        plain = gradient_pass(over_all)
+        if groups % shards and not axis_name:
             # The rows that a shared pass leaves need not divide over the places.
             check_stride(batch_size((inputs, weights)), stride)
-            true, aux = plain(here, (inputs, weights, row_numbers))
+            true, (aux, model_state) = plain(here, (inputs, weights, row_numbers))
             check_aux(aux, (inputs, weights))
-            sampled = logits_pass(likelihood, logits_fn)
+            sampled = logits_pass(model._replace(loss_fn=None))
             h = differentiate(key, here, sampled, rows, axis_name)[2]
         else:
-            true, aux, h = differentiate(key, here, forward, rows, axis_name)
+            true, (aux, model_state), h = differentiate(
+                key, here, logits_pass(model), rows, axis_name
+            )
             if stride > 1:
                 rest = other_rows(inputs, weights, row_numbers, stride)
-                others, other_aux = plain(here, rest)
+                others, (other_aux, other_state) = plain(here, rest)
                 check_aux(other_aux, rest)
                 true = mean_of_parts(true, others, groups, stride)
                 aux = join_rows(aux, other_aux, batch_size(rows))
+                model_state = mean_of_two_states(model_state, other_state, stride)
         loss, weight, gradient = across(jax.lax.psum, true, axis_name)
 
         def mean(g, p):
             return (g / weight.astype(g.dtype)).astype(p.dtype)
 
-        return (loss / weight, aux), jax.tree.map(mean, gradient, params), h
+        beside = (aux, mean_over_shards(model_state, axis_name))
+        return (loss / weight, *beside), jax.tree.map(mean, gradient, params), h
 
-    return SharingEstimator(estimator, with_gradient)
+    return Sampler(OWNER, estimator, with_gradient)
 
 
 def _check_loss_fn(loss_fn: Any, sampled_loss_fn: Any) -> None:

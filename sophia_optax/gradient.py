@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import Estimator, widen
+from sophia_optax.curvature import Estimator, Sampler
+from sophia_optax.numerics import widen
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -33,7 +34,7 @@ def squared_gradient(*, scale: float = 1.0) -> Estimator:
         del key, params, unused
         return jax.tree.map(lambda g: scale * jnp.square(widen(g)), updates)
 
-    return estimator
+    return Sampler("squared_gradient", estimator)
 
 
 def gradient_magnitude() -> Estimator:
@@ -56,7 +57,7 @@ def gradient_magnitude() -> Estimator:
         del key, params, unused
         return jax.tree.map(lambda g: jnp.abs(widen(g)), updates)
 
-    return estimator
+    return Sampler("gradient_magnitude", estimator)
 
 
 def weighted_squared_gradient(*, max_norm: ArrayLike | None = None) -> Estimator:
@@ -94,7 +95,7 @@ def weighted_squared_gradient(*, max_norm: ArrayLike | None = None) -> Estimator
         # Not g² times it: shared with the norm, g² would be written to memory.
         return jax.tree.map(lambda g: g * (g * weight.astype(g.dtype)), updates)
 
-    return estimator
+    return Sampler("weighted_squared_gradient", estimator)
 
 
 def bounded(updates: optax.Updates, max_norm: ArrayLike | None) -> tuple[optax.Updates, jax.Array]:

@@ -7,16 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.curvature import (
-    AxisName,
-    Tree,
+from sophia_optax.curvature import sum_over
+from sophia_optax.linear import LinearLogits
+from sophia_optax.rows import (
     batch_size,
     check_groups,
+    check_stride,
     every_nth_row,
+    every_other_row,
+    is_key,
     numbers_of,
-    sum_over,
+    row_axes,
 )
-from sophia_optax.linear import LinearLogits
+from sophia_optax.sharding import AxisName, Spec, Tree, spec_of, with_auto_axes
 
 
 def sampled_rows(
@@ -42,20 +45,7 @@ def other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tup
     """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
     number = batch_size((inputs, weights))
     check_stride(number, stride)
-    return jax.tree.map(
-        lambda x: x.reshape(-1, stride, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:]),
-        (inputs, weights, numbers_of(row_numbers, number)),
-    )
-
-
-def check_stride(number: int, stride: int) -> None:
-    """Raises ValueError where every `stride`-th of so many rows leaves no whole number."""
-    if number % stride:
-        raise ValueError(
-            f"batch_fraction=1/{stride} does not divide the {number} rows of `inputs`, which "
-            "value_grad_and_hessian needs to put the rows in order again. Choose a fraction that "
-            "divides them, or call `jax.value_and_grad` and let `update` take the sample."
-        )
+    return every_other_row((inputs, weights, numbers_of(row_numbers, number)), stride)
 
 
 def mean_of_parts(true: Tree, others: Tree, groups: int, stride: int) -> Tree:
@@ -71,7 +61,31 @@ def join_rows(aux: Tree, others: Tree, number: int) -> Tree:
         parts = x.reshape(number, 1, *x.shape[1:]), other.reshape(number, -1, *x.shape[1:])
         return jnp.concatenate(parts, 1).reshape(-1, *x.shape[1:])
 
-    return jax.tree.map(join, aux, others)
+    def joined(x, other):
+        return with_auto_axes(join, x, other, specs=spec_of(other))
+
+    return jax.tree.map(joined, aux, others)
+
+
+def mean_of_states(states: Tree) -> Tree:
+    """[G, ...] to [...]: the mean of real numbers over groups, of anything else the first.
+
+    Running averages all start from one state, so their mean is the average of the whole batch.
+    """
+
+    def mean(x):
+        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+
+    return jax.tree.map(mean, states)
+
+
+def mean_of_two_states(state: Tree, other: Tree, stride: int) -> Tree:
+    """Of the sub-batch, one row in `stride`, and of the other rows."""
+
+    def mean(x, y):
+        return x / stride + y * (1 - 1 / stride) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return jax.tree.map(mean, state, other)
 
 
 def spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
@@ -117,13 +131,13 @@ def zero_unless(condition: jax.Array | None, tree: Tree) -> Tree:
 
 
 def sum_over_groups(
-    function: Callable[[Tree, jax.Array | None], tuple[Tree, Tree]],
+    function: Callable[[Tree, jax.Array | None], tuple[Tree, tuple[Tree, Tree]]],
     rows: Tree,
     groups: int,
     shards: int,
     axis_name: AxisName,
-) -> tuple[Tree, Tree]:
-    """(sums, outputs by row); `function` takes the rows of a group, or of `shards` of them.
+) -> tuple[Tree, tuple[Tree, Tree]]:
+    """(sums, (outputs by row, state)); `function` takes rows of one group, or of `shards` of them.
 
     Groups that only fill the last round are told that they do not count, and must give no output
     by row. The scan is outside: inside a shard its sums would be of the size of all parameters,
@@ -131,6 +145,15 @@ def sum_over_groups(
     """
     if groups == shards == 1:
         return function(rows, None)
+    cuts = _rounds(rows, groups, shards)
+    sums, (aux, states) = sum_over(lambda cuts: function(*cuts), cuts, axis_name)
+    if shards > 1:
+        states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+    return sums, (jax.tree.map(lambda x: _joined(x, shards), aux), mean_of_states(states))
+
+
+def _rounds(rows: Tree, groups: int, shards: int) -> tuple[Tree, jax.Array | None]:
+    """([rounds, shards, rows of a group, ...] or without the second axis, which places count)."""
     rounds = -(-groups // shards)
     places = jnp.arange(rounds * shards).reshape(shards, rounds).T
 
@@ -139,13 +162,36 @@ def sum_over_groups(
         x = x.reshape(shards, rounds, *x.shape[1:]).swapaxes(0, 1)
         return x if shards > 1 else x[:, 0]
 
+    def key(x):
+        keys = jax.random.split(x, rounds * shards)
+        return keys.reshape(rounds, shards) if shards > 1 else keys
+
+    lead = row_axes(rows)
+
+    def spec(x):
+        if is_key(x):
+            return Spec((None, lead)) if shards > 1 else Spec()
+        rest = spec_of(x)[1:]
+        return Spec((None, lead, None, *rest) if shards > 1 else (None, lead, *rest))
+
+    def all_cut(rows):
+        counts = places < groups if groups % shards else None
+        return jax.tree.map(lambda x: key(x) if is_key(x) else cut(x), rows), counts
+
+    counts = Spec((None, lead)) if groups % shards else None
+    return with_auto_axes(all_cut, rows, specs=(jax.tree.map(spec, rows), counts))
+
+
+def _joined(x: jax.Array, shards: int) -> jax.Array:
+    """What `_rounds` cut, by rows again."""
+
     def join(x):
         x = x if shards > 1 else x[:, None]
         return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
-    cuts = jax.tree.map(cut, rows), places < groups if groups % shards else None
-    sums, aux = sum_over(lambda cuts: function(*cuts), cuts, axis_name)
-    return sums, jax.tree.map(join, aux)
+    _, first, *rest = spec_of(x)
+    spec = (first or rest[0], *rest[1:]) if shards > 1 else (first, *rest)
+    return with_auto_axes(join, x, specs=Spec(spec))
 
 
 def check_leads_with_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:

@@ -8,22 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import (
-    Estimator,
-    SharingEstimator,
-    Tree,
-    across,
+from sophia_optax.curvature import Estimator, Sampler, check_params, mean_over_samples, sum_over
+from sophia_optax.numerics import widen
+from sophia_optax.rows import (
     batch_size,
     check_fraction,
     check_groups,
-    check_params,
     every_nth_row,
-    mean_over_samples,
+    in_sets,
     numbers_of,
-    sum_over,
-    varying,
-    widen,
 )
+from sophia_optax.sharding import AxisName, Tree, across, check_named, varying
 
 
 def hutchinson(
@@ -62,7 +57,8 @@ def hutchinson(
       obj_fn: `params -> scalar`, the mean loss of this step's batch and nothing else;
         `(params, inputs) -> scalar` when `inputs` is passed.
       inputs: pytree whose leaves lead with the batch axis; needed if `batch_fraction` < 1 or
-        `groups` > 1.
+        `groups` > 1. A leaf may also be a typed PRNG key of shape (), for dropout: sets get keys of
+        their own from it.
       row_numbers: `int32[B]`, default 0, 1, ...: the rows' numbers in a batch that is evaluated
         in parts, each with the same key. The mean of the samples of K equal micro-batches, the
         i-th of rows i, i + K, ..., each in G / K sets, is then the sample of the whole batch in G
@@ -130,14 +126,14 @@ def hutchinson(
             return jnp.where(number > 0, jax.random.fold_in(key, number), key)
 
         if groups == 1:
-            gradient = _gradient(obj_fn, params, inputs, batch_fraction, has_aux)
+            gradient = _gradient(obj_fn, params, inputs, batch_fraction, axis_name, has_aux)
             here = key if row_numbers is None else key_of(jnp.asarray(row_numbers))
             grads, value, h = differentiate(gradient, here, params, axis_name)
             return (grads, value), h
 
         def of_group(x):
             rows, numbers = x
-            gradient = _gradient(obj_fn, params, rows, 1, has_aux)
+            gradient = _gradient(obj_fn, params, rows, 1, axis_name, has_aux)
             return differentiate(gradient, key_of(numbers), params, axis_name)[2], None
 
         total, _ = sum_over(of_group, _every_nth_set(inputs, row_numbers, groups, batch_fraction))
@@ -162,6 +158,7 @@ def hutchinson(
         params,
         *,
         has_aux,
+        has_state,
         obj_fn=None,
         inputs=None,
         row_numbers=None,
@@ -169,16 +166,22 @@ def hutchinson(
         **unused,
     ):
         del unused
+        if has_state:
+            raise TypeError(
+                "has_state belongs to gauss_newton_bartlett, whose `logits_fn` has no other place "
+                "for it. With hutchinson return the new state as the auxiliary output of `obj_fn`: "
+                "has_aux=True."
+            )
         whole, h = sampled(key, params, obj_fn, inputs, row_numbers, axis_name, has_aux)
         if whole is None or round(1 / batch_fraction) > 1:
             # Means of parts do not combine: `obj_fn` may weigh its rows.
-            gradient = _gradient(obj_fn, params, inputs, 1, has_aux)
+            gradient = _gradient(obj_fn, params, inputs, 1, axis_name, has_aux)
             whole = gradient(varying(params, axis_name))
         grads, (loss, aux) = whole
         loss, grads = across(jax.lax.pmean, (loss, grads), axis_name)
-        return (loss, aux), grads, h
+        return (loss, aux, None), grads, h
 
-    return SharingEstimator(estimator, with_gradient)
+    return Sampler("hutchinson", estimator, with_gradient)
 
 
 def _linearize(mode: str, gradient: Callable, params: Tree) -> tuple[Tree, Callable, Any]:
@@ -201,11 +204,16 @@ def _every_nth_set(
     number = batch_size(inputs)
     rows = every_nth_row((inputs, numbers_of(row_numbers, number)), fraction)
     check_groups(len(rows[1]), number, fraction, groups)
-    return jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), rows)
+    return in_sets(rows, groups)
 
 
 def _gradient(
-    obj_fn: Any, params: Tree, inputs: Tree, fraction: float, has_aux: bool = False
+    obj_fn: Any,
+    params: Tree,
+    inputs: Tree,
+    fraction: float,
+    axis_name: AxisName,
+    has_aux: bool = False,
 ) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Tree]]]:
     """`params -> (gradient, (loss, aux))` on a share of the rows."""
     _checks.given(
@@ -216,7 +224,8 @@ def _gradient(
     )
     check_params("hutchinson", params)
     objective = _bind_inputs(obj_fn, inputs, fraction)
-    _check_scalar(objective, params, has_aux)
+    loss = _check_scalar(objective, params, has_aux)
+    check_named("hutchinson", loss, params, axis_name)
 
     def gradient(params):
         value, grads = jax.value_and_grad(objective, has_aux=has_aux)(params)
@@ -225,12 +234,13 @@ def _gradient(
     return gradient
 
 
-def _check_scalar(objective: Callable[[Tree], Any], params: optax.Params, has_aux: bool) -> None:
+def _check_scalar(objective: Callable[[Tree], Any], params: optax.Params, has_aux: bool) -> Any:
+    """The type of the loss."""
     loss = out = jax.eval_shape(objective, params)
     if has_aux:
         loss = out[0] if isinstance(out, tuple) and len(out) == 2 else None
     if isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == ():
-        return
+        return loss
     shapes = jax.tree.map(lambda x: x.shape, out)
     if has_aux:
         raise TypeError(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.curvature import widen
+from sophia_optax.numerics import widen
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -47,7 +47,7 @@ def inverse_square_root(C: jax.Array, ridge: ArrayLike) -> jax.Array:
 
 def normalised_root(C: jax.Array, ridge: jax.Array, scale: jax.Array) -> jax.Array:
     """((C + ridge I) / scale)^(-1/2), for eigenvalues in [ridge / scale, 1]."""
-    eye = jnp.eye(C.shape[-1], dtype=C.dtype)
+    eye = identity_like(C)
 
     def step(_, carry):
         Y, Z, l = carry
@@ -56,8 +56,13 @@ def normalised_root(C: jax.Array, ridge: jax.Array, scale: jax.Array) -> jax.Arr
         return matmul(Y, T), matmul(T, Z), _lift(l, rho)
 
     Y = (C + ridge * eye) / scale
-    carry = (Y, jnp.zeros_like(Y) + eye, jnp.sqrt(ridge / scale))
+    carry = (Y, eye, jnp.sqrt(ridge / scale))
     return jax.lax.fori_loop(0, _steps(C.shape[-1], C.dtype), step, carry)[1]
+
+
+def identity_like(C: jax.Array) -> jax.Array:
+    """[..., b, b] identities; the sum with zeros lies on a mesh as C does."""
+    return jnp.zeros_like(C) + jnp.broadcast_to(jnp.eye(C.shape[-1], dtype=C.dtype), C.shape)
 
 
 def _rho(l: Any, sqrt: Callable[[Any], Any]) -> Any:

@@ -10,13 +10,30 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import Tree, accumulation_dtype, widen
 from sophia_optax.linear import LinearLogits, check_factors, gradient_by_chunk
+from sophia_optax.numerics import accumulation_dtype, widen
+from sophia_optax.sharding import Spec, Tree, spec_of, with_auto_axes
 
 Outputs = jax.Array | LinearLogits
 
 BLOCK = 128
 """Classes in a block of `sample_categorical`; vocabularies are padded to multiples of it."""
+
+
+class Model(NamedTuple):
+    """What is evaluated on a group of rows."""
+
+    likelihood: str
+    logits_fn: Any
+    named: Callable[[Any], None]
+    """Refuses outputs that differ over an axis that is not named."""
+    variance: float = 1.0
+    has_state: bool = False
+    """`logits_fn` returns (outputs, new state of the model)."""
+    loss_fn: Any = None
+    """The true loss of each output, if it is wanted."""
+    has_aux: bool = False
+    """`loss_fn` returns (losses, auxiliary output)."""
 
 
 class Pass(NamedTuple):
@@ -27,9 +44,22 @@ class Pass(NamedTuple):
     true: tuple[jax.Array, jax.Array, Tree] | None = None
     """(mean of w l, mean of w, gradient of the first), on true labels."""
     aux: Tree = None
+    state: Tree = None
+    """The model's new state."""
 
 
-def user_pass(sampled_loss_fn: Callable, weights: Any) -> Callable[[Tree, Tree], Pass]:
+def check_variance(likelihood: str, variance: Any) -> None:
+    """Refuses a variance that is not above 0, or that the likelihood has no use for."""
+    _checks.positive("variance", variance)
+    if likelihood != "gaussian" and not (isinstance(variance, int | float) and variance == 1):
+        raise ValueError(
+            f"variance={variance} belongs to likelihood='gaussian', not {likelihood!r}."
+        )
+
+
+def user_pass(
+    sampled_loss_fn: Callable, weights: Any, named: Callable[[Any], None]
+) -> Callable[[Tree, Tree], Pass]:
     """`(params, (inputs, weights, row numbers)) -> Pass` where the user draws the labels."""
     if weights is not None:
         raise ValueError(
@@ -39,6 +69,7 @@ def user_pass(sampled_loss_fn: Callable, weights: Any) -> Callable[[Tree, Tree],
 
     def loss(params, inputs, key):
         loss, count = sampled_loss_fn(params, inputs, key)
+        named(loss)
         return loss, jnp.asarray(count, jnp.float32)
 
     def forward(params, rows):
@@ -53,75 +84,97 @@ def user_pass(sampled_loss_fn: Callable, weights: Any) -> Callable[[Tree, Tree],
     return forward
 
 
-def logits_pass(
-    likelihood: str, logits_fn: Any, loss_fn: Any = None, has_aux: bool = False
-) -> Callable[[Tree, Tree], Pass]:
+def logits_pass(model: Model) -> Callable[[Tree, Tree], Pass]:
     """`(params, (inputs, weights, row numbers)) -> Pass`; `true` needs a `loss_fn`."""
     _checks.given(
         "gauss_newton_bartlett",
         "logits_fn",
-        logits_fn,
+        model.logits_fn,
         "Pass `logits_fn=lambda params: model(params, batch)`, the outputs before the loss "
         "(or `sampled_loss_fn`).",
     )
 
     def forward(params, rows):
         inputs, weights, numbers = rows
-        outputs, pullback = jax.vjp(_outputs_of(likelihood, logits_fn, inputs, numbers), params)
-
-        def sampled_loss(outputs, keys):
-            losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, widen(outputs))
-            roots, count = _roots(weights, losses.shape, losses.dtype)
-            return jnp.sum(roots * losses), count
+        outputs_of = _outputs_of(model, inputs, numbers)
+        outputs, pullback, state = jax.vjp(outputs_of, params, has_aux=True)
 
         def draw(key):
             rows = jnp.arange(outputs.shape[0]) if numbers is None else numbers
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-            if isinstance(outputs, LinearLogits):
-                cotangent, count = _gradient_by_chunk(keys, outputs, weights)
-            else:
-                cotangent, count = jax.grad(sampled_loss, has_aux=True)(outputs, keys)
+            specs = jax.tree.map(spec_of, outputs), Spec()
+            cotangent_of = functools.partial(_cotangent, model.likelihood, model.variance)
+            cotangent, count = with_auto_axes(
+                cotangent_of, key, rows, outputs, weights, specs=specs
+            )
             return pullback(cotangent)[0], count
 
-        if loss_fn is None:
+        if model.loss_fn is None:
             return Pass(draw)
 
-        true_loss = _true_loss(loss_fn, inputs, weights, has_aux)
+        true_loss = _true_loss(model.loss_fn, inputs, weights, model.has_aux)
         (loss, (weight, aux)), cotangent = jax.value_and_grad(true_loss, has_aux=True)(outputs)
         gradient = jax.tree.map(widen, pullback(cotangent)[0])
-        return Pass(draw, (loss, weight, gradient), aux)
+        return Pass(draw, (loss, weight, gradient), aux, state)
 
     return forward
 
 
+def _cotangent(
+    likelihood: str, variance: float, key: jax.Array, rows: jax.Array, outputs: Any, weights: Any
+) -> tuple[Any, jax.Array]:
+    """(gradient of Σ sqrt(w) l, Σ w) on labels that are functions of the key and the row."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+    if isinstance(outputs, LinearLogits):
+        return _gradient_by_chunk(keys, outputs, weights)
+
+    def sampled_loss(outputs):
+        losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, widen(outputs))
+        roots, count = _roots(weights, losses.shape, losses.dtype)
+        # A unit normal residual over sqrt(variance) is the gradient, whatever the variance.
+        return jnp.sum(roots * losses) / math.sqrt(variance), count
+
+    return jax.grad(sampled_loss, has_aux=True)(outputs)
+
+
 def gradient_pass(
-    likelihood: str, logits_fn: Any, loss_fn: Any, has_aux: bool
-) -> Callable[[Tree, Tree], tuple[tuple[jax.Array, jax.Array, Tree], Tree]]:
-    """`(params, (inputs, weights, row numbers)) -> (true, aux)` of `Pass`, sampling nothing."""
+    model: Model,
+) -> Callable[[Tree, Tree], tuple[tuple[jax.Array, jax.Array, Tree], tuple[Tree, Tree]]]:
+    """`(params, (inputs, weights, row numbers)) -> (true, (aux, state))`, sampling nothing."""
 
     def forward(params, rows):
         inputs, weights, numbers = rows
-        outputs_of = _outputs_of(likelihood, logits_fn, inputs, numbers)
-        true_loss = _true_loss(loss_fn, inputs, weights, has_aux)
-        value, gradient = jax.value_and_grad(lambda p: true_loss(outputs_of(p)), has_aux=True)(
-            params
-        )
-        loss, (weight, aux) = value
-        return (loss, weight, jax.tree.map(widen, gradient)), aux
+        outputs_of = _outputs_of(model, inputs, numbers)
+        true_loss = _true_loss(model.loss_fn, inputs, weights, model.has_aux)
+
+        def loss(params):
+            outputs, state = outputs_of(params)
+            loss, (weight, aux) = true_loss(outputs)
+            return loss, (weight, aux, state)
+
+        (loss, (weight, aux, state)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return (loss, weight, jax.tree.map(widen, gradient)), (aux, state)
 
     return forward
 
 
 def _outputs_of(
-    likelihood: str, logits_fn: Callable, inputs: Tree, numbers: jax.Array | None
-) -> Callable[[Tree], Outputs]:
-    """`params -> outputs`, of the form that the likelihood has."""
+    model: Model, inputs: Tree, numbers: jax.Array | None
+) -> Callable[[Tree], tuple[Outputs, Tree]]:
+    """`params -> (outputs, state)`, of the form that the likelihood has."""
     arguments = () if inputs is None else (inputs,)
 
     def outputs_of(params):
-        outputs = logits_fn(params, *arguments)
-        _check_outputs(outputs, likelihood, numbers)
-        return outputs
+        result, state = model.logits_fn(params, *arguments), None
+        if model.has_state:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise ValueError(
+                    "with has_state=True `logits_fn` must return (outputs, state), but it returned "
+                    f"{jax.tree.map(jnp.shape, result)}."
+                )
+            result, state = result
+        _check_outputs(result, model.likelihood, numbers)
+        model.named(result)
+        return result, state
 
     return outputs_of
 
@@ -152,12 +205,28 @@ def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> 
         check_factors(outputs)
     rows = "B" if numbers is None else len(numbers)
     shapes = outputs.shape if linear else jax.tree.map(jnp.shape, outputs)
-    array = linear or (isinstance(outputs, jax.Array) and outputs.ndim >= rank)
-    if not array or rows not in ("B", shapes[0]):
+    array = linear or isinstance(outputs, jax.Array)
+    if not array or not shapes or rows not in ("B", shapes[0]):
         raise ValueError(
             f"`logits_fn` must return one array, float[{rows}, ..., V] with the rows of `inputs` "
-            f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart."
+            f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart. "
+            "(`value_grad_and_hessian(estimator, has_state=True)` takes a new state beside it.)"
         )
+    if len(shapes) < rank or (likelihood == "categorical" and shapes[-1] == 1):
+        raise ValueError(_WITHOUT_CLASSES[likelihood].format(shapes))
+
+
+_ONE_LOGIT = (
+    "`logits_fn` returned {}, one logit a row: a softmax over a single class is always 1, and its "
+    "curvature 0. For two classes by one logit pass "
+    '`gauss_newton_bartlett(likelihood="bernoulli")`; for a regression likelihood="gaussian".'
+)
+_WITHOUT_CLASSES = {
+    "categorical": _ONE_LOGIT,
+    "gaussian": "`logits_fn` returned {}, but 'gaussian' sums over the last axis, the outputs of a "
+    "row. For one output a row return `outputs[:, None]`.",
+    "bernoulli": "`logits_fn` returned {}, which has no batch axis. Return float[B, ...].",
+}
 
 
 def _losses(result: Any, rows: int, weights: Any, has_aux: bool) -> tuple[jax.Array, Tree]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import accumulation_dtype, widen
+from sophia_optax.numerics import accumulation_dtype, widen
+from sophia_optax.sharding import varying_like
 
 
 @jax.tree_util.register_dataclass
@@ -120,7 +121,7 @@ def gradient_by_chunk(
     """
     check_factors(logits)
     whole = _whole(logits)
-    zeros = jax.tree.map(lambda x: _varying_like(jnp.zeros_like(x), logits.features), whole)
+    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros_like(x), logits.features), whole)
 
     def add(total, x):
         features, *at = x
@@ -141,7 +142,7 @@ def _whole(logits: LinearLogits) -> tuple[jax.Array, jax.Array | None]:
     the loop the shards of a `shard_map` would add up their gradients chunk by chunk.
     """
     factors = logits.matrix, logits.bias
-    return jax.tree.map(lambda x: _varying_like(widen(x), logits.features), factors)
+    return jax.tree.map(lambda x: varying_like(widen(x), logits.features), factors)
 
 
 def _sizes(logits: LinearLogits) -> tuple[int, int]:
@@ -182,15 +183,3 @@ def _product(features: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> 
         preferred_element_type=accumulation_dtype(features),
     )
     return logits if bias is None else logits + bias.astype(logits.dtype)
-
-
-def _varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Marked as differing over the axes of an enclosing `shard_map` over which `like` differs."""
-    axes = tuple(_varies_over(like) - _varies_over(x))
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-def _varies_over(x: jax.Array) -> frozenset[Any]:
-    """Axes of an enclosing `shard_map`; jax has spelt it in two ways."""
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import accumulation_dtype, widen
 from sophia_optax.gradient import squared_gradient
+from sophia_optax.holes import none_left_alone
+from sophia_optax.numerics import accumulation_dtype, widen, widest
 from sophia_optax.ratio import inner_product
-from sophia_optax.transform import check_dtype, hessian_estimate, round_to, widest
+from sophia_optax.transform import hessian_estimate, round_to
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -36,7 +37,8 @@ def first_moment(
       A transformation with the state of `optax.ema`. Its output is float32 at least.
 
     Raises:
-      ValueError: `decay` is out of range.
+      ValueError: `decay` is out of range; `dtype` cannot hold an average; at `init` `decay` is 1 in
+        the dtype of a leaf.
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
 
@@ -47,8 +49,14 @@ def first_moment(
     [1. 2.] [0.5 1]
     """
     _checks.decays(decay=decay)
+    _checks.momentum_dtype("dtype", dtype)
     ema = optax.ema(decay, debias=False, accumulator_dtype=dtype)  # for its state
 
+    def init(params):
+        _checks.decays_in_leaves(params, decay=decay)
+        return ema.init(params)
+
+    @none_left_alone
     def update(updates, state, params=None):
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -56,7 +64,7 @@ def first_moment(
         def average(g, m):
             wide = accumulation_dtype(g)
             new, old = jnp.asarray(1 - decay, wide), jnp.asarray(decay, wide)
-            return (new * g.astype(wide) + old * m.astype(wide)).astype(m.dtype)
+            return (new * jnp.asarray(g, wide) + old * m.astype(wide)).astype(m.dtype)
 
         def corrected(g, m):
             wide = accumulation_dtype(g)
@@ -66,7 +74,7 @@ def first_moment(
         m = jax.tree.map(average, updates, state.ema)
         return jax.tree.map(corrected, updates, m), optax.EmaState(count, m)
 
-    return optax.GradientTransformation(ema.init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def second_moment(
@@ -162,14 +170,16 @@ def centered_second_moment(
     [1.] 1.0
     """
     _checks.decays(b1=b1, b2=b2)
-    _checks.in_range("eps", eps, 0, float("inf"))
-    check_dtype(dtype)
+    _checks.in_range("eps", eps, 0, float("inf"), open_high=True)
+    _checks.curvature_dtype("dtype", dtype)
     _checks.nonzero("b1", b1, "The momentum before this update cannot be told without any.")
 
     def init(params):
         def start(x):
             return jnp.full_like(x, eps, dtype=dtype or accumulation_dtype(x))
 
+        _checks.real_leaves("centered_second_moment", params)
+        _checks.decays_in_leaves(params, b1=b1, b2=b2)
         return CenteredMomentState(jnp.zeros([], jnp.int32), jax.tree.map(start, params))
 
     def update(updates, state, params=None, *, momentum=None, **unused):
@@ -190,7 +200,7 @@ def centered_second_moment(
 
         def average(nu, g, m):
             wide = accumulation_dtype(nu)
-            gap = jnp.square(g.astype(wide) - m.astype(wide))
+            gap = jnp.square(jnp.asarray(g, wide) - m.astype(wide))
             return decay2.astype(wide) * nu.astype(wide) + weight.astype(wide) * gap
 
         nu = jax.tree.map(average, state.nu, updates, momentum)

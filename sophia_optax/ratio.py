@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import widen
-from sophia_optax.transform import refresh_due, widest
+from sophia_optax.curvature import check_denominator
+from sophia_optax.holes import none_left_alone
+from sophia_optax.numerics import cast_to_step, widen, widest
+from sophia_optax.sharding import parts_of
+from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
 Denominator = Callable[[jax.Array, jax.Array], jax.Array]
@@ -38,8 +41,8 @@ def floor(gamma: ArrayLike, eps: ArrayLike = 1e-12) -> Denominator:
     >>> print(floor(.5, .25)(jnp.array([4., 0., -4.])))
     [2.   0.25 0.25]
     """
-    _checks.in_range("gamma", gamma, 0, float("inf"))
-    _checks.in_range("eps", eps, 0, float("inf"))
+    _checks.in_range("gamma", gamma, 0, float("inf"), open_high=True)
+    _checks.in_range("eps", eps, 0, float("inf"), open_high=True)
 
     def denominator(h, v=None):
         del v
@@ -67,8 +70,8 @@ def shift(eps: ArrayLike, rho: ArrayLike = 1.0) -> Denominator:
     >>> print(shift(.5)(jnp.array([2., 0.])))
     [2.5 0.5]
     """
-    _checks.in_range("rho", rho, 0, float("inf"))
-    _checks.in_range("eps", eps, 0, float("inf"))
+    _checks.in_range("rho", rho, 0, float("inf"), open_high=True)
+    _checks.in_range("eps", eps, 0, float("inf"), open_high=True)
 
     def denominator(h, v=None):
         del v
@@ -99,8 +102,8 @@ def rms_floor(gamma: ArrayLike = 1.0, eps: ArrayLike = 1e-8) -> Denominator:
     >>> print(rms_floor(.5, .25)(jnp.array([8., 2., -4.]), jnp.array([4., 4., 4.])))
     [4.25 2.25 2.25]
     """
-    _checks.in_range("gamma", gamma, 0, float("inf"))
-    _checks.in_range("eps", eps, 0, float("inf"))
+    _checks.in_range("gamma", gamma, 0, float("inf"), open_high=True)
+    _checks.in_range("eps", eps, 0, float("inf"), open_high=True)
 
     def denominator(h, v):
         largest = jnp.maximum(jnp.asarray(gamma, h.dtype) * h, jnp.sqrt(v).astype(h.dtype))
@@ -130,7 +133,8 @@ class ClipByRatioState(NamedTuple):
     linear: jax.Array  # float32 (): Σ m u, the first-order gain of a step u, if a radius was given
     quadratic: jax.Array  # float32 (): Σ h u², its curvature
     clipped: Any  # float32 (): share of clipped coordinates among those above the floor
-    floored: Any  # float32 (): share of coordinates at the floor, of all
+    floored: Any  # float32 (): share of coordinates at the floor, of all; 1 before a refresh
+    nonfinite: Any  # int32 (): coordinates of the momentum that are not finite
 
 
 def clip_by_ratio(
@@ -172,12 +176,18 @@ def clip_by_ratio(
       **extra: passed on to momentum and curvature, to the latter with `momentum=m`.
 
     Returns:
-      A transformation whose output has the dtype of the incoming gradient; the ratio is computed
+      A transformation whose output has the dtype of the incoming gradient, or of the parameter
+      where that is wider; the ratio is computed
       in float32 at least. Its state holds the inner states, the statistics, read by `diagnostics`,
-      and what `trust_region` predicts the gain of a step with.
+      and what `trust_region` predicts the gain of a step with. Where the momentum is not finite,
+      neither is the step, as with `optax.adam`: clipped, it would go on for ever unnoticed. Wrap
+      the optimizer in `optax.apply_if_finite` to leave gradients out that are not finite. A leaf
+      whose gradient is None gets no update, and its momentum decays.
 
     Raises:
-      ValueError: `clip_threshold` is not above 0; `statistics_fraction` is not in (0, 1].
+      ValueError: `clip_threshold` is not above 0; `statistics_fraction` is not in (0, 1]; at `init`
+        a leaf of params is no real number.
+      TypeError: `denominator` cannot be called with (h, v).
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, line 13; SOAA, lines 8 to 10 and 19,
     for the gain, the radius and the sums.
@@ -204,12 +214,14 @@ def clip_by_ratio(
         statistics_fraction,
         "nothing would be counted; statistics=False takes none.",
     )
+    check_denominator(denominator)
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
     second = optax.with_extra_args_support(second_moment or optax.identity())
     statistics = statistics and clip_threshold is not None
 
     def init(params):
+        _checks.real_leaves("clip_by_ratio", params)
         return ClipByRatioState(
             momentum=momentum.init(params),
             curvature=curvature.init(params),
@@ -217,9 +229,11 @@ def clip_by_ratio(
             linear=jnp.zeros([], widest(params)),
             quadratic=jnp.zeros([], widest(params)),
             clipped=jnp.zeros([], jnp.float32) if statistics else (),
-            floored=jnp.zeros([], jnp.float32) if statistics else (),
+            floored=jnp.ones([], jnp.float32) if statistics else (),
+            nonfinite=jnp.zeros([], jnp.int32) if statistics else (),
         )
 
+    @none_left_alone
     def update(updates, state, params=None, *, radius=None, **extra):
         m, momentum_state = momentum.update(updates, state.momentum, params, **extra)
         told = extra | {"momentum": m}
@@ -233,22 +247,22 @@ def clip_by_ratio(
         moved = _times(r, m)
         ratio = jax.tree.map(lambda m, h, v: m / denominator(h, v), moved, scaled, v)
         bound = None if clip_threshold is None else clip_threshold * r
-        measured = (state.clipped, state.floored)
+        measured = (state.clipped, state.floored, state.nonfinite)
         due = refresh_due(extra.get("refresh"), extra.get("hessian"))
         if statistics and due is not False:
             part = functools.partial(jax.tree.map, lambda x: _every_nth(x, statistics_fraction))
             parts = (part(moved), part(scaled), part(v), jax.tree.map(jnp.size, h))
 
             def measure():
-                return _fractions(*parts, denominator, bound, two_sided)
+                return *_fractions(*parts, denominator, bound, two_sided), count_nonfinite(m)
 
             measured = _at_refresh(due, curvature_state, measure, measured)
-        step = jax.tree.map(lambda u: _clip(u, bound, two_sided), ratio)
+        step = jax.tree.map(lambda u, m: _clip(u, m, bound, two_sided), ratio, moved)
         sums = (state.linear, state.quadratic)
         if radius is not None:
             sums = _gain_of(step, m, h, sums[0].dtype)
         state = ClipByRatioState(momentum_state, curvature_state, second_state, *sums, *measured)
-        return optax.tree.cast_like(step, updates), state
+        return cast_to_step(step, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -269,11 +283,18 @@ def _gain_of(step, m, h, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return inner_product(m, step, dtype), inner_product(h, square, dtype)
 
 
-def _clip(u: jax.Array, threshold: ArrayLike | None, two_sided: bool) -> jax.Array:
+def _clip(u: jax.Array, m: jax.Array, threshold: ArrayLike | None, two_sided: bool) -> jax.Array:
     if threshold is None:
         return u
     bound = jnp.asarray(threshold, u.dtype)
-    return jnp.clip(u, -bound, bound) if two_sided else jnp.minimum(u, bound)
+    clipped = jnp.clip(u, -bound, bound) if two_sided else jnp.minimum(u, bound)
+    return clipped + (m - m)  # NaN where m is not finite: a bounded step would hide it
+
+
+def count_nonfinite(tree: optax.Updates) -> jax.Array:
+    """int32 (): coordinates that are NaN or infinite."""
+    counts = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree)
+    return jax.tree.reduce(jnp.add, counts, jnp.zeros([], jnp.int32))
 
 
 def _at_refresh(due: jax.Array | bool | None, curvature_state: Any, measure: Callable, old: Any):
@@ -298,20 +319,12 @@ def _every_nth(x: jax.Array, share: float) -> jax.Array:
         halves = [
             axis
             for axis, (n, stride) in enumerate(zip(x.shape, strides, strict=True))
-            if n // stride >= 128 and n % (2 * stride * math.lcm(8, _shards(x, axis))) == 0
+            if n // stride >= 128 and n % (2 * stride * math.lcm(8, parts_of(x, axis))) == 0
         ]
         if not halves:
             break
         strides[min(halves, key=lambda axis: (strides[axis], -x.shape[axis]))] *= 2
     return jax.lax.slice(x, [0] * x.ndim, x.shape, strides)
-
-
-def _shards(x: jax.Array, axis: int) -> int:
-    """How many pieces an axis is known to be in: of meshes, only explicit axes say."""
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[axis]
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
 
 
 def _fractions(m, h, v, sizes, denominator, bound, two_sided) -> tuple[jax.Array, jax.Array]:

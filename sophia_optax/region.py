@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import widen
+from sophia_optax.numerics import widen, widest
 from sophia_optax.ratio import ClipByRatioState, inner_product
-from sophia_optax.transform import widest
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -41,6 +40,7 @@ def trust_region(
     eps: ArrayLike = 1e-8,
     gamma: ArrayLike = 0.25,
     rule: str = "soaa",
+    loss_correction: str = "seen",
 ) -> optax.GradientTransformationExtraArgs:
     r"""An adaptive radius r around a direction, from how well its steps predict the loss.
 
@@ -64,6 +64,9 @@ def trust_region(
       eps: floor of the predicted reduction, above 0.
       gamma: width of the bounds, in [0, 1).
       rule: "soaa" (lines 15 to 20 of its algorithm 1, as printed) or "tadam", its parent's.
+      loss_correction: "seen" divides the average loss by the weight of the losses that came;
+        "steps" by 1 - b1^t, t counting every update, as printed. They differ where updates bring no
+        loss.
 
     Extra arguments of `update`:
       value: the loss of this step, a scalar. Without one, or with one that is not finite, the
@@ -79,8 +82,8 @@ def trust_region(
       ValueError: an argument is out of range.
       TypeError: `value` is no scalar.
 
-    Source: SOAA, algorithm 1; Tadam. l̂ is corrected by the mass of the losses seen, which is the
-    printed 1 - b1^t where every update brings one.
+    Source: SOAA, algorithm 1; Tadam. By default l̂ is corrected by the mass of the losses seen,
+    which is the printed 1 - b1^t where every update brings one.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = trust_region(optax.identity(), .1, total_steps=100)
@@ -92,9 +95,12 @@ def trust_region(
     0.5 1.89
     """
     _checks.one_of("rule", rule, ("soaa", "tadam"))
+    _checks.one_of("loss_correction", loss_correction, ("seen", "steps"))
     _checks.decays(b1=b1)
+    if not callable(learning_rate):
+        _checks.finite(learning_rate=learning_rate)
     _checks.in_range("gamma", gamma, 0, 1, open_high=True)
-    _checks.in_range("eps", eps, 0, float("inf"))
+    _checks.in_range("eps", eps, 0, float("inf"), open_high=True)
     _checks.nonzero(
         "eps", eps, "the first loss would be divided by it; take a small number above 0."
     )
@@ -102,6 +108,8 @@ def trust_region(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
+        _checks.real_leaves("trust_region", params)
+        _checks.decays_in_leaves(params, b1=b1)
         zero = jnp.zeros([], widest(params))
         scalars = {"loss": zero, "mass": jnp.copy(zero), "predicted": jnp.copy(zero)}
         return TrustRegionState(
@@ -120,11 +128,14 @@ def trust_region(
     def observe(state, value):
         """(radius, loss, mass) after this step's loss."""
         loss, mass = b1 * state.loss + (1 - b1) * value, b1 * state.mass + (1 - b1)
+        before, now = state.mass, mass
+        if loss_correction == "steps":
+            before, now = (1 - b1 ** (state.count.astype(loss.dtype) + n) for n in (0, 1))
         if rule == "soaa":
             # l̂ - value, in a form that is exactly 0 at the first loss: eps would magnify rounding
-            return resize(state, b1 * (state.loss - state.mass * value) / mass), loss, mass
+            return resize(state, b1 * (state.loss - before * value) / now), loss, mass
         first = state.mass == 0
-        expected = state.loss / jnp.where(first, 1, state.mass)
+        expected = state.loss / jnp.where(first, 1, before)
         return jnp.where(first, state.radius, resize(state, expected - value)), loss, mass
 
     def update(updates, state, params=None, *, value=None, **extra):

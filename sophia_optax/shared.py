@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import optax
 
-from sophia_optax.curvature import Estimator, SharingEstimator
+from sophia_optax.curvature import Estimator, Sampler
 
 
 def value_grad_and_hessian(
-    estimator: Estimator, *, has_aux: bool = False
+    estimator: Estimator, *, has_aux: bool = False, has_state: bool = False
 ) -> Callable[..., tuple[Any, optax.Updates, optax.Updates]]:
     r"""Makes a function that returns the loss, its gradient and a sample of curvature.
 
@@ -42,9 +42,14 @@ def value_grad_and_hessian(
       has_aux: the loss returns auxiliary output too, `(loss, aux)`; with groups or a sub-batch of
         `gauss_newton_bartlett` its leaves lead with the rows of the outputs at hand, and come back
         with those of the batch.
+      has_state: `logits_fn` of `gauss_newton_bartlett` returns `(outputs, state)`, such as running
+        averages of batch normalisation. Of several groups or shards the mean of real numbers comes
+        back, which is right for averages that start from one state, and of anything else one of
+        them. With `hutchinson` the state is the auxiliary output.
 
     Returns:
-      A function `(key, params, **extra) -> (loss, gradient, h)`, or `((loss, aux), gradient, h)`.
+      A function `(key, params, **extra) -> (loss, gradient, h)`, with `(loss, aux)`, `(loss,
+      state)` or `(loss, aux, state)` in the place of the loss where the arguments say so.
       The gradient has the dtypes of params. To use it, `tx.update(gradient, state, params,
       hessian=h)`. The key that `hessian_estimate(seed=s)` uses at its update n = 0, 1, ... is
       `jax.random.fold_in(jax.random.key(s), n)`. Of `extra` each estimator reads its own, and
@@ -78,15 +83,20 @@ def value_grad_and_hessian(
     >>> print(loss.round(3), updates[0].round(1))
     1.386 [ 0.1 -0.1 -0.1 -0.1]
     """
-    if not isinstance(estimator, SharingEstimator):
+    if not isinstance(estimator, Sampler) or estimator.with_gradient is None:
         raise TypeError(
             f"{estimator} shares no forward pass: only hutchinson(...) and "
             "gauss_newton_bartlett(...) do. Call `jax.value_and_grad`, and let `update` call the "
             "estimator."
         )
 
+    with_gradient = estimator.with_gradient
+
     def function(key: jax.Array, params: optax.Params, **extra: Any):
-        (loss, aux), gradient, h = estimator.with_gradient(key, params, has_aux=has_aux, **extra)
-        return (loss, aux) if has_aux else loss, gradient, h
+        (loss, aux, state), gradient, h = with_gradient(
+            key, params, has_aux=has_aux, has_state=has_state, **extra
+        )
+        beside = (aux,) * has_aux + (state,) * has_state
+        return (loss, *beside) if beside else loss, gradient, h
 
     return function

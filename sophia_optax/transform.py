@@ -8,7 +8,9 @@ import numpy as np
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.curvature import AxisName, Estimator, accumulation_dtype, widen
+from sophia_optax.curvature import Estimator, check_estimator
+from sophia_optax.numerics import accumulation_dtype, widen, widest
+from sophia_optax.sharding import AxisName
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -32,10 +34,12 @@ class HessianEstimateState(NamedTuple):
     age: jax.Array  # int32 (), updates since h last took a sample
     mass: jax.Array  # float32 (), total weight of the samples in h; 1 in the limit
     h: optax.Updates  # float32 or `dtype`, shaped as params: the uncorrected average
+    zero: jax.Array  # int32 (), samples averaged that were 0 in every coordinate
+    zero_leaves: jax.Array  # int32 (), leaves in which the last sample was 0 everywhere
 
 
 def hessian_estimate(
-    estimator: Estimator,
+    estimator: Estimator | None,
     *,
     decay: ArrayLike = 0.99,
     update_interval: ArrayLike = 10,
@@ -56,7 +60,8 @@ def hessian_estimate(
     whole tree at every step would cost a pass over the parameters.
 
     Args:
-      estimator: makes one sample ĥ, such as `hutchinson()` or `gauss_newton_bartlett()`.
+      estimator: makes one sample ĥ, such as `hutchinson()` or `gauss_newton_bartlett()`; None where
+        every sample comes from outside, as `hessian`.
       decay: β2 in [0, 1), per sample.
       update_interval: k >= 1, updates between samples.
       bias_correction: divide by mass, so that h is right from the first sample on.
@@ -74,12 +79,16 @@ def hessian_estimate(
 
     Returns:
       A transformation. Its state holds the counters, `mass` and `h`, all in buffers of their own.
-      Its output is float32 at least.
+      Its output is float32 at least. A sample of 0 in every coordinate is averaged, and counted
+      as `zero`: it says that the objective does not bend at all, or that the estimator cannot see
+      it (batch normalisation of one row). Where values are refused coordinate by coordinate, it is
+      not counted either.
 
     Raises:
       ValueError: an argument is out of range; `dtype` cannot hold curvature; `hessian` has the
-        wrong structure or shapes.
-      TypeError: `refresh` is no bool.
+        wrong structure or shapes; at `init` a leaf of params is no real number, or `decay` is 1 in
+        the dtype of a leaf.
+      TypeError: `refresh` is no bool; `estimator` cannot be called as one.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, lines 6-10; bias correction is ours.
 
@@ -93,13 +102,17 @@ def hessian_estimate(
     """
     _checks.decays(decay=decay)
     _checks.positive_integer("update_interval", update_interval, "1 samples at every update.")
-    check_dtype(dtype)
+    _checks.curvature_dtype("dtype", dtype)
+    if estimator is not None:
+        check_estimator(estimator)
     every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
 
     def init(params):
         def zeros(x):  # like x: the sharding of x is carried over on meshes with explicit axes
             return jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x))
 
+        _checks.real_leaves("hessian_estimate", params)
+        _checks.decays_in_leaves(params, decay=decay)
         return HessianEstimateState(
             count=jnp.zeros([], jnp.int32),
             accepted=jnp.zeros([], jnp.int32),
@@ -107,6 +120,8 @@ def hessian_estimate(
             age=jnp.zeros([], jnp.int32),
             mass=jnp.zeros([], widest(params)),
             h=jax.tree.map(zeros, params),
+            zero=jnp.zeros([], jnp.int32),
+            zero_leaves=jnp.zeros([], jnp.int32),
         )
 
     def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
@@ -117,6 +132,12 @@ def hessian_estimate(
         def absorb(state):
             sample = hessian
             if sample is None:
+                _checks.given(
+                    "hessian_estimate(None)",
+                    "hessian",
+                    estimator,
+                    "Pass a sample, or an estimator.",
+                )
                 sample = estimator(key, params, updates, axis_name=axis_name, **extra)
             by_coordinate = every_update and refresh is None and hessian is None
             return _absorb(state, sample, decay, _rounding_key(key), by_coordinate)
@@ -137,12 +158,6 @@ def hessian_estimate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def widest(params: optax.Params) -> jnp.dtype:
-    """The dtype of scalars that sum over the tree: float32, or float64 where some leaf is."""
-    dtypes = [jnp.dtype(jnp.float32), *map(accumulation_dtype, jax.tree.leaves(params))]
-    return max(dtypes, key=lambda dtype: dtype.itemsize)
-
-
 def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
     """A bool where the choice is static, an array where it is not, None where the counter rules."""
     if refresh is None:
@@ -156,14 +171,6 @@ def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
             + " It was masked because params is a single array: wrap params in a dict." * masked
         )
     return jnp.asarray(refresh)
-
-
-def check_dtype(dtype: DTypeLike | None) -> None:
-    if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32, jnp.float64):
-        raise ValueError(
-            f"dtype={jnp.dtype(dtype).name} cannot hold curvature: float16 overflows, shorter "
-            "formats stall. Choose 'bfloat16', 'float32' or 'float64'."
-        )
 
 
 def _rounding_key(key: jax.Array) -> jax.Array:
@@ -180,6 +187,7 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
 
     # Cast before the test: a float64 sample can be finite where its float32 is not.
     sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
+    zero_leaves, nothing = state.zero_leaves, jnp.asarray(False)
     if by_coordinate:
         ok, finite = jnp.asarray(True), jax.tree.map(jnp.isfinite, sample)
     else:
@@ -187,6 +195,7 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         whole = jax.tree.map(lambda x: jnp.isfinite(jnp.sum(x - x)), sample)
         ok = jax.tree.reduce(jnp.logical_and, whole, jnp.asarray(True))
         finite = jax.tree.map(lambda _: ok, sample)
+        zero_leaves, nothing = _zero_leaves(sample)
     old = jax.tree.map(widen, state.h)
     h = jax.tree.map(jnp.where, finite, jax.tree.map(average, old, sample), old)
     return HessianEstimateState(
@@ -196,7 +205,17 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         age=jnp.where(ok, 0, optax.safe_increment(state.age)),
         mass=jnp.where(ok, average(state.mass, jnp.ones_like(state.mass)), state.mass),
         h=round_to(state.h, h, key),  # keeps to the bit what was rounded before
+        zero=jnp.where(nothing, optax.safe_increment(state.zero), state.zero),
+        zero_leaves=zero_leaves,
     )
+
+
+def _zero_leaves(sample: optax.Updates) -> tuple[jax.Array, jax.Array]:
+    """(number of leaves that are 0 everywhere, whether all of the leaves with numbers are)."""
+    leaves = [x for x in jax.tree.leaves(sample) if x.size]
+    none = [jnp.sum(jnp.abs(jnp.sign(x))) == 0 for x in leaves]
+    number = sum((x.astype(jnp.int32) for x in none), jnp.zeros([], jnp.int32))
+    return number, (number == len(leaves)) & (len(leaves) > 0)
 
 
 def _corrected(state: HessianEstimateState) -> optax.Updates:

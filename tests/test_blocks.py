@@ -333,7 +333,7 @@ def test_map_params_finds_momentum_and_the_moments_of_numbers(mask):
         ({"block_size": 0}, ValueError, "block_size=0 must be an integer of at least 1"),
         ({"block_size": jnp.asarray(8)}, TypeError, "static_args=.'block_size'"),
         ({"update_interval": 0}, ValueError, "update_interval=0 must be an integer"),
-        ({"mu_dtype": "int8"}, ValueError, "mu_dtype=int8 is no dtype of real numbers"),
+        ({"mu_dtype": "int8"}, ValueError, "mu_dtype=int8 cannot hold an average"),
         ({"rms": 0.0}, ValueError, "None leaves steps at their own length"),
     ],
 )

@@ -22,8 +22,14 @@ from sophia_optax import (
     trust_region,
 )
 
-CLIPPING = {"clipped_fraction", "win_rate", "floored_fraction"}
-CURVATURE = {"hessian_age", "hessian_accepted", "hessian_rejected"}
+CLIPPING = {"clipped_fraction", "win_rate", "floored_fraction", "momentum_nonfinite"}
+CURVATURE = {
+    "hessian_age",
+    "hessian_accepted",
+    "hessian_rejected",
+    "hessian_zero_samples",
+    "hessian_zero_leaves",
+}
 REGION = {"trust_radius", "predicted_reduction"}
 PARAMS = {"w": jnp.zeros(4), "v": jnp.zeros((2, 3))}
 GRADS = {"w": jnp.array([2.0, 2.0, 0.1, 2.0]), "v": jnp.full((2, 3), 0.1)}
@@ -82,6 +88,9 @@ def test_ten_coordinates_nine_live_two_clipped_in_every_wrapper(name):
         "hessian_age": 0,
         "hessian_accepted": 1,
         "hessian_rejected": 0,
+        "hessian_zero_samples": 0,
+        "hessian_zero_leaves": 0,
+        "momentum_nonfinite": 0,
     }
     assert_close(diagnostics(state_after(tx)), expected)
 

@@ -107,14 +107,35 @@ def test_an_objective_with_auxiliary_output_is_refused():
     [
         lambda p, x: (x @ p["w"], x),
         lambda p, x: (x @ p["w"]).reshape(4, 2, 3),
-        lambda p, x: x @ p["b"][:2],
         lambda p, x: 0.0,
     ],
-    ids=["auxiliary", "other rows", "no class axis", "a number"],
+    ids=["auxiliary", "other rows", "a number"],
 )
 def test_logits_of_another_form_are_refused(outputs):
     cure = r"must return one array, float\[8, ..., V\].*but it returned.*Drop auxiliary outputs"
     refuses(cure, gauss_newton_bartlett(), logits_fn=outputs, inputs=X)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "width", "cure"),
+    [
+        ("categorical", (), r"\(8,\), one logit a row.*likelihood=.bernoulli"),
+        ("categorical", (1,), r"\(8, 1\), one logit a row.*likelihood=.bernoulli"),
+        ("gaussian", (), r"\(8,\), but 'gaussian' sums over the last axis.*outputs\[:, None\]"),
+    ],
+)
+def test_a_softmax_over_one_class_is_refused_by_name(likelihood, width, cure):
+    """Its curvature is 0 everywhere, and every step would be a sign step."""
+    estimator = gauss_newton_bartlett(likelihood=likelihood)
+    outputs = lambda p, x: jnp.reshape(jnp.sum(x, -1) * p["b"][0], (8, *width))  # noqa: E731
+    refuses(cure, estimator, logits_fn=outputs, inputs=X)
+
+
+def test_one_logit_a_row_is_right_for_bernoulli_and_for_gaussian():
+    for likelihood in ("bernoulli", "gaussian"):
+        estimator = gauss_newton_bartlett(likelihood=likelihood)
+        h = estimator(KEY, PARAMS, None, logits_fn=lambda p, x: x @ p["w"][:, :1], inputs=X)
+        assert h["w"][:, 0].all() and not h["w"][:, 1:].any()
 
 
 def test_rows_that_do_not_divide_into_groups_are_refused():

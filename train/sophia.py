@@ -7,7 +7,7 @@ from typing import Any, Literal
 import optax
 
 import sophia_optax
-from sophia_optax.curvature import check_fraction
+from sophia_optax.rows import check_fraction
 from train.layers import matrices, probe
 from train.mesh import ROWS
 

@@ -1,0 +1,159 @@
+"""Axes of a mesh: manual ones that a caller names, explicit ones that JAX tracks in types."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Tree = Any
+AxisName = str | tuple[str, ...] | None
+
+# ---------------------------------------------------------------- manual axes: shard_map and pmap
+
+
+def varies_over(x: Any) -> frozenset[Any]:
+    """Manual axes over which an array, or its shape, differs; JAX has spelt this in three ways."""
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if getattr(kind, "vma", None) is not None:
+        return kind.vma
+    kind = getattr(kind, "manual_axis_type", None)
+    return frozenset() if kind is None else kind.varying
+
+
+def varying(tree: Tree, axis_name: AxisName) -> Tree:
+    """Marks a tree as differing over shards: else `grad` inside `shard_map` sums over them."""
+    if not axis_name:
+        return tree
+    zero = 0 * jax.lax.axis_index(axis_name)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
+def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Marked as differing over the manual axes over which `like` differs."""
+    axes = tuple(varies_over(like) - varies_over(x))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def across(collective: Callable, tree: Tree, axis_name: AxisName) -> Tree:
+    """A `psum` or `pmean` over named axes, nothing where there are none."""
+    return collective(tree, axis_name) if axis_name else tree
+
+
+def mean_over_shards(tree: Tree, axis_name: AxisName) -> Tree:
+    """The mean of real numbers over named axes, of anything else the largest."""
+    if not axis_name:
+        return tree
+
+    def mean(x):
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        if not inexact and not jnp.issubdtype(x.dtype, jnp.integer):
+            return x
+        x = varying(x, axis_name) if not varies_over(x) else x
+        return (jax.lax.pmean if inexact else jax.lax.pmax)(x, axis_name)
+
+    return jax.tree.map(mean, tree)
+
+
+def check_named(owner: str, of_batch: Any, params: Tree, axis_name: AxisName) -> None:
+    """Refuses manual axes that split the batch and are not named.
+
+    Args:
+      owner: the estimator, for the message.
+      of_batch: the loss or the outputs, traced on `params` or by `jax.eval_shape`.
+      params: the parameters as the caller passed them.
+      axis_name: the axes that the caller named; `()` says that each shard is a run of its own.
+
+    Raises:
+      ValueError: `of_batch` differs over another axis, or JAX cannot tell and none was named;
+        parameters differ over a named axis.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual or axis_name == ():
+        return
+    named = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
+    missing = set().union(*map(varies_over, jax.tree.leaves(of_batch))) - named
+    untracked = axis_name is None and not any(varies_over(jax.lax.axis_index(a)) for a in manual)
+    if missing or untracked:
+        axes = sorted(missing) or list(manual)
+        name = repr(axes[0] if len(axes) == 1 else tuple(axes))
+        cause = "differs over" if missing else "may differ over (JAX does not track it here)"
+        raise ValueError(
+            f"{owner}: the objective {cause} the manual axis {name} of `jax.shard_map` or "
+            f"`jax.pmap`, which `axis_name` does not name, so curvature would be that of one shard "
+            f"or a sum over shards. Pass `axis_name={name}` to the optimizer if each shard has its "
+            "own rows of the batch, or `axis_name=()` if each shard is a run of its own."
+        )
+    if mixed := named & set().union(*map(varies_over, jax.tree.leaves(params))):
+        raise ValueError(
+            f"{owner}: `params` differ over the axis {sorted(mixed)} that `axis_name` names, so an "
+            "average over it would mix parameters. Pass `update` the parameters that are the same "
+            "on all shards, or make the sample outside `jax.shard_map` and pass it as `hessian=`."
+        )
+
+
+# ---------------------------------------------------------------- explicit axes: jax.set_mesh
+
+
+def explicit_mesh(tree: Tree) -> Any:
+    """The mesh with explicit axes on which some leaf lies, or None."""
+    for x in jax.tree.leaves(tree):
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+class Spec(tuple[Any, ...]):
+    """Mesh axes of the leading axes of an array; a type of its own, since trees have tuples."""
+
+
+def spec_of(x: Any) -> Spec:
+    """Explicit mesh axes of each axis of an array, as JAX tracks them."""
+    return Spec(jax.typeof(x).sharding.spec)
+
+
+def parts_of(x: Any, axis: int) -> int:
+    """How many pieces an axis is known to be in: only explicit axes say."""
+    return _size(jax.typeof(x).sharding.mesh, spec_of(x)[axis])
+
+
+def _size(mesh: Any, names: Any) -> int:
+    names = names if isinstance(names, tuple) else (names,)
+    size = 1
+    for name in names:
+        size *= 1 if name is None else mesh.shape[name]
+    return size
+
+
+def fitting(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Any) -> NamedSharding:
+    """`spec` without the mesh axes that do not divide their axis of the shape."""
+    spec = (*spec, *[None] * (len(shape) - len(spec)))
+    fits = [None if n % _size(mesh, names) else names for names, n in zip(spec, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*fits))
+
+
+def with_auto_axes(function: Callable[..., Tree], *args: Tree, specs: Tree) -> Tree:
+    """`function(*args)`; on a mesh with explicit axes these are of type Auto in it.
+
+    For code of ours, whose slices, reshapes and products JAX would ask the sharding of. Functions
+    of the user are never called in it: they may name explicit axes.
+
+    Args:
+      function: of arrays alone.
+      *args: trees of arrays.
+      specs: a tree of `Spec`, a prefix of the result. Mesh axes that do not divide theirs are
+        dropped.
+    """
+    mesh = explicit_mesh(args)
+    if mesh is None:
+        return function(*args)
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), args)
+    shapes = jax.eval_shape(function, *bare)
+
+    def place(spec, part):
+        return jax.tree.map(lambda s: fitting(spec, s.shape, mesh), part)
+
+    sharding = jax.tree.map(place, specs, shapes, is_leaf=lambda x: isinstance(x, Spec))
+    return jax.sharding.auto_axes(function, out_sharding=sharding)(*args)
