@@ -13,7 +13,7 @@ from sophia_optax import _checks
 from sophia_optax.curvature import check_denominator
 from sophia_optax.holes import none_left_alone
 from sophia_optax.numerics import cast_to_step, widen, widest
-from sophia_optax.sharding import parts_of
+from sophia_optax.sharding import parts_of, varying_like
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
@@ -214,7 +214,7 @@ def clip_by_ratio(
         statistics_fraction,
         "nothing would be counted; statistics=False takes none.",
     )
-    check_denominator(denominator)
+    check_denominator(denominator, (floor, shift, rms_floor))
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
     second = optax.with_extra_args_support(second_moment or optax.identity())
@@ -222,15 +222,19 @@ def clip_by_ratio(
 
     def init(params):
         _checks.real_leaves("clip_by_ratio", params)
+
+        def scalar(value, dtype):
+            return varying_like(jnp.asarray(value, dtype), params)
+
         return ClipByRatioState(
             momentum=momentum.init(params),
             curvature=curvature.init(params),
             second_moment=second.init(params),
-            linear=jnp.zeros([], widest(params)),
-            quadratic=jnp.zeros([], widest(params)),
-            clipped=jnp.zeros([], jnp.float32) if statistics else (),
-            floored=jnp.ones([], jnp.float32) if statistics else (),
-            nonfinite=jnp.zeros([], jnp.int32) if statistics else (),
+            linear=scalar(0, widest(params)),
+            quadratic=scalar(0, widest(params)),
+            clipped=scalar(0, jnp.float32) if statistics else (),
+            floored=scalar(1, jnp.float32) if statistics else (),
+            nonfinite=scalar(0, jnp.int32) if statistics else (),
         )
 
     @none_left_alone

@@ -10,7 +10,7 @@ import optax
 from sophia_optax import _checks
 from sophia_optax.curvature import Estimator, check_estimator
 from sophia_optax.numerics import accumulation_dtype, widen, widest
-from sophia_optax.sharding import AxisName
+from sophia_optax.sharding import AxisName, varying_like
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -113,15 +113,19 @@ def hessian_estimate(
 
         _checks.real_leaves("hessian_estimate", params)
         _checks.decays_in_leaves(params, decay=decay)
+
+        def zero(dtype=jnp.int32):
+            return varying_like(jnp.zeros([], dtype), params)
+
         return HessianEstimateState(
             count=jnp.zeros([], jnp.int32),
-            accepted=jnp.zeros([], jnp.int32),
-            rejected=jnp.zeros([], jnp.int32),
-            age=jnp.zeros([], jnp.int32),
-            mass=jnp.zeros([], widest(params)),
+            accepted=zero(),
+            rejected=zero(),
+            age=zero(),
+            mass=zero(widest(params)),
             h=jax.tree.map(zeros, params),
-            zero=jnp.zeros([], jnp.int32),
-            zero_leaves=jnp.zeros([], jnp.int32),
+            zero=zero(),
+            zero_leaves=zero(),
         )
 
     def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
