@@ -134,7 +134,7 @@ class ClipByRatioState(NamedTuple):
     quadratic: jax.Array  # float32 (): Σ h u², its curvature
     clipped: Any  # float32 (): share of clipped coordinates among those above the floor
     floored: Any  # float32 (): share of coordinates at the floor, of all; 1 before a refresh
-    nonfinite: Any  # int32 (): coordinates of the momentum that are not finite
+    nonfinite: Any  # int32 (): leaves in the state of `momentum` with numbers that are not finite
 
 
 def clip_by_ratio(
@@ -258,7 +258,9 @@ def clip_by_ratio(
             parts = (part(moved), part(scaled), part(v), jax.tree.map(jnp.size, h))
 
             def measure():
-                return *_fractions(*parts, denominator, bound, two_sided), count_nonfinite(m)
+                return *_fractions(*parts, denominator, bound, two_sided), _nonfinite_leaves(
+                    momentum_state
+                )
 
             measured = _at_refresh(due, curvature_state, measure, measured)
         step = jax.tree.map(lambda u, m: _clip(u, m, bound, two_sided), ratio, moved)
@@ -295,10 +297,15 @@ def _clip(u: jax.Array, m: jax.Array, threshold: ArrayLike | None, two_sided: bo
     return clipped + (m - m)  # NaN where m is not finite: a bounded step would hide it
 
 
-def count_nonfinite(tree: optax.Updates) -> jax.Array:
-    """int32 (): coordinates that are NaN or infinite."""
-    counts = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree)
-    return jax.tree.reduce(jnp.add, counts, jnp.zeros([], jnp.int32))
+def _nonfinite_leaves(momentum_state: Any) -> jax.Array:
+    """int32 (): leaves of the momentum's state with a number that is NaN or infinite.
+
+    Of the state, which is in memory anyhow. XLA on CPU fuses this sum; to count numbers it would
+    write an array.
+    """
+    leaves = [x for x in jax.tree.leaves(momentum_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    spoilt = [~jnp.isfinite(jnp.sum(x - x)) for x in leaves]
+    return sum((x.astype(jnp.int32) for x in spoilt), jnp.zeros([], jnp.int32))
 
 
 def _at_refresh(due: jax.Array | bool | None, curvature_state: Any, measure: Callable, old: Any):
