@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from models.writing import replace, replace_text
+from models.writing import replace, replace_text, sync
 
-__all__ = ["inside", "replace", "replace_text"]
+__all__ = ["inside", "replace", "replace_text", "sync"]
 
 
 def inside(folder: Path, name: str) -> Path:

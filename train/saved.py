@@ -11,7 +11,7 @@ import numpy as np
 
 import models
 from models import huggingface
-from train import checkpoint, config, program, saver
+from train import checkpoint, classes, config, program, saver
 from train.config import Config
 from train.data import tokenizers
 
@@ -52,7 +52,7 @@ def load(folder: Path, step: int | None = None) -> Saved:
     return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
 
 
-def start_from(path: Path, run: Config, fresh: Any) -> Any:
+def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
     """Parameters of another run, or of a Hugging Face folder, in the place of fresh ones.
 
     Args:
@@ -61,6 +61,8 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
         vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
         for another task or other classes, stays fresh as a whole.
       fresh: parameters of `run`, on its mesh.
+      class_names: of the data of `run`. The classes of a Hugging Face folder are put in their
+        order, by name; other names are other classes.
 
     Raises:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
@@ -77,11 +79,21 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
         params = _padded(there.params, there.run.model, run.model)
     else:
         params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
+        if class_names:
+            params = _in_order(params, class_names, huggingface.read_notes(path).class_names)
     params = models.unstack_blocks(params)
     params = models.stack_blocks(params) if run.model.scan_layers else params
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
         params = {**params, "head": fresh["head"]}
     return _replace(path, fresh, params)
+
+
+def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Any:
+    """A classifier with our numbers of its classes; without a head where they are other classes."""
+    if not theirs or "out" not in params.get("head", {}):
+        return params
+    numbers = classes.order(ours, theirs)
+    return {**params, "head": {}} if numbers is None else classes.permuted(params, numbers)
 
 
 def _is_run(path: Path) -> bool:
