@@ -16,11 +16,9 @@ from models.writing import replace_text
 from train import classes, config, data, files, loop, program, saved, tokenizer_files
 from train.config import Config
 from train.data import DataConfig, tokenizers
+from train.data.config import PRETRAINED
 from train.data.tokenizers import Tokenizer
 from train.extras import need
-
-KEPT = "pretrained"
-"""Folder in a run that was imported: the tokenizer of its source, special tokens, class names."""
 
 
 def begin(folder: Path, run: Path, optimizer: str, tokenizer: str, source: DataConfig) -> None:
@@ -93,11 +91,11 @@ def export(folder: Path, output: Path, loaded: saved.Saved) -> list[str]:
 
 @contextlib.contextmanager
 def _keeping(run: Path) -> Iterator[Path]:
-    """The new folder `KEPT` of a run, which is there for good if nothing is raised."""
-    if (run / "config.json").exists() or (run / KEPT).exists():
+    """The new folder `PRETRAINED` of a run, which is there for good if nothing is raised."""
+    if (run / "config.json").exists() or (run / PRETRAINED).exists():
         raise ValueError(f"{run} already holds a run, or a part of one: choose another folder.")
     run.mkdir(parents=True, exist_ok=True)
-    kept = run / KEPT
+    kept = run / PRETRAINED
     kept.mkdir()
     try:
         yield kept
@@ -161,8 +159,8 @@ def _class_names(run: Config) -> tuple[tuple[str, ...], list[str]]:
 
 def _kept(folder: Path, run: Config) -> Path:
     """What was kept of the source of a run, or of the imported run that it started from."""
-    own, other = files.inside(folder, KEPT), Path(run.data.tokenizer).expanduser()
-    return other if other.name == KEPT and not own.exists() else own
+    own, other = files.inside(folder, PRETRAINED), Path(run.data.tokenizer).expanduser()
+    return other if other.name == PRETRAINED and not own.exists() else own
 
 
 def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
