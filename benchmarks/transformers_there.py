@@ -5,6 +5,7 @@
 
 Imports nothing of this project.
 """
+# pyright: reportMissingImports=false
 
 import json
 import sys

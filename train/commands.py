@@ -122,7 +122,7 @@ def export(run: Folder, output: Folder, step: int | None = None) -> None:
 
     Args:
       run: folder of the run.
-      output: the folder to write; a model in it is replaced.
+      output: the folder to write; a model and a tokenizer in it are replaced.
       step: of a checkpoint; default the newest.
     """
     loaded = _load(run, step)

@@ -38,11 +38,11 @@ def begin(folder: Path, run: Path, optimizer: str, tokenizer: str, source: DataC
     notes = huggingface.read_notes(folder)
     with _keeping(run) as kept:
         name = tokenizer or _adopt(folder, model, kept)
-        beside = {} if tokenizer else notes.ids
+        beside = notes.ids
         made = _config(folder, run, model, optimizer, dataclasses.replace(source, tokenizer=name))
         if made.data.task == "classify":
             _check_classes(folder, made, notes.class_names)
-            beside |= write_class_names(notes.class_names)
+            beside = beside | write_class_names(notes.class_names)
         replace_text(kept / "config.json", json.dumps(beside, indent=2) + "\n")
         loop.begin(made)
 

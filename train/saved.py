@@ -1,6 +1,5 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 
 import models
 from models import huggingface
+from models.reading import read_json
 from train import checkpoint, classes, config, program, saver
 from train.config import Config
 from train.data import tokenizers
@@ -99,7 +99,7 @@ def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> An
 def _is_run(path: Path) -> bool:
     """By `config.json`, which a model of Hugging Face's has too."""
     shown = path / "config.json"
-    return shown.is_file() and "optimizer" in json.loads(shown.read_text())
+    return shown.is_file() and "optimizer" in read_json(shown)
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
