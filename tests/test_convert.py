@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import random
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from train.config import RunConfig, preset
 from train.data import embedded, tokenizers
 
 TEXT = "To be, or not to be: that is the question. Ünïcödé 中文!\n" * 150
-SIZES = {"context": 16, "width": 8, "layers": 1, "heads": 2, "ffn_width": 16}
+SIZES: Any = {"context": 16, "width": 8, "layers": 1, "heads": 2, "ffn_width": 16}
 GPT2 = DecoderConfig(vocab_size=300, bias=True, **SIZES)
 END = "<|endoftext|>"
 
@@ -212,6 +213,30 @@ def test_an_import_that_fails_leaves_no_folder(tmp_path):
     (run / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="already holds a run, or a part of one"):
         cli.main(["import", str(source), str(run)])
+
+
+@pytest.mark.parametrize(
+    ("model", "contents"),
+    [
+        (GPT2, {"tokenizer.json": b"["}),
+        (GPT2, {"tokenizer.json": b"[]"}),
+        (GPT2, {"tokenizer.json": b'{"model": {"vocab": 5}, "pre_tokenizer": {"type": []}}'}),
+        (GPT2, {"vocab.json": b'{"a": "b"}', "merges.txt": b"a"}),
+        (GPT2, {"vocab.json": b'{"a": -1}', "merges.txt": b"\xff \xff x"}),
+        (EncoderConfig(vocab_size=300, **SIZES), {"vocab.txt": b"\xff\n"}),
+        (EncoderConfig(vocab_size=300, **SIZES), {"vocab.txt": b"a\nb\n"}),
+        (
+            EncoderConfig(vocab_size=300, **SIZES),
+            {"vocab.txt": b"[SEP]\n[CLS]\n", "tokenizer_config.json": b'{"strip_accents": 5}'},
+        ),
+    ],
+)
+def test_a_malformed_tokenizer_is_named(model, contents, tmp_path):
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ValueError, match=rf"the tokenizer of {tmp_path} cannot be used: .*choose"):
+        convert._adopt(tmp_path, model, tmp_path / "kept")
 
 
 # ---------------------------------------------------------------- classes

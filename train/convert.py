@@ -10,7 +10,7 @@ from typing import Any
 
 from models import PRESETS, DecoderConfig, EncoderConfig, huggingface
 from models.config_json import write_class_names
-from models.reading import fields_of, read_json
+from models.reading import read_json
 from models.weights import inside
 from models.writing import replace_text
 from train import classes, config, data, files, loop, program, saved, tokenizer_files
@@ -183,15 +183,20 @@ def _has_tokenizer(kept: Path, tokenizer: Tokenizer) -> bool:
 
 def _adopt(folder: Path, model: DecoderConfig | EncoderConfig, kept: Path) -> str:
     """Copies a folder's tokenizer to `kept`, and returns its name as of `DataConfig`."""
-    if not _copy(folder, model, kept):
+    older = _older(folder, model)
+    if older is None:
         return "bytes"
-    spec = read_json(kept / "tokenizer.json")
-    with fields_of(folder / "tokenizer.json"):
-        if tokenizer_files.is_bytes(spec):
-            return "bytes"
+    tokenizer_files.copy(folder, kept)
+    library = need("tokenizers", "data", f"the tokenizer of {folder}")
     try:
+        if older:
+            _make(library, kept, *older)
+        if tokenizer_files.is_bytes(read_json(kept / "tokenizer.json")):
+            return "bytes"
         tokens = tokenizers.load(str(kept)).vocab_size
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
         raise ValueError(
             f"the tokenizer of {folder} cannot be used: {error} Or choose one with --tokenizer."
         ) from error
@@ -203,35 +208,37 @@ def _adopt(folder: Path, model: DecoderConfig | EncoderConfig, kept: Path) -> st
     return str(kept.resolve())
 
 
-def _copy(folder: Path, model: DecoderConfig | EncoderConfig, kept: Path) -> bool:
-    """Copies a tokenizer, whose tokenizer.json is made if only older files are there.
+def _older(folder: Path, model: DecoderConfig | EncoderConfig) -> tuple[str, ...] | None:
+    """The files of a tokenizer that came before tokenizer.json; none where that is there.
 
-    False if there is none, and the model has a token for each byte.
+    None if there is no tokenizer at all, and the model has a token for each byte.
     """
     has = {path.name for path in folder.iterdir()}
-    simple = not has & {"tokenizer.json", "added_tokens.json", "tokenizer.model"}
-    words = simple and isinstance(model, EncoderConfig) and "vocab.txt" in has
-    pairs = simple and _gpt2(model) and {"vocab.json", "merges.txt"} <= has
-    if not (words or pairs or "tokenizer.json" in has):
-        if model.vocab_size == 256 and simple and not has & set(tokenizer_files.KEPT):
-            return False
-        raise ValueError(
-            f"{folder} has no tokenizer that can be read: save it as a tokenizer.json, with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers, or choose "
-            "one with --tokenizer, such as bytes."
-        )
-    tokenizer_files.copy(folder, kept)
-    if words or pairs:
-        library = need("tokenizers", "data", f"the tokenizer of {folder}")
-        path = kept / "tokenizer_config.json"
-        stated = read_json(path) if path.is_file() else {}
-        if words:
-            made = tokenizer_files.word_pieces(library, kept / "vocab.txt", stated)
-        else:
-            places = kept / "vocab.json", kept / "merges.txt"
-            made = tokenizer_files.byte_pairs(library, *places, stated)
-        replace_text(kept / "tokenizer.json", made.to_str())
-    return True
+    if "tokenizer.json" in has:
+        return ()
+    simple = not has & {"added_tokens.json", "tokenizer.model"}
+    if simple and isinstance(model, EncoderConfig) and "vocab.txt" in has:
+        return ("vocab.txt",)
+    if simple and _gpt2(model) and {"vocab.json", "merges.txt"} <= has:
+        return "vocab.json", "merges.txt"
+    if model.vocab_size == 256 and simple and not has & set(tokenizer_files.KEPT):
+        return None
+    raise ValueError(
+        f"{folder} has no tokenizer that can be read: save it as a tokenizer.json, with "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers, or choose "
+        "one with --tokenizer, such as bytes."
+    )
+
+
+def _make(library: Any, kept: Path, vocabulary: str, merges: str = "") -> None:
+    """Writes the tokenizer.json of older files."""
+    path = kept / "tokenizer_config.json"
+    stated = read_json(path) if path.is_file() else {}
+    if merges:
+        made = tokenizer_files.byte_pairs(library, kept / vocabulary, kept / merges, stated)
+    else:
+        made = tokenizer_files.word_pieces(library, kept / vocabulary, stated)
+    replace_text(kept / "tokenizer.json", made.to_str())
 
 
 def _gpt2(model: DecoderConfig | EncoderConfig) -> bool:
