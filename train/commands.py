@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from models import PRESETS, EncoderConfig, huggingface
-from train import config, distributed, loop, program, saved
+from train import config, convert, distributed, loop, program, saved
 from train import sample as sampling
+from train.data import DataConfig
 from train.distributed import DistributedConfig
 from train.mesh import MeshConfig
 
@@ -118,51 +118,42 @@ def sample(
 
 
 def export(run: Folder, output: Folder, step: int | None = None) -> None:
-    """Write a run's model as a Hugging Face folder: `config.json` and `model.safetensors`.
+    """Write a run's model and tokenizer as a Hugging Face folder, which `transformers` loads.
 
     Args:
       run: folder of the run.
-      output: the folder to write; a model in it is replaced.
+      output: the folder to write; a model and a tokenizer in it are replaced.
       step: of a checkpoint; default the newest.
     """
     loaded = _load(run, step)
-    huggingface.save(loaded.params, loaded.run.model, output)
+    for note in convert.export(run, output, loaded):
+        print(note, file=sys.stderr)
     _say(f"{output} holds {run} at step {loaded.step}, for transformers' from_pretrained")
 
 
 def import_(
-    folder: Folder, run: Folder, optimizer: str = "adamw", tokenizer: str = "bytes"
+    folder: Folder,
+    run: Folder,
+    optimizer: str = "adamw",
+    tokenizer: str = "",
+    data: DataConfig = DataConfig(),  # noqa: B008
 ) -> None:
-    """Make a run, at step 0, of a language model in a Hugging Face folder.
+    """Make a run, at step 0, of a model in a Hugging Face folder, with its tokenizer.
 
-    `eval`, `sample`, `export` and `resume` take it. To train it with settings of your own, give
-    the folder to a new run: `python -m train MODEL OPTIMIZER --start-from FOLDER`, as for a
-    classifier, which needs its classes named.
+    `eval`, `sample`, `export` and `resume` take it. To train it with settings of your own, start a
+    new run from it: `python -m train MODEL OPTIMIZER --start-from RUN`.
 
     Args:
       folder: with `config.json` and `model.safetensors`, of GPT-2, Llama, Qwen3 or BERT.
       run: the folder to make.
       optimizer: that `resume` goes on with.
-      tokenizer: of the model's text, as for `--data.tokenizer`.
+      tokenizer: of the model's text, as for `--data.tokenizer`; by default that of the folder.
+      data: to train on and be judged by; a classifier needs a source. Its task is what the model
+        does, and its tokenizer is not used.
     """
-    model, _ = huggingface.load(folder)
-    if isinstance(model, EncoderConfig) and model.classes:
-        raise ValueError(
-            f"{folder} is a classifier: start a run of its data from it, with --data.task classify "
-            f"--model.classes {model.classes} --start-from {folder}."
-        )
-    family = huggingface.write_config(model)["model_type"]
-    base = next(name for name in PRESETS if name.startswith(family))
-    made = config.preset(base, optimizer)
-    made = dataclasses.replace(
-        made,
-        model=dataclasses.replace(model, scan_layers=made.model.scan_layers),
-        data=dataclasses.replace(made.data, tokenizer=tokenizer),
-        sequence_length=min(made.sequence_length, model.context),
-        start_from=str(folder),
-        run=dataclasses.replace(made.run, folder=str(run)),
-    )
-    loop.begin(made)
+    if data.tokenizer != DataConfig.tokenizer:
+        raise ValueError(f"give the tokenizer as --tokenizer {data.tokenizer}.")
+    convert.begin(folder, run, optimizer, tokenizer, data)
     _say(f"{run} holds the model; go on with: {config.python()} -m train sample {run} 'PROMPT'")
 
 

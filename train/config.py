@@ -345,9 +345,10 @@ def load(folder: Path) -> Config:
             "the last line of that run named."
         )
     try:
-        return from_json(json.loads(path.read_text()))
+        run = from_json(json.loads(path.read_text()))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as a run's config ({type(error).__name__}: {error}). It was "
             "edited, cut short, or written by another version; restore it from a copy."
         ) from error
+    return dataclasses.replace(run, data=run.data.in_run(folder))

@@ -1,33 +1,10 @@
-"""Files that are whole or absent, whenever the process is killed, and that stay in their folder."""
+"""Files that are whole or absent, and that stay in their folder."""
 
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from models.writing import replace, replace_text, sync
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Puts what `write(temporary path)` makes in the place of `path`, at once.
-
-    A link at `path` is replaced, not followed: a run's folder that came from somewhere else
-    cannot make this write outside of it.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace_text(path: Path, text: str) -> None:
-    """`replace` by a text."""
-    replace(path, lambda temporary: temporary.write_text(text))
+__all__ = ["inside", "replace", "replace_text", "sync"]
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -43,14 +20,3 @@ def inside(folder: Path, name: str) -> Path:
             "the folder, or link the whole folder instead."
         )
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

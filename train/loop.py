@@ -106,7 +106,8 @@ def _new(run: Config) -> Iterator[Path]:
 def _initial(run: Config, programs: program.Program) -> TrainState:
     state = programs.init()
     if run.start_from:
-        params = saved.start_from(Path(run.start_from), run, state.params)
+        names = programs.data().class_names
+        params = saved.start_from(Path(run.start_from), run, state.params, names)
         state = state._replace(params=params)
     return state
 

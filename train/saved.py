@@ -1,6 +1,5 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,8 @@ import numpy as np
 
 import models
 from models import huggingface
-from train import checkpoint, config, program, saver
+from models.reading import read_json
+from train import checkpoint, classes, config, program, saver
 from train.config import Config
 from train.data import tokenizers
 
@@ -52,7 +52,7 @@ def load(folder: Path, step: int | None = None) -> Saved:
     return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
 
 
-def start_from(path: Path, run: Config, fresh: Any) -> Any:
+def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
     """Parameters of another run, or of a Hugging Face folder, in the place of fresh ones.
 
     Args:
@@ -61,6 +61,8 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
         vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
         for another task or other classes, stays fresh as a whole.
       fresh: parameters of `run`, on its mesh.
+      class_names: of the data of `run`. The classes of a Hugging Face folder are put in their
+        order, by name; other names are other classes.
 
     Raises:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
@@ -77,6 +79,8 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
         params = _padded(there.params, there.run.model, run.model)
     else:
         params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
+        if class_names:
+            params = _in_order(params, class_names, huggingface.read_notes(path).class_names)
     params = models.unstack_blocks(params)
     params = models.stack_blocks(params) if run.model.scan_layers else params
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
@@ -84,10 +88,18 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
     return _replace(path, fresh, params)
 
 
+def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Any:
+    """A classifier with our numbers of its classes; without a head where they are other classes."""
+    if not theirs or "out" not in params.get("head", {}):
+        return params
+    numbers = classes.order(ours, theirs)
+    return {**params, "head": {}} if numbers is None else classes.permuted(params, numbers)
+
+
 def _is_run(path: Path) -> bool:
     """By `config.json`, which a model of Hugging Face's has too."""
     shown = path / "config.json"
-    return shown.is_file() and "optimizer" in json.loads(shown.read_text())
+    return shown.is_file() and "optimizer" in read_json(shown)
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:

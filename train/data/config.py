@@ -1,7 +1,11 @@
 """What a run is trained on, in plain fields."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
+
+PRETRAINED = "pretrained"
+"""Folder in a run that was imported: the tokenizer of its source, special tokens, class names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +70,10 @@ class DataConfig:
             raise ValueError(f"data.document_limit={self.document_limit} must be at least 1 byte.")
         if self.task == "classify" and self.segments:
             raise ValueError("data.segments packs rows of text; task=classify has one a row.")
+
+    def in_run(self, folder: Path) -> "DataConfig":
+        """With the tokenizer that an imported run brings along, wherever its folder is now."""
+        named, own = Path(self.tokenizer), folder / PRETRAINED
+        if named.name != PRETRAINED or named.is_dir() or not own.is_dir():
+            return self
+        return dataclasses.replace(self, tokenizer=str(own.resolve()))
