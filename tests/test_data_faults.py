@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
-from train.data import DataConfig, documents, load, mixture, readers
+from train.data import DataConfig, documents, load, mixture, parquet, readers
 from train.data.prepare import prepare
 
 LINES = [json.dumps({"text": text}) for text in DOCUMENTS]
@@ -81,12 +81,12 @@ def test_documents_have_a_limit_whatever_they_are_packed_into(tmp_path):
         readers.Broken, match=r"a\.txt: a document has more than .*--data.separator"
     ):
         small(f"text:{tmp_path / 'a.txt'}", document_limit=99)
-    arrow, parquet = pytest.importorskip("pyarrow", reason="extra data"), tmp_path / "a.parquet"
+    arrow, path = pytest.importorskip("pyarrow", reason="extra data"), tmp_path / "a.parquet"
     import pyarrow.parquet as pq
 
-    pq.write_table(arrow.table({"text": ["so", "x" * 100]}), parquet)
+    pq.write_table(arrow.table({"text": ["so", "x" * 100]}), path)
     with pytest.raises(readers.Broken, match=r"group 0, row 1: 100 bytes, more than --data.docum"):
-        small(f"parquet:{parquet}", document_limit=99)
+        small(f"parquet:{path}", document_limit=99)
 
 
 def test_row_groups_have_a_limit(tmp_path, monkeypatch):
@@ -97,9 +97,9 @@ def test_row_groups_have_a_limit(tmp_path, monkeypatch):
         arrow.table({"text": DOCUMENTS, "big": ["y" * 999] * 200}), tmp_path / "a.parquet"
     )
     size = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0)
-    monkeypatch.setattr(readers, "_ROW_GROUP_LIMIT", size.total_uncompressed_size)
+    monkeypatch.setattr(parquet, "ROW_GROUP_LIMIT", size.total_uncompressed_size)
     loader(tmp_path)(f"parquet:{tmp_path / 'a.parquet'}")  # the big column is not read
-    monkeypatch.setattr(readers, "_ROW_GROUP_LIMIT", size.total_uncompressed_size - 1)
+    monkeypatch.setattr(parquet, "ROW_GROUP_LIMIT", size.total_uncompressed_size - 1)
     with pytest.raises(
         readers.Broken, match=r"row group 0: \d+ bytes unpacked.*smaller row groups"
     ):

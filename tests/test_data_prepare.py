@@ -12,7 +12,7 @@ import pytest
 
 from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
 from train import lock
-from train.data import DataConfig, parts, sources, tokenizers
+from train.data import DataConfig, gpt2, parts, sources, tokenizers
 from train.data.prepare import prepare, train_tokenizer
 from train.data.readers import Broken
 
@@ -238,7 +238,7 @@ def test_headerless_files_are_cut_as_they_are(tmp_path):
 def tiny_gpt2(folder):
     """A vocabulary in GPT-2's files: bytes and four merges."""
     folder.mkdir(exist_ok=True)
-    characters = list(tokenizers._byte_characters().values())
+    characters = list(gpt2.byte_characters().values())
     merges = ["t h", "th e", "Ġ the", "# #"]
     words = [*characters, *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
     (folder / "encoder.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))

@@ -9,7 +9,8 @@ from typing import Any
 
 from train.data import readers
 from train.data.config import DataConfig
-from train.data.readers import Broken, Record, Shard
+from train.data.opening import Broken
+from train.data.readers import Record, Shard
 
 
 def documents(

@@ -146,7 +146,7 @@ def _classify(
         batch_size,
         tokenizer,
         sum(heldout.sizes) / max(1, tokens),
-        fingerprint(tokenizer, classify.identity(train, heldout)),
+        fingerprint(tokenizer, classify.identity(train, heldout), *names),
         names,
     )
 

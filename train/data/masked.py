@@ -3,6 +3,7 @@
 import numpy as np
 
 from train.batch import Batch
+from train.data import storage
 from train.data.packing import check_tokens, segments_of, windows_of
 from train.data.rows import Rows
 from train.data.sources import Tokens
@@ -81,7 +82,8 @@ def hide(
     choose, kind = ((bits_Nx3xT[:, i] >> 11) * 2.0**-53 for i in range(2))
     special = [t for t in (tokenizer.begin, tokenizer.end, tokenizer.pad) if t is not None]
     chosen = (choose < rate) & ~np.isin(tokens_NxT, special)
-    random = (bits_Nx3xT[:, 2] % np.uint64(tokenizer.vocab_size)).astype(np.int32)
+    random = bits_Nx3xT[:, 2] % np.uint64(tokenizer.vocab_size)
+    random = storage.narrow(random, np.int32, tokenizer.name)
     hidden = np.where(kind < 0.8, np.int32(mask), np.where(kind < 0.9, random, tokens_NxT))
     return np.where(chosen, hidden, tokens_NxT), chosen.astype(np.float32)
 

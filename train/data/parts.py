@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from train import files
-from train.data import sources
+from train.data import sources, storage
 from train.data.config import DataConfig
 from train.data.documents import documents
 from train.data.readers import Shard
@@ -40,7 +40,8 @@ def write(
         def flush() -> None:
             for split in _SPLITS:
                 if waiting[split]:
-                    file[split].write(np.concatenate(waiting[split]).astype(tokenizer.dtype).data)
+                    tokens = np.concatenate(waiting[split])
+                    file[split].write(storage.narrow(tokens, tokenizer.dtype, str(shard.path)).data)
                     waiting[split].clear()
 
         held = 0

@@ -18,7 +18,8 @@ from train import files, lock
 from train.data import parts, sources, tokenizers
 from train.data.config import DataConfig
 from train.data.documents import documents
-from train.data.readers import Broken, Shard
+from train.data.opening import Broken
+from train.data.readers import Shard
 from train.data.tokenizers import Tokenizer
 from train.extras import need
 

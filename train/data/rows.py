@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from train.batch import Batch
+from train.data import storage
 from train.data.config import DataConfig
 from train.data.tokenizers import Tokenizer
 
@@ -49,7 +50,7 @@ class Data:
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, int32[T]."""
-        return np.asarray(self.tokenizer.encode(text), np.int32)
+        return storage.narrow(self.tokenizer.encode(text), np.int32, self.tokenizer.name)
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of tokens [T]."""

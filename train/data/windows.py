@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from train.data import storage
+
 
 def batch(
     tokens: np.ndarray,
@@ -147,7 +149,8 @@ def _starts(
 
 
 def _gather(tokens: np.ndarray, start_B: np.ndarray, length: int) -> np.ndarray:
-    return tokens[start_B[:, None] + np.arange(length)].astype(np.int32)
+    rows = tokens[start_B[:, None] + np.arange(length)]
+    return storage.narrow(rows, np.int32, "tokens")
 
 
 def _check(tokens: np.ndarray, batch_size: int, sequence_length: int, extra: int = 1) -> None:
