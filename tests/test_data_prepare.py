@@ -168,11 +168,13 @@ def test_what_marks_work_as_done_is_on_the_disk_and_written_through_no_link(
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(handle) or sync(handle))
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out/parts").mkdir(parents=True)
-    for name in ("header.json.tmp", "parts/00000.tmp"):
+    for name in ("train.bin", "heldout.bin", "parts/00000.train", "parts/00003.json"):
         (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
     prepare(files, tmp_path / "out", quiet=True)
     assert (tmp_path / "precious").read_text() == "mine"
-    assert len(synced) == 6  # the request, four parts and the header
+    # Each file before its name in the folder: the request, four parts of three, two token files
+    # and the header.
+    assert len(synced) == 2 * (1 + 4 * 3 + 2 + 1)
 
 
 def test_sources_agree_on_the_same_documents(files, tmp_path):
@@ -272,8 +274,9 @@ def test_tokens_of_another_tokenizer_are_refused_and_the_cure_works(files, tmp_p
     config = DataConfig(tokenizer=str(tiny_gpt2(tmp_path / "gpt2")))
     prepare(files, tmp_path / "out", config, quiet=True)
     small = loader(tmp_path)
+    other = train_tokenizer(files, tmp_path / "other.json", 300)
     with pytest.raises(ValueError, match="prepared with another tokenizer") as error:
-        small(f"bin:{tmp_path / 'out'}")
+        small(f"bin:{tmp_path / 'out'}", tokenizer=str(other))
     cure = str(error.value).rpartition("--data.tokenizer ")[2].rstrip(".")
     found = small(f"bin:{tmp_path / 'out'}", tokenizer=cure)
     assert found.vocab_size == 261

@@ -64,7 +64,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
       Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
         KeyboardInterrupt, and ends a loop over runs.
     """
-    run = config.resolved(run, jax.default_backend())
+    run = program.settled(config.resolved(run, jax.default_backend()))
     with _new(run) as folder:
         if run.run.recompute_reference:
             reference.recompute(run, folder, train)
@@ -82,7 +82,7 @@ def begin(run: Config) -> None:
     Raises:
       ValueError, CheckpointError, OSError: as in `train`.
     """
-    run = config.resolved(run, jax.default_backend())
+    run = program.settled(config.resolved(run, jax.default_backend()))
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:

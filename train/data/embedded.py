@@ -50,7 +50,7 @@ def encode(text: str) -> np.ndarray:
     >>> encode("hé")
     array([104, 195, 169], dtype=int32)
     """
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return storage.narrow(np.frombuffer(text.encode(), np.uint8), np.int32, "bytes")
 
 
 def decode(tokens: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Records of a Parquet file, of which no more is unpacked than its limits allow."""
+"""Records of a Parquet file, of which no more is unpacked at a time than its limits allow."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ from train.extras import need
 ROW_GROUP_LIMIT = 2**32
 """Bytes of text that the columns of one row group may hold."""
 _ROWS = 256  # read at a time
+_DICTIONARY = 2**26  # bytes of a dictionary that are always read; writers stop at 2**20
+_PACKING = 1000  # times smaller is suspect: text packs by 2 to 10
 
 
 def records(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
@@ -24,105 +26,133 @@ def records(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterat
             raise Broken(f"{shard.path}: not a whole Parquet file, which begins with PAR1")
     try:
         with parquet.ParquetFile(shard.path) as file:
-            strings = _check_columns(file.schema_arrow, columns, shard.path)
-        # Strings that a page states once stay so in memory, however many rows repeat them.
-        with parquet.ParquetFile(shard.path, read_dictionary=strings) as file:
+            _check_columns(file.schema_arrow, columns, shard.path)
             for group in range(file.num_row_groups):
-                where = f"{shard.path}, row group {group}"
-                _check_size(file, group, columns, where)
-                row = 0
-                for batch in file.iter_batches(_ROWS, [group], columns):
-                    yield from _rows(batch, row, where, config)
-                    row += len(batch)
+                yield from _group(file, group, columns, shard.path, config)
     except (arrow.ArrowException, KeyError) as error:
         raise Broken(f"{shard.path}: not a whole Parquet file ({error})") from error
 
 
-def _check_columns(schema: Any, columns: list[str], path: Path) -> list[str]:
-    """Those of the columns that hold strings; a nested one would unpack without a limit."""
+def _check_columns(schema: Any, columns: list[str], path: Path) -> None:
+    """Nested columns are refused, since one row of them unpacks without a limit."""
     types = need("pyarrow.types", "data", "a Parquet file")
     there = schema.names
     if missing := [field for field in columns if field not in there]:
         raise Broken(
-            f"{path}: no column {missing[0]!r}; there are {', '.join(there)} "
-            f"(--data.text-field, --data.label-field)"
+            f"{path}: no column {missing[0]!r}; there are {', '.join(there)}: name yours, "
+            "--data.text-field or --data.label-field"
         )
-    if twice := [field for field in columns if there.count(field) > 1]:
-        raise Broken(f"{path}: two columns are called {twice[0]!r}")
     for name in columns:
+        if there.count(name) > 1:
+            raise Broken(f"{path}: {there.count(name)} columns are called {name!r}")
         if types.is_nested(schema.field(name).type):
             raise Broken(f"{path}: column {name!r} holds {schema.field(name).type}, no text")
-    return [n for n in columns if _is_bytes(types, schema.field(n).type)]
 
 
-def _is_bytes(types: Any, kind: Any) -> bool:
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind)
+def _group(
+    file: Any, group: int, columns: list[str], path: Path, config: DataConfig
+) -> Iterator[Record | Broken]:
+    where, row, size = f"{path}, row group {group}", 0, 0
+    rows = _check_size(file, group, columns, path, config.document_limit)
+    for batch in file.iter_batches(rows, [group], columns):
+        size += sum(sum(_lengths(column)) for column in batch.columns)
+        _within(size, where)
+        cells = [_cells(column, config) for column in batch.columns]
+        for row, values in enumerate(zip(*cells, strict=True), row):  # noqa: B020
+            fault = next((value for value in values if isinstance(value, Broken)), None)
+            here = f"{where}, row {row}"
+            fields = dict(zip(batch.schema.names, values, strict=True))
+            yield Record(here, fields) if fault is None else Broken(f"{here}: {fault}")
+        row += 1
 
 
-def _check_size(file: Any, group: int, columns: list[str], where: str) -> None:
-    """Bounds what the rows hold, which a dictionary makes any number of times what is stored."""
-    about = file.metadata.row_group(group)
+def _check_size(file: Any, group: int, columns: list[str], path: Path, limit: int) -> int:
+    """Rows to read at a time, which hold about `limit` bytes at most, after the group is judged.
+
+    A value of the dictionary page may be repeated by every row, so that a few kilobytes state any
+    number of gigabytes.
+    """
+    about, where = file.metadata.row_group(group), f"{path}, row group {group}"
     chunks = [about.column(i) for i in range(about.num_columns)]
-    stored = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
-    size = stored
-    if stored <= ROW_GROUP_LIMIT < stored * about.num_rows:
-        size = sum(
-            sum(map(_bytes_in, batch.columns))
-            for batch in file.iter_batches(2**16, [group], columns)
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema in columns]
+    stored = sum(chunk.total_uncompressed_size for chunk in chunks)
+    _within(stored, where)
+    repeated = sum(_dictionary_bytes(path, chunk) for chunk in chunks)
+    if repeated > max(limit, _DICTIONARY):
+        raise Broken(
+            f"{where}: a dictionary of {repeated} bytes, more than --data.document-limit {limit}; "
+            "write it again without dictionaries"
         )
+    mean = stored // max(about.num_rows, 1)
+    rows = min(_ROWS, max(1, limit // (4 * max(repeated, mean, 1))))  # held up to four times
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    if repeated * about.num_rows > ROW_GROUP_LIMIT > _PACKING * packed:
+        size = 0
+        for batch in file.iter_batches(rows, [group], columns):
+            size += sum(sum(_lengths(column)) for column in batch.columns)
+            _within(size, where)
+    return rows
+
+
+def _within(size: int, where: str) -> None:
     if size > ROW_GROUP_LIMIT:
         raise Broken(
-            f"{where}: {size} bytes unpacked, more than {ROW_GROUP_LIMIT}; write it again with "
+            f"{where}: {size} bytes unpacked or more, above {ROW_GROUP_LIMIT}; write it again with "
             "smaller row groups"
         )
 
 
-def _bytes_in(column: Any) -> int:
-    if not hasattr(column, "dictionary"):
-        return column.nbytes
+def _dictionary_bytes(path: Path, chunk: Any) -> int:
+    """Bytes of a column's dictionary page, which no value of it exceeds, by the page's header."""
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    with path.open("rb") as file:
+        file.seek(max(start, 0))
+        head = file.read(16)
+    kind, rest = _number(head)
+    size, _ = _number(rest)
+    return size if kind == 2 else 0  # Thrift: type (DICTIONARY_PAGE is 2), uncompressed size
+
+
+def _number(head: bytes) -> tuple[int, bytes]:
+    """An i32 field of Thrift's compact form, and what follows; 0 for anything else."""
+    value = 0
+    for i, byte in enumerate(head[1:6]):
+        value |= (byte & 127) << 7 * i
+        if byte < 128 and head[0] == 0x15:
+            return (value >> 1) ^ -(value & 1), head[i + 2 :]
+    return 0, b""
+
+
+def _lengths(column: Any) -> list[int]:
+    """Bytes of each row; of numbers there are no more than are stored."""
     compute = need("pyarrow.compute", "data", "a Parquet file")
-    return compute.sum(_lengths(column)).as_py() or 0
+    types = need("pyarrow.types", "data", "a Parquet file")
+    if types.is_dictionary(column.type):
+        lengths = _lengths(column.dictionary)
+        return [0 if place is None else lengths[place] for place in column.indices.to_pylist()]
+    strings = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(check(column.type) for check in strings):
+        return [0] * len(column)
+    return compute.fill_null(compute.binary_length(column), 0).to_pylist()
 
 
-def _lengths(column: Any) -> Any:
-    """Bytes of each row, of which none is unpacked."""
-    compute = need("pyarrow.compute", "data", "a Parquet file")
-    lengths = compute.binary_length(column.dictionary).cast("int64")
-    return compute.take(lengths, column.indices)
+def _cells(column: Any, config: DataConfig) -> list[Any]:
+    """Values, or what is wrong with one."""
+    lengths = _lengths(column)
+    try:
+        if max(lengths, default=0) <= config.document_limit:
+            return column.to_pylist()
+    except UnicodeDecodeError:
+        pass  # of which row is looked for
+    return [_cell(column[i], length, config) for i, length in enumerate(lengths)]
 
 
-def _rows(batch: Any, first: int, where: str, config: DataConfig) -> Iterator[Record | Broken]:
-    cells = [_cells(column, config) for column in batch.columns]
-    for row, values in enumerate(zip(*cells, strict=True), first):
-        here = f"{where}, row {row}"
-        faults = [value for value in values if isinstance(value, Broken)]
-        if faults:
-            yield Broken(f"{here}: {faults[0]}")
-        else:
-            yield Record(here, dict(zip(batch.schema.names, values, strict=True)))
-
-
-def _cells(column: Any, config: DataConfig) -> Iterator[Any]:
-    """Values one by one; too long a one stays packed."""
-    if not hasattr(column, "dictionary"):
-        yield from column.to_pylist()
-        return
-    words, lengths = column.dictionary, _lengths(column).to_pylist()
-    for place, length in zip(column.indices.to_pylist(), lengths, strict=True):
-        if place is None or length is None:
-            yield None
-        elif length > config.document_limit:
-            yield Broken(f"{length} bytes, {limit(config)}")
-        else:
-            yield _text(words[place])
-
-
-def _text(value: Any) -> Any:
+def _cell(value: Any, length: int, config: DataConfig) -> Any:
+    if length > config.document_limit:
+        return Broken(f"{length} bytes, {limit(config)}")
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
         return Broken(f"byte {error.start} is not UTF-8")
-
-

@@ -30,8 +30,8 @@ class Data:
     rows: Rows
     batch_size: int
     tokenizer: Tokenizer
-    bytes_per_token: float
-    """UTF-8 bytes of the held-out text a token, for bits a byte."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of the held-out text a token, for bits a byte; None where the text is unknown."""
     fingerprint: str
     """Hash of the tokenizer and of the tokens: a run that is resumed must find the same. Of token
     files it takes in what their header states, their lengths and 64 pieces of each; a change of
@@ -51,6 +51,12 @@ class Data:
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, int32[T]."""
         return storage.narrow(self.tokenizer.encode(text), np.int32, self.tokenizer.name)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The tokens of a text to go on from, int32[S]; of ids alone the first held-out ones."""
+        if self.tokenizer.is_text:
+            return self.encode(text)
+        return self.rows.heldout(np.zeros(1, np.int64)).inputs[0, :8]
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of tokens [T]."""

@@ -31,9 +31,9 @@ def load(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     if path.is_dir() and (inner := inside(path)):
         return load(str(inner)) if inner != path else gpt2.load(path, name)
-    if path.is_file() and path.suffix == ".json":
+    if path.is_file() and path.suffix.lower() == ".json":
         return pretrained.load(path, name)
-    if path.is_file() and path.suffix == ".txt":
+    if path.is_file() and path.suffix.lower() == ".txt":
         return pretrained.load_wordpiece(path, name)
     what = "holds none of those" if path.is_dir() else "is neither"
     raise ValueError(

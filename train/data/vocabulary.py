@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train import files
 from train.data import storage
 
 HOLE = "\ufffd"
@@ -55,8 +57,8 @@ class Tokenizer:
         """Writes what it was read from into a folder, which then names this tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.files:
-            name = path.name if len(self.files) > 1 else FILES[path.suffix]
-            shutil.copyfile(path, folder / name)
+            name = path.name if len(self.files) > 1 else FILES[path.suffix.lower()]
+            files.replace(folder / name, functools.partial(shutil.copyfile, path))
 
 
 def size_of(ids: Iterable[int], where: str | Path) -> int:
