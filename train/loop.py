@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
       Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
         KeyboardInterrupt, and ends a loop over runs.
     """
-    run = program.settled(config.resolved(run, jax.default_backend()))
+    run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         if run.run.recompute_reference:
             reference.recompute(run, folder, train)
@@ -82,7 +84,8 @@ def begin(run: Config) -> None:
     Raises:
       ValueError, CheckpointError, OSError: as in `train`.
     """
-    run = program.settled(config.resolved(run, jax.default_backend()))
+    run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:

@@ -105,7 +105,7 @@ def settled(run: Config) -> Config:
     the model has no rows for is made to fit: nobody has named the tokenizer, or the size for it.
     """
     chosen = data.settled(run.data)
-    if chosen.tokenizer == run.data.tokenizer:
+    if run.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
         return dataclasses.replace(run, data=chosen)
     size = max(run.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)
     model = dataclasses.replace(run.model, vocab_size=size)

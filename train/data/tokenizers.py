@@ -64,8 +64,8 @@ def _ids(name: str, size: int) -> Tokenizer:
         if not all(re.fullmatch(r"\d{1,9}", word) and int(word) < size for word in words):
             raise ValueError(
                 f"the text {text!r:.40} is not made of ids from 0 to {size - 1}, and nothing says "
-                "which text those are: give ids with blanks between them, such as '15 7', or name "
-                "the tokenizer that they are of, --data.tokenizer."
+                "which text those are: give ids with blanks between them, such as '15 7', or train "
+                "with the tokenizer that they are of (--data.tokenizer)."
             )
         return storage.narrow([int(word) for word in words], np.int32, name)
 
