@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
-from train.data import DataConfig, documents, load, mixture, parquet, readers
+from train.data import DataConfig, classify, documents, load, mixture, parquet, readers
+from train.data.classify import class_names
 from train.data.prepare import prepare
 
 LINES = [json.dumps({"text": text}) for text in DOCUMENTS]
@@ -362,6 +363,43 @@ def test_classify_says_what_it_lacks(tmp_path):
     same = f"jsonl:{one}"
     with pytest.raises(ValueError, match="sequence_length=4 has no room"):
         small(same, task="classify", heldout_source=same, sequence_length=4)
+
+
+ORDER = """
+from train.data.classify import class_names
+print(class_names(['1', ' 1', '01', '0', '+1', '10', '1_0']), class_names(['b', '1', 'a', ' 1']))
+"""
+
+
+def test_classes_have_one_order_whatever_the_seed_of_hashes():
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", ORDER],
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(said) == 1
+    names = class_names(["1", " 1", "01", "0", "+1", "10", "1_0"])
+    assert names == ("0", " 1", "+1", "01", "1", "10", "1_0")
+
+
+def test_names_of_classes_are_in_the_fingerprint(tmp_path, monkeypatch):
+    small = loader(tmp_path)
+    records = [{"text": text, "label": str(i % 2)} for i, text in enumerate(DOCUMENTS)]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    before = small(f"jsonl:{path}", task="classify").fingerprint
+    monkeypatch.setattr(classify, "class_names", lambda labels: ("1", "0"))
+    assert small(f"jsonl:{path}", task="classify").fingerprint != before
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "tokenizers", "tiktoken"])

@@ -335,6 +335,28 @@ def test_a_prepared_folder_names_its_tokenizer_whatever_that_was_called(files, t
     loader(tmp_path)(f"bin:{tmp_path}/out", tokenizer=str(tmp_path / "out/tokenizer")).batch(0)
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"train": 3}', "short", "long"])
+def test_a_part_whose_counts_or_tokens_are_damaged_is_made_again(files, tmp_path, monkeypatch, damage):
+    want, write = prepare(files, tmp_path / "whole", quiet=True), parts.write
+
+    def fails_at_the_third(shard, *args):
+        if shard.path.name == "2.jsonl":
+            raise OSError("no space left")
+        return write(shard, *args)
+
+    monkeypatch.setattr(parts, "write", fails_at_the_third)
+    with pytest.raises(OSError, match="no space left"):
+        prepare(files, tmp_path / "out", quiet=True, workers=1)
+    monkeypatch.setattr(parts, "write", write)
+    part = tmp_path / "out/parts/00000"
+    if damage in ("short", "long"):
+        tokens = part.with_suffix(".train").read_bytes()
+        part.with_suffix(".train").write_bytes(tokens[:-1] if damage == "short" else tokens * 2)
+    else:
+        part.with_suffix(".json").write_text(damage)
+    assert prepare(files, tmp_path / "out", quiet=True)["splits"] == want["splits"]
+
+
 def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):
     write = parts.write
 
