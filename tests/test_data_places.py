@@ -106,7 +106,7 @@ def test_other_places_are_no_addresses_either(tmp_path, monkeypatch):
             DataConfig(**{name: "gs://a"})
     with pytest.raises(ValueError, match="-o 'gs:/bucket' names a place by gs://"):
         prepare("embedded", places.Path("gs://bucket"), quiet=True)
-    with pytest.raises(ValueError, match="-o 's3:/b/t.json' names a place by s3://"):
+    with pytest.raises(ValueError, match=r"-o 's3:/b/t\.json' names a place by s3://"):
         train_tokenizer("embedded", places.Path("s3://b/t.json"))
     assert not any(tmp_path.iterdir())
 
@@ -173,12 +173,14 @@ def test_an_id_beyond_the_stated_vocabulary_is_named_with_its_file_and_place(tmp
     ids(tmp_path / "nano", "uint16")
     small = loader(tmp_path)
     stated = {"tokenizer": "ids:50256", "batch_size": 300}
-    message = r"nano holds token 50256, outside a vocabulary of 50256, at place {}"
-    with pytest.raises(ValueError, match=message.format(500)):  # 4500 of all, 500 of val.bin
+    message = r"nano/{} holds token 50256, outside a vocabulary of 50256, at place {}"
+    with pytest.raises(
+        ValueError, match=message.format("val.bin", 500)
+    ):  # 4500 of all, 500 of val.bin
         small(f"bin:{tmp_path}/nano", **stated)
     tokens = np.fromfile(tmp_path / "nano/val.bin", np.uint16)
     np.minimum(tokens, 9).tofile(tmp_path / "nano/val.bin")
-    with pytest.raises(ValueError, match=message.format(100)):
+    with pytest.raises(ValueError, match=message.format("train.bin", 100)):
         small(f"bin:{tmp_path}/nano", **stated).batch(0)
 
 
@@ -187,5 +189,5 @@ def test_a_header_of_an_older_count_of_tokens_is_refused(tmp_path):
     header = prepare(f"jsonl:{path}", tmp_path / "out", quiet=True)
     header["tokenizer"]["vocab_size"] = 200
     sources.write_header(tmp_path / "out", header)
-    with pytest.raises(ValueError, match="counted 200 tokens where .* prepare the data again"):
+    with pytest.raises(ValueError, match=r"counted 200 tokens where .* prepare the data again"):
         loader(tmp_path)(f"bin:{tmp_path}/out")

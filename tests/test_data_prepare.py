@@ -336,7 +336,9 @@ def test_a_prepared_folder_names_its_tokenizer_whatever_that_was_called(files, t
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"train": 3}', "short", "long"])
-def test_a_part_whose_counts_or_tokens_are_damaged_is_made_again(files, tmp_path, monkeypatch, damage):
+def test_a_part_whose_counts_or_tokens_are_damaged_is_made_again(
+    files, tmp_path, monkeypatch, damage
+):
     want, write = prepare(files, tmp_path / "whole", quiet=True), parts.write
 
     def fails_at_the_third(shard, *args):

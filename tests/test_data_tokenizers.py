@@ -221,7 +221,9 @@ def test_lines_of_a_vocabulary_end_at_line_feeds_alone(tmp_path):
 
 def test_a_number_that_does_not_fit_its_type_is_named_and_never_wrapped():
     for numbers, dtype in (([1, 256], np.uint8), ([-1], np.uint16), ([2**31], np.int32)):
-        with pytest.raises(ValueError, match=rf"a\.bin: number {len(numbers) - 1} is {numbers[-1]}"):
+        with pytest.raises(
+            ValueError, match=rf"a\.bin: number {len(numbers) - 1} is {numbers[-1]}"
+        ):
             storage.narrow(numbers, dtype, "a.bin")
     for numbers in ([0.5], [2**70], ["x"]):
         with pytest.raises(ValueError, match=r"a\.bin: .* no whole numbers"):

@@ -64,5 +64,5 @@ def _kind_of(path: Path) -> str:
         return "uint16"
     some = np.asarray(memory_map(path, "uint16")[: 2**16])
     low, high = int(some[::2].max()), int(some[1::2].max())
-    wide = len(some) >= 64 and (high == 0 < low or high < 16 and low > 255)
+    wide = len(some) >= 64 and (high == 0 < low or (high < 16 and low > 255))
     return "uint32" if wide else "uint16"

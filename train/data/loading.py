@@ -130,12 +130,9 @@ def _open(source: str, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     if kind == "embedded":
         return sources.embedded_tokens(tokenizer, config)
     if kind == "bin":
-        folder = Path(places.absolute(rest))
-        tokens = sources.open_tokens(folder, tokenizer, config)
-        again = "prepare it with a higher --data.heldout-fraction"  # which it keeps
-        return tokens._replace(cure=again) if folder.is_dir() else tokens
+        return sources.open_tokens(Path(places.absolute(rest)), tokenizer, config)
     found = sources.open_tokens(_prepared(source, tokenizer, config), tokenizer, config)
-    return found._replace(where=source, judge=source)
+    return found._replace(where=source, judge=source, cure=Tokens._field_defaults["cure"])
 
 
 def _prepared(source: str, tokenizer: Tokenizer, config: DataConfig) -> Path:
@@ -153,10 +150,10 @@ def _judge(tokens: Tokens) -> Tokens:
 
 def _bytes_per_token(judges: list[Tokens]) -> float | None:
     sizes = np.array([len(part.heldout) for part in judges], np.float64)
-    ratios = [part.bytes_per_token for part in judges]
-    if None in ratios:
+    ratios = [part.bytes_per_token for part in judges if part.bytes_per_token is not None]
+    if len(ratios) < len(judges):
         return None
-    return float(sizes @ ratios / max(1.0, sizes.sum()))
+    return float(sizes @ np.array(ratios) / max(1.0, sizes.sum()))
 
 
 def _classify(

@@ -59,9 +59,7 @@ def masked_rows(
         return Batch(inputs, tokens_NxL, weights, numbers)
 
     return Rows(
-        lambda number_N: rows(
-            train.shuffled(number_N), number_N, seed, tokens.where, tokens.train
-        ),
+        lambda number_N: rows(train.shuffled(number_N), number_N, seed, tokens.where, tokens.train),
         lambda index_N: rows(
             heldout.in_order(index_N), index_N, _HELDOUT_SEED, tokens.judge, tokens.heldout
         ),

@@ -116,10 +116,11 @@ def _unmarked(head: bytes) -> str:
     places = [i for i, byte in enumerate(head) if not byte]
     if any(head.startswith(mark) for mark in _MARKS) or len(places) < max(2, len(head) / 25):
         return ""
-    fours, twos = {i % 4 for i in places}, {i % 2 for i in places}
     if len(places) > 0.7 * len(head):
-        return {0: "UTF-32LE", 3: "UTF-32BE"}.get(*({0, 1, 2, 3} - fours or {1}), "")
-    return "" if len(twos) > 1 else "UTF-16BE" if twos == {0} else "UTF-16LE"
+        letters = {0, 1, 2, 3} - {i % 4 for i in places}
+        return "UTF-32LE" if letters == {0} else "UTF-32BE" if letters == {3} else ""
+    halves = {i % 2 for i in places}
+    return "UTF-16LE" if halves == {1} else "UTF-16BE" if halves == {0} else ""
 
 
 class _Recoded(io.RawIOBase):

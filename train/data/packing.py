@@ -75,7 +75,7 @@ def windows_of(tokens: Tokens, stride: int, extra: int, seed: int) -> tuple[Wind
 
 
 def checked(tokens: np.ndarray, vocab_size: int, where: str, part: np.ndarray) -> np.ndarray:
-    """Tokens as int32, each of which the model has a row for; for another JAX would read a wrong one.
+    """Tokens as int32, each of which the model has a row for; JAX would read a wrong one.
 
     Args:
       tokens: of a batch.

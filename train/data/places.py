@@ -4,6 +4,7 @@ import glob
 import re
 from pathlib import Path
 
+
 def check_local(place: str | Path, flag: str) -> None:
     """Refuses an address such as gs://bucket/a, which would be taken for a path.
 

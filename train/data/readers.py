@@ -17,7 +17,6 @@ from train.data.config import DataConfig
 from train.data.opening import Broken, open_bytes
 
 
-
 class Shard(NamedTuple):
     """What one thread reads on its own: one file."""
 

@@ -172,7 +172,8 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     written = splits["train"]["sha256"], splits["heldout"]["sha256"]
     identity = _digest(*written, _sampled(train), _sampled(heldout))
     ratio = counted["bytes"] / max(1, counted["tokens"])
-    return Tokens(train, heldout, ratio, identity, str(path), str(path))
+    cure = "prepare it with a higher --data.heldout-fraction"  # which it keeps
+    return Tokens(train, heldout, ratio, identity, str(path), str(path), cure)
 
 
 def outside(part: np.ndarray, vocab_size: int, where: str) -> str:
@@ -252,11 +253,16 @@ def _headerless(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     judge = parts[1] if len(parts[1]) else parts[0]
     some = np.asarray(judge[: 2**20])
     if some.size and some.max() >= tokenizer.vocab_size:
-        raise ValueError(outside(judge, tokenizer.vocab_size, str(path)))
+        name = "val.bin" if path.is_dir() and len(parts[1]) else ""
+        raise ValueError(outside(judge, tokenizer.vocab_size, str(path / name)))
     ratio = None
     if tokenizer.is_text:
         ratio = len(tokenizer.decode(some).encode()) / max(1, len(some))
-    return Tokens(parts[0], parts[1], ratio, _digest(*map(_sampled, parts)), str(path), str(path))
+    names = ("train.bin", "val.bin") if path.is_dir() else ("", "")
+    where, place = (str(path / name) for name in names)
+    identity = _digest(*map(_sampled, parts))
+    found = Tokens(parts[0], parts[1], ratio, identity, where, place)
+    return found._replace(cure="give a longer val.bin") if path.is_dir() else found
 
 
 def _sampled(tokens: np.ndarray) -> str:

@@ -109,9 +109,7 @@ def total(
 
 
 @contextlib.contextmanager
-def named(
-    where: str | Path, kind: str = "tokenizer that the library can use"
-) -> Iterator[None]:
+def named(where: str | Path, kind: str = "tokenizer that the library can use") -> Iterator[None]:
     """Turns any error of a tokenizer's library into a ValueError that names its file."""
     try:
         yield
