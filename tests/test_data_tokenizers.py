@@ -135,6 +135,18 @@ def test_merges_that_make_a_special_token_are_not_used(tmp_path):
     assert loaded(model, tmp_path).encode("<s>s").tolist() == [3, 2, 1]
 
 
+@pytest.mark.parametrize("more", ["<>0x41", "0x41"])
+def test_text_that_spells_a_byte_token_of_a_unigram_model_is_text(tmp_path, more):
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *more, "a", "<0x4"]
+    scores = [(piece, -1.0 - i / 100) for i, piece in enumerate(dict.fromkeys(pieces))]
+    model = library.Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert model.decode(model.encode("a<0x41>a").ids) == "aAa"  # by the library
+    found = loaded(model, tmp_path)
+    for text in ("a<0x41>a", "<0x00><0xFF>", "<0x41", "é☃<0xC3>"):
+        assert found.decode(found.encode(text)) == text
+
+
 def holes(tmp_path):
     """Words with the ids 0 to 4 and 300."""
     names = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "[UNK]": 4, "last": 300}

@@ -71,6 +71,9 @@ def settled(config: DataConfig) -> DataConfig:
     if tokenizer == "bytes":
         found = [sources.tokenizer_of(source, config) for source, _ in mixture.parse(config.source)]
         ids = [int(name[4:]) for name in found if name.startswith("ids:")]
+        if ids and config.heldout_source:
+            judge = sources.tokenizer_of(config.heldout_source, config)
+            ids += [int(judge[4:])] * judge.startswith("ids:")
         named = next((name for name in found if name and not name.startswith("ids:")), "")
         tokenizer = named or (f"ids:{max(ids)}" if ids else tokenizer)
     elif Path(tokenizer).expanduser().exists():

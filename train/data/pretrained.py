@@ -94,11 +94,13 @@ def _of_library(model: Any, path: Path, name: str) -> Tokenizer:
             "to it as a special token."
         )
     pad, encoder = first(_PAD), _of_text_alone(model, path)
+    bytes_ = _byte_pieces(encoder)
 
     def encode(text: str) -> np.ndarray:
         with named(path):
-            found = encoder.encode(text, add_special_tokens=False).ids
-        return storage.narrow(found, np.int32, str(path))
+            found = encoder.encode(text, add_special_tokens=False)
+            ids = _spelled_out(found, text, bytes_, encoder) if "<0x" in text else found.ids
+        return storage.narrow(ids, np.int32, str(path))
 
     def decode(tokens: list[int]) -> str:
         with named(path):
@@ -140,6 +142,25 @@ def _of_text_alone(model: Any, path: Path) -> Any:
     if any(model.token_to_id(old) != made.token_to_id(new) for old, new in renamed.items()):
         raise ValueError(f"{path} has special tokens whose ids the library does not keep.")
     return made
+
+
+def _byte_pieces(encoder: Any) -> set[int]:
+    """The tokens <0x00> to <0xFF> of a Unigram model, which finds them in text that spells them."""
+    if type(encoder.model).__name__ != "Unigram":
+        return set()
+    return {encoder.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
+
+
+def _spelled_out(found: Any, text: str, bytes_: set[int], encoder: Any) -> list[int]:
+    """The ids with each byte token that text spelled by six characters in those characters' ids."""
+    ids: list[int] = []
+    for token, (first, last) in zip(found.ids, found.offsets, strict=True):
+        if token in bytes_ and text[first:last].lstrip().startswith("<0x"):
+            pieces = (encoder.model.tokenize(letter) for letter in text[first:last])
+            ids += [piece.id for letter in pieces for piece in letter]
+        else:
+            ids.append(token)
+    return ids
 
 
 def _unknown(model: dict[str, Any]) -> set[str]:

@@ -1,5 +1,6 @@
 """What every tokenizer is: a vocabulary, two functions, and the tokens that are no text."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -76,7 +77,7 @@ def size_of(ids: Iterable[int], where: str | Path) -> int:
             "from its source again."
         )
     if len(set(ids)) < len(ids):
-        twice = next(i for i in sorted(ids) if ids.count(i) > 1)
+        twice = collections.Counter(ids).most_common(1)[0][0]
         raise ValueError(
             f"{where} has two tokens with the id {twice}, of which only one could be decoded: "
             "give each an id of its own."
@@ -85,10 +86,11 @@ def size_of(ids: Iterable[int], where: str | Path) -> int:
 
 
 def total(
-    decode: Callable[[list[int]], str], ids: Iterable[int], size: int
+    decode: Callable[[list[int]], str], ids: Sequence[int], size: int
 ) -> Callable[[np.ndarray], str]:
     """A decoder of every id below `size`; those that are not among `ids` become `HOLE`."""
-    known = np.fromiter(ids, np.int64)
+    full = len(ids) == size
+    known = np.empty(0, np.int64) if full else np.fromiter(ids, np.int64)
 
     def decoded(tokens: np.ndarray) -> str:
         tokens = np.asarray(tokens)
@@ -98,7 +100,7 @@ def total(
                 f"{size - 1}: sample from its logits alone, or decode with the tokenizer that the "
                 "model was trained on."
             )
-        holes = np.flatnonzero(~np.isin(tokens, known))
+        holes = [] if full else np.flatnonzero(~np.isin(tokens, known))
         if not len(holes):
             return decode(tokens.tolist())
         first, *others = np.split(tokens, holes)
