@@ -1,5 +1,6 @@
 """Where data is: literal paths, absolute sources, addresses, and token folders without flags."""
 
+import dataclasses
 import os
 import re
 
@@ -191,3 +192,29 @@ def test_a_header_of_an_older_count_of_tokens_is_refused(tmp_path):
     sources.write_header(tmp_path / "out", header)
     with pytest.raises(ValueError, match=r"counted 200 tokens where .* prepare the data again"):
         loader(tmp_path)(f"bin:{tmp_path}/out")
+
+
+def test_a_run_on_ids_alone_fits_its_vocabulary_and_prints_ids(tmp_path, monkeypatch):
+    from train import config, loop
+
+    ids(tmp_path / "nano", "uint16", largest=300)
+    monkeypatch.chdir(tmp_path)
+    run = config.preset("tiny", "adamw")
+    model = dataclasses.replace(run.model, layers=1, width=16, heads=2, context=16)
+    run = dataclasses.replace(
+        run,
+        model=model,
+        data=DataConfig(source="bin:nano"),
+        run=dataclasses.replace(run.run, folder="run", sample_length=9, compile_cache=""),
+        steps=2,
+        warmup_steps=1,
+        batch_size=8,
+        sequence_length=8,
+    )
+    history = loop.train(run)
+    assert history[-1]["heldout_loss"] > 0 and "bits_per_byte" not in history[-1]
+    made = config.load(tmp_path / "run")
+    assert made.model.vocab_size == 301 and made.data.tokenizer == "ids:301"
+    assert made.data.source == f"bin:{tmp_path}/nano"
+    words = (tmp_path / "run/sample.txt").read_text().split()
+    assert len(words) == 8 + 9 and all(int(word) < 301 for word in words)

@@ -226,7 +226,7 @@ def test_added_tokens_whose_ids_the_library_changes_are_refused(tmp_path):
 def test_lines_of_a_vocabulary_end_at_line_feeds_alone(tmp_path):
     path = tmp_path / "vocab.txt"
     lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2028", "\x85x", "so"]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")  # a mark is none of its words
     found = tokenizers.load(str(path))
     assert found.encode("so").tolist() == [7] and found.vocab_size == 8
 

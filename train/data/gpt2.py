@@ -62,7 +62,7 @@ def byte_characters() -> dict[int, str]:
 
 def _merges(path: Path) -> list[str]:
     try:
-        lines = path.read_bytes().decode().split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): take GPT-2's own file.") from error
     lines = [line.removesuffix("\r") for line in lines]

@@ -77,6 +77,12 @@ def _check_size(file: Any, group: int, columns: list[str], path: Path, limit: in
     chunks = [chunk for chunk in chunks if chunk.path_in_schema in columns]
     stored = sum(chunk.total_uncompressed_size for chunk in chunks)
     _within(stored, where)
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    if stored > max(limit, _PACKING * packed):  # a page is unpacked whole, however large it is
+        raise Broken(
+            f"{where}: {packed} bytes that unpack to {stored}, which no text does; if it is sound, "
+            "write it again with smaller row groups"
+        )
     repeated = sum(_dictionary_bytes(path, chunk) for chunk in chunks)
     if repeated > max(limit // 4, _DICTIONARY):  # unpacking it takes six times its size
         raise Broken(
@@ -86,7 +92,6 @@ def _check_size(file: Any, group: int, columns: list[str], path: Path, limit: in
         )
     mean = stored // max(about.num_rows, 1)
     rows = min(_ROWS, max(1, limit // (4 * max(repeated, mean, 1))))  # held up to four times
-    packed = sum(chunk.total_compressed_size for chunk in chunks)
     if repeated * about.num_rows > ROW_GROUP_LIMIT > _PACKING * packed:
         size = 0
         for batch in file.iter_batches(rows, [group], columns):

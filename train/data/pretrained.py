@@ -64,7 +64,7 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a vocabulary has {LARGEST}.")
     try:
         # Not splitlines, which also cuts at characters that are words of a vocabulary (U+2028).
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): take its UTF-8 form.") from error
 
