@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.corpora import DOCUMENTS, loader
+from train.data import parquet as bounds
 from train.data.opening import Broken, open_bytes
 
 arrow = pytest.importorskip("pyarrow", reason="the extra data is not installed")
@@ -238,3 +239,37 @@ def test_a_parquet_cell_that_is_not_utf8_is_named_by_its_row(tmp_path):
     pq.write_table(arrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(Broken, match=r"row group 0, row 1: byte 3 is not UTF-8"):
         loader(tmp_path)(f"parquet:{tmp_path}/a.parquet")
+
+
+def test_row_groups_have_a_limit(tmp_path, monkeypatch):
+    pq.write_table(
+        arrow.table({"text": DOCUMENTS, "big": ["y" * 999] * 200}), tmp_path / "a.parquet"
+    )
+    size = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0)
+    monkeypatch.setattr(bounds, "ROW_GROUP_LIMIT", size.total_uncompressed_size)
+    loader(tmp_path)(f"parquet:{tmp_path / 'a.parquet'}")  # the big column is not read
+    monkeypatch.setattr(bounds, "ROW_GROUP_LIMIT", size.total_uncompressed_size - 1)
+    with pytest.raises(Broken, match=r"row group 0: \d+ bytes unpacked.*smaller row groups"):
+        loader(tmp_path)(f"parquet:{tmp_path / 'a.parquet'}", heldout_fraction=0.1)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_truncated_parquet_file_is_named(tmp_path, keep):
+    path = tmp_path / "a.parquet"
+    pq.write_table(arrow.table({"text": DOCUMENTS}), path)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(Broken, match=r"a\.parquet: not a whole Parquet file .*Repair"):
+        loader(tmp_path)(f"parquet:{path}")
+
+
+def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
+    pq.write_table(arrow.table({"content": DOCUMENTS, "url": DOCUMENTS}), tmp_path / "a.parquet")
+    with pytest.raises(Broken, match="no column 'text'; there are content, url"):
+        loader(tmp_path)(f"parquet:{tmp_path / 'a.parquet'}")
+
+
+def test_a_cut_gzip_file_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES)[:-20])
+    with pytest.raises(Broken, match=r"a\.jsonl\.gz: .*Repair or remove it"):
+        loader(tmp_path)(f"jsonl:{path}")

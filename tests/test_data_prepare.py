@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
+from tests.corpora import DOCUMENTS, loader, tiny_gpt2, write_jsonl, write_tokens
 from train import lock
-from train.data import DataConfig, gpt2, parts, sources, tokenizers
+from train.data import DataConfig, parts, sources, tokenizers
 from train.data.prepare import prepare, train_tokenizer
 from train.data.readers import Broken
 
@@ -237,38 +237,6 @@ def test_headerless_files_are_cut_as_they_are(tmp_path):
     np.testing.assert_array_equal(next(one.heldout()).targets, next(two.heldout()).targets)
 
 
-def tiny_gpt2(folder):
-    """A vocabulary in GPT-2's files: bytes and four merges."""
-    folder.mkdir(exist_ok=True)
-    characters = list(gpt2.byte_characters().values())
-    merges = ["t h", "th e", "Ġ the", "# #"]
-    words = [*characters, *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
-    (folder / "encoder.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return folder
-
-
-def test_gpt2_tokens_are_those_of_another_implementation(tmp_path):
-    pytest.importorskip("tiktoken", reason="the extra data is not installed")
-    library = pytest.importorskip("tokenizers", reason="the extra data is not installed")
-    ours = tokenizers.load(str(tiny_gpt2(tmp_path / "gpt2")))
-    vocabulary = json.loads((tmp_path / "gpt2/encoder.json").read_text())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("#", "#")]
-    theirs = library.ByteLevelBPETokenizer(vocabulary, merges)
-    text = "the  other: they'll see ### é☃\n\n the<|endoftext|>"
-    plain = text.replace("<|endoftext|>", "")
-    assert ours.encode(plain).tolist() == theirs.encode(plain).ids
-    assert ours.decode(ours.encode(text)) == text and ours.end not in ours.encode(text)
-    assert ours.vocab_size == 261 and ours.end == 260 and ours.dtype == np.uint16
-    with pytest.raises(
-        ValueError, match="tokens reach from 1 to 300, the vocabulary from 0 to 260"
-    ):
-        ours.decode(np.array([1, 300]))
-    (tmp_path / "gpt2/vocab.bpe").write_text("th e\nt h\n")
-    with pytest.raises(ValueError, match="do not belong together"):
-        tokenizers.load(str(tmp_path / "gpt2"))
-
-
 def test_tokens_of_another_tokenizer_are_refused_and_the_cure_works(files, tmp_path):
     pytest.importorskip("tiktoken", reason="the extra data is not installed")
     config = DataConfig(tokenizer=str(tiny_gpt2(tmp_path / "gpt2")))
@@ -301,25 +269,6 @@ def test_a_trained_tokenizer_reads_its_text_back(files, tmp_path, kind):
             loader(tmp_path)(files, tokenizer=str(path), task="masked")
     with pytest.raises(ValueError, match=r"must end in \.json"):
         train_tokenizer(files, tmp_path / "tokenizer", 300, kind)
-
-
-def test_wordpiece_lowers_words_unless_its_vocabulary_has_capitals(tmp_path):
-    pytest.importorskip("tokenizers", reason="the extra data is not installed")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    path = tmp_path / "vocab.txt"
-    path.write_text("\n".join([*special, "so", "##fa", "it"]))
-    assert tokenizers.load(str(path)).encode("Sofa it goes").tolist() == [5, 6, 7, 1]
-    assert tokenizers.load(str(tmp_path)).hash == tokenizers.load(str(path)).hash
-    path.write_text("\n".join([*special, "So", "so", "it"]))
-    found = tokenizers.load(str(path))
-    assert found.encode("So so").tolist() == [5, 6]
-    assert (found.begin, found.end, found.pad, found.mask) == (2, 3, 0, 4)
-    path.write_text("so\nit")
-    with pytest.raises(ValueError, match=r"no WordPiece vocabulary: \[CLS\], \[MASK\]"):
-        tokenizers.load(str(path))
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"x\.json is no tokenizer\.json"):
-        tokenizers.load(str(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize("name", ["bpe.json", "words.txt"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.corpora import loader, write_tokens
+from tests.corpora import loader, tiny_gpt2, write_tokens
 from train.data import DataConfig, embedded, gpt2, storage, tokenizers
 from train.data.prepare import prepare
 
@@ -264,3 +264,40 @@ def test_no_other_module_of_data_casts_to_a_type_of_integers():
             if ".astype(" in line and "float" not in line
         ]
         assert len(casts) <= allowed.get(path.name, 0), (path, casts)
+
+
+def test_gpt2_tokens_are_those_of_another_implementation(tmp_path):
+    ours = tokenizers.load(str(tiny_gpt2(tmp_path / "gpt2")))
+    vocabulary = json.loads((tmp_path / "gpt2/encoder.json").read_text())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("#", "#")]
+    theirs = library.ByteLevelBPETokenizer(vocabulary, merges)
+    text = "the  other: they'll see ### é☃\n\n the<|endoftext|>"
+    plain = text.replace("<|endoftext|>", "")
+    assert ours.encode(plain).tolist() == theirs.encode(plain).ids
+    assert ours.decode(ours.encode(text)) == text and ours.end not in ours.encode(text)
+    assert ours.vocab_size == 261 and ours.end == 260 and ours.dtype == np.uint16
+    with pytest.raises(
+        ValueError, match="tokens reach from 1 to 300, the vocabulary from 0 to 260"
+    ):
+        ours.decode(np.array([1, 300]))
+    (tmp_path / "gpt2/vocab.bpe").write_text("th e\nt h\n")
+    with pytest.raises(ValueError, match="do not belong together"):
+        tokenizers.load(str(tmp_path / "gpt2"))
+
+
+def test_wordpiece_lowers_words_unless_its_vocabulary_has_capitals(tmp_path):
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*special, "so", "##fa", "it"]))
+    assert tokenizers.load(str(path)).encode("Sofa it goes").tolist() == [5, 6, 7, 1]
+    assert tokenizers.load(str(tmp_path)).hash == tokenizers.load(str(path)).hash
+    path.write_text("\n".join([*special, "So", "so", "it"]))
+    found = tokenizers.load(str(path))
+    assert found.encode("So so").tolist() == [5, 6]
+    assert (found.begin, found.end, found.pad, found.mask) == (2, 3, 0, 4)
+    path.write_text("so\nit")
+    with pytest.raises(ValueError, match=r"no WordPiece vocabulary: \[CLS\], \[MASK\]"):
+        tokenizers.load(str(path))
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is no tokenizer\.json"):
+        tokenizers.load(str(tmp_path / "x.json"))

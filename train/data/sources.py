@@ -150,13 +150,13 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
         return _headerless(path, tokenizer, config)
     if header["tokenizer"]["hash"] != tokenizer.hash:
         raise ValueError(
-            f"{path} was prepared with another tokenizer, {header['tokenizer']['name']} (hash "
-            f"{header['tokenizer']['hash']}, not {tokenizer.hash} of {tokenizer.name}). Ask for "
-            f"it: --data.tokenizer {_own(path, header)}."
+            f"{path} was prepared with another tokenizer, {header['tokenizer']['name']} (by "
+            f"{HEADER} its hash is {header['tokenizer']['hash']}, not {tokenizer.hash} of "
+            f"{tokenizer.name}). Ask for it: --data.tokenizer {_own(path, header)}."
         )
     if header["tokenizer"]["vocab_size"] != tokenizer.vocab_size:
         raise ValueError(
-            f"{path} was prepared by a version that counted {header['tokenizer']['vocab_size']} "
+            f"{path / HEADER} is of a version that counted {header['tokenizer']['vocab_size']} "
             f"tokens where the tokenizer has ids up to {tokenizer.vocab_size - 1}: prepare the "
             "data again."
         )
@@ -166,7 +166,7 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     )
     for name, part in (("train", train), ("heldout", heldout)):
         if splits[name]["largest"] >= tokenizer.vocab_size:
-            raise ValueError(outside(part, tokenizer.vocab_size, f"{path}, {name} part"))
+            raise ValueError(outside(part, tokenizer.vocab_size, str(path / f"{name}.bin")))
     counted = splits["heldout"] if splits["heldout"]["tokens"] else splits["train"]
     # The files too, which may have been written again since their header was.
     written = splits["train"]["sha256"], splits["heldout"]["sha256"]
@@ -179,10 +179,11 @@ def open_tokens(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
 def outside(part: np.ndarray, vocab_size: int, where: str) -> str:
     """The message on the first token of a part that the tokenizer lacks."""
     place = bare.first_outside(part, vocab_size)
-    found = "a token" if place is None else f"token {part[place]}"
-    place = "" if place is None else f" at place {place}"
+    if place is None:
+        return f"{where} has another largest token than {HEADER} says: prepare the data again."
     return (
-        f"{where} holds {found}, outside a vocabulary of {vocab_size},{place}: it is corrupt, was "
+        f"{where} holds token {part[place]}, outside a vocabulary of {vocab_size}, at place "
+        f"{place}: it is corrupt, was "
         "made with another tokenizer, or has another type (--data.headerless). Ids whose tokenizer "
         "is not known are taken as they are with --data.tokenizer ids:N, each below N."
     )

@@ -24,8 +24,8 @@ def narrow(numbers: Any, dtype: Any, what: str) -> np.ndarray:
     ValueError: a.bin: number 1 is 300, but uint8 reaches from 0 to 255: it needs a wider type.
     """
     array, target = np.asarray(numbers), np.dtype(dtype)
-    if array.size == 0:
-        return array.astype(target)
+    if array.size == 0 or np.can_cast(array.dtype, target):
+        return array.astype(target, copy=False)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{what}: {array.dtype} values are no whole numbers of 64 bits.")
     reach = np.iinfo(target)
