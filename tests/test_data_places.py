@@ -120,6 +120,12 @@ def test_a_folder_that_holds_its_tokenizer_needs_no_flag(tmp_path):
     found = loader(tmp_path)(f"bin:{tmp_path}/out")
     assert "so it goes" in found.decode(found.batch(0).inputs.ravel())
     assert found.vocab_size > 256
+    (tmp_path / "out/tokenizer/tokenizer.json").rename(tmp_path / "t.json")
+    with pytest.raises(
+        ValueError, match=r"out/header\.json names the tokenizer .* copy the folder"
+    ):
+        loader(tmp_path)(f"bin:{tmp_path}/out")
+    loader(tmp_path)(f"bin:{tmp_path}/out", tokenizer=str(tmp_path / "t.json")).batch(0)
     prepare(f"jsonl:{path}", tmp_path / "bytes", quiet=True)
     assert loader(tmp_path)(f"bin:{tmp_path}/bytes").vocab_size == 256
 

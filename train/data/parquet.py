@@ -29,7 +29,7 @@ def records(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterat
             _check_columns(file.schema_arrow, columns, shard.path)
             for group in range(file.num_row_groups):
                 yield from _group(file, group, columns, shard.path, config)
-    except (arrow.ArrowException, KeyError) as error:
+    except (arrow.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise Broken(f"{shard.path}: not a whole Parquet file ({error})") from error
 
 

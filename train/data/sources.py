@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train import files
-from train.data import bare, mixture, places, tfds
+from train.data import bare, mixture, places, tfds, tokenizers
 from train.data.config import DataConfig
 from train.data.documents import shards as files_of
 from train.data.embedded import cut
@@ -216,7 +216,14 @@ def tokenizer_of(source: str, config: DataConfig) -> str:
         return ""
     path = Path(places.absolute(rest))
     if header := read_header(path):
-        return _own(path, header)
+        own = _own(path, header)
+        if own != "bytes" and tokenizers.inside(Path(own)) is None:
+            raise ValueError(
+                f"{path / HEADER} names the tokenizer {header['tokenizer']['name']!r:.80}, which "
+                f"{own} does not hold: copy the folder as a whole, or say where the tokenizer is, "
+                "--data.tokenizer."
+            )
+        return own
     if config.headerless or not bare.is_bare(path):
         return ""
     return f"ids:{bare.vocabulary(bare.parts(path, config))}"
