@@ -21,3 +21,9 @@ import jax
 jax.devices()  # so that no test starts it with fewer: `train.plan.fake_devices` may
 
 collect_ignore = ["kills.py", "two_processes.py"]  # programs of their own
+
+
+def pytest_addoption(parser):
+    """How much of tests/test_fuzz.py is run."""
+    parser.addoption("--fuzz", type=int, default=300, help="damaged files to read")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of how they are damaged")

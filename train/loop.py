@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
         KeyboardInterrupt, and ends a loop over runs.
     """
     run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         if run.run.recompute_reference:
             reference.recompute(run, folder, train)
@@ -83,6 +85,7 @@ def begin(run: Config) -> None:
       ValueError, CheckpointError, OSError: as in `train`.
     """
     run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:

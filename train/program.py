@@ -98,6 +98,20 @@ def assemble_trained(run: Config) -> Trained:
     return Trained(params, _evaluate(run, placed, outputs, _loaded(run, rows)))
 
 
+def settled(run: Config) -> Config:
+    """The config as it is recorded, so that it means the same from any folder and without its data.
+
+    Paths of the data start at the root. A bin: source brings its tokenizer, and a vocabulary that
+    the model has no rows for is made to fit: nobody has named the tokenizer, or the size for it.
+    """
+    chosen = data.settled(run.data)
+    if run.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
+        return dataclasses.replace(run, data=chosen)
+    size = max(run.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)
+    model = dataclasses.replace(run.model, vocab_size=size)
+    return dataclasses.replace(run, data=chosen, model=model)
+
+
 def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs: a restart takes seconds."""
     if folder:

@@ -68,7 +68,7 @@ def _sample(run: Config, programs: Program, state: TrainState) -> str:
     tokens = sample.sample(
         run.model,
         state.params,
-        data.encode(PROMPT),
+        data.prompt(PROMPT),
         length=run.run.sample_length,
         tokens=data.vocab_size,
         seed=run.seed,
@@ -89,7 +89,7 @@ def _result(run: Config, history: list[dict]) -> str:
     for name, form in figures.items():
         if name in last:
             return f"{run.name}: {form.format(last[name], nats)} after {last['step']} steps"
-    return f"{run.name}: {nats} a hidden token of held-out text after {last['step']} steps"
+    return f"{run.name}: {nats} a {_unit(run)} of held-out text after {last['step']} steps"
 
 
 def _comparison(run: Config, baseline: reference.Reference | None) -> str:

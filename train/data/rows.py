@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from train.batch import Batch
+from train.data import storage
 from train.data.config import DataConfig
 from train.data.tokenizers import Tokenizer
 
@@ -29,8 +30,8 @@ class Data:
     rows: Rows
     batch_size: int
     tokenizer: Tokenizer
-    bytes_per_token: float
-    """UTF-8 bytes of the held-out text a token, for bits a byte."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of the held-out text a token, for bits a byte; None where the text is unknown."""
     fingerprint: str
     """Hash of the tokenizer and of the tokens: a run that is resumed must find the same. Of token
     files it takes in what their header states, their lengths and 64 pieces of each; a change of
@@ -49,7 +50,13 @@ class Data:
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, int32[T]."""
-        return np.asarray(self.tokenizer.encode(text), np.int32)
+        return storage.narrow(self.tokenizer.encode(text), np.int32, self.tokenizer.name)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The tokens of a text to go on from, int32[S]; of ids alone the first held-out ones."""
+        if self.tokenizer.is_text:
+            return self.encode(text)
+        return self.rows.heldout(np.zeros(1, np.int64)).inputs[0, :8]
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of tokens [T]."""
