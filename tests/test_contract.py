@@ -25,6 +25,8 @@ from contract import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+pytestmark = pytest.mark.newest
+
 
 def mesh_of(devices):
     return jax.make_mesh(

@@ -14,6 +14,7 @@ from train import hlo, program
 from train.config import preset
 from train.mesh import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.newest
 MODEL = DecoderConfig(vocab_size=256, context=16, width=32, layers=1, heads=2)
 CASES = [
     ("sophia-g", Form((2, 2, 2), scan=True, remat="full", accumulation=4)),

@@ -33,8 +33,9 @@ def test_the_library_needs_jax_and_optax_only():
     assert not {"flax", "orbax", "tyro", "rich", "matplotlib", "train", "models"} & eval(loaded)
 
 
-def test_what_ci_installs_is_pinned_by_name_and_version_alone():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
+def test_what_ci_installs_is_pinned_by_name_and_version_alone(name):
+    lines = (ROOT / name).read_text().splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     extras = PROJECT["optional-dependencies"]

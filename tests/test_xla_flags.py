@@ -10,6 +10,7 @@ import pytest
 
 from train import xla_flags
 
+pytestmark = pytest.mark.newest
 ROOT = Path(__file__).parent.parent
 LEVEL = "xla_backend_optimization_level"
 
