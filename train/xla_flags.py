@@ -62,5 +62,10 @@ def _unknown(words: str) -> frozenset[str]:
         return frozenset()
     found = _UNKNOWN.search(tried.stderr)
     refused = frozenset(re.findall(r"--(\w+)", found[1] if found else words))
-    print(f"jaxlib {version('jaxlib')} goes without {', '.join(sorted(refused))}", file=sys.stderr)
+    _say(", ".join(sorted(refused)))
     return refused
+
+
+@functools.cache
+def _say(names: str) -> None:
+    print(f"jaxlib {version('jaxlib')} goes without {names}", file=sys.stderr)
