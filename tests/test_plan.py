@@ -206,6 +206,32 @@ def test_less_is_kept_of_layers_that_are_computed_again():
     assert 1.2 < again < 4 / 3
 
 
+def test_a_plan_is_of_the_precision_that_a_run_has():
+    """As if the model's own dtype were set."""
+    runs = [
+        dataclasses.replace(run_of(dtype=dtype), precision=precision)
+        for dtype, precision in [
+            ("float32", "bfloat16"),
+            ("bfloat16", "auto"),
+            ("bfloat16", "float32"),
+            ("float32", "auto"),
+        ]
+    ]
+    asked, own, wide, default = (plan(run, devices=8) for run in runs)
+    assert asked.steps == own.steps and asked.run.model.dtype == "bfloat16"
+    assert wide.steps == default.steps
+    narrow, full = (p.steps["every step"].memory for p in (asked, wide))
+    assert narrow.activations < full.activations and narrow.parameters == full.parameters
+
+
+@pytest.mark.parametrize(("words", "said"), [([], True), (["--precision", "bfloat16"], False)])
+def test_a_plan_in_float32_says_what_a_gpu_would_take(words, said, capsys):
+    plan_tables.command(["tiny", "adamw", "--devices", "8", *words])
+    text = capsys.readouterr().out
+    assert ("add --precision bfloat16" in " ".join(text.split())) == said
+    assert ("bfloat16, xla attention" in " ".join(text.split())) != said
+
+
 def test_chunks_hold_fewer_logits():
     run = run_of()
     whole, parts = (

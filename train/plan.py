@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from train import hlo, memory, traffic, xla_flags
-from train.config import Config
+from train.config import Config, resolved
 from train.flops import model_flops
 from train.hlo import Collective
 from train.mesh import row_devices
@@ -80,7 +80,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     """What a run needs on so many devices, which need not exist.
 
     Args:
-      run: its config.
+      run: its config. Precision "auto" is planned as on CPU.
       devices: their number; 0 for the fewest that the mesh needs.
       compile: also compile the programs, and read what XLA says of them.
 
@@ -93,6 +93,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
     (119104, 952844)
     """
+    run = resolved(run, "cpu")
     least = max(run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1), 1)
     program = assemble(run, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
