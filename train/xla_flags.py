@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import Any
 
 Option = bool | int | str
 
@@ -26,7 +27,7 @@ _START = "from jaxlib import xla_client; xla_client.make_cpu_client()"
 _UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS:(.*)")
 
 
-def known(options: dict[str, Option]) -> dict[str, Option]:
+def known(options: dict[str, Option]) -> dict[str, Any]:
     """The options that the installed jaxlib knows; one line on stderr names the others.
 
     The result can be given to `jax.jit` as `compiler_options`.
