@@ -13,7 +13,8 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 install: $(VENV)/.installed
 	@test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || { echo "error: $(VENV) has" \
-	    "$$($(BIN)/python -V), but PYTHON=$(PYTHON) is $$($(PYTHON) -V): rm -r $(VENV)"; exit 1; }
+	    "$$($(BIN)/python -V), but PYTHON=$(PYTHON) is $$($(PYTHON) -V): set PYTHON" \
+	    "to the one that made it, or rm -r $(VENV)"; exit 1; }
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
