@@ -31,6 +31,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from flax import linen as nn
     from flax import nnx
+pytestmark = pytest.mark.newest
 
 
 def mesh_of(devices, kind=AxisType.Auto):

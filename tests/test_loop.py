@@ -65,6 +65,7 @@ def losses(history):
     return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
+@pytest.mark.newest
 def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     folder, history = finished
     seen = losses(history)
@@ -78,6 +79,7 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     assert loop.config.load(folder).model == MODEL
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["before the step", "after the step"])
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(

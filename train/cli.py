@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from models import PRESETS
-from train import config, distributed, signals
+from train import config, distributed, share, signals
 from train.checkpoint import CheckpointError
 from train.distributed import DistributedConfig
 from train.optimizers import OPTIMIZERS
@@ -134,7 +134,9 @@ def parse_all(
         if arg.startswith("-"):
             break
         names.append(arg)
-    default = config.preset(*names)
+    default, note = share.fitted(config.preset(*names), args)
+    if note:
+        print(note, file=sys.stderr)
     if {"-h", "--help"} & set(args):
         print(usage())  # tyro would reflow it
     words = tyro.cli(

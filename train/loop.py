@@ -28,10 +28,13 @@ from train import (
     writers,
 )
 from train.config import Config, RunConfig
+from train.extras import check_installed
 from train.mesh import MeshConfig
 from train.meter import Health, Meter
 from train.optimizers import refresh_due
 from train.step import TrainState
+
+check_installed("orbax", "matplotlib")  # before hours of training, not at the first save or after
 
 History = list[dict[str, Any]]
 

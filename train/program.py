@@ -243,8 +243,8 @@ def _evaluate(
     )
 
 
-def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None):
-    return step.lower(state, batch, refresh=refresh).compile()
+def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None, options=None):
+    return step.lower(state, batch, refresh=refresh).compile(compiler_options=options)
 
 
 def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) -> models.Functional:
