@@ -327,19 +327,31 @@ def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoi
 
 def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(tmp_path, monkeypatch):
     """Such are never saved: it was damaged on disk."""
-    folder, seen, here = tmp_path / "run", [], saver.finite_here
+    folder, here = tmp_path / "run", saver.wrong_here
     run = small(folder, "adamw", steps=6)
     train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
 
-    def damaged_at_6(params):
-        name, bad = ("tokens", {"embedding": params["tokens"]["embedding"] * jnp.nan})
-        seen.append(here(params | {name: bad} if not seen else params))
-        return seen[-1]
+    def damaged_at_6(step, state):
+        tokens = state["params"]["tokens"]["embedding"] * (jnp.nan if step == 6 else 1)
+        return here(step, state | {"params": state["params"] | {"tokens": tokens}})
 
-    monkeypatch.setattr(saver, "finite_here", damaged_at_6)
+    monkeypatch.setattr(saver, "wrong_here", damaged_at_6)
     loaded = saved.load(folder)
-    assert (seen, loaded.step) == ([False, True], 3)
-    assert "step 6 is damaged (its parameters are not finite" in loaded.notes[0]
+    assert loaded.step == 3
+    assert "step 6 is damaged (params/tokens is not finite" in loaded.notes[0]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
+    folder = tmp_path / "run"
+    run = small(folder, "adamw", steps=6)
+    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "3").rename(checkpoints / "5")
+    shutil.rmtree(checkpoints / "6")
+    shutil.copytree(checkpoints / "5", checkpoints / "3")
+    loaded = saved.load(folder)
+    assert loaded.step == 3
+    assert "step 5 is damaged (it holds the state of step 3)" in loaded.notes[0]
 
 
 def spoiled(monkeypatch, *bad):
@@ -411,7 +423,7 @@ def test_only_optimizers_with_an_interval_sample_curvature():
 
 
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.setattr(reference, "OWN", tmp_path / "references.json")
     monkeypatch.chdir(tmp_path)
     run = small("", "adamw", steps=4)  # which is its own twin, begun in the same second
     assert reference.find(run) is None
@@ -430,17 +442,20 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
 
 
 def test_a_process_without_the_history_stores_no_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.setattr(reference, "OWN", tmp_path / "references.json")
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     reference.recompute(small(""), tmp_path / "run", lambda run: [])
-    assert not reference.PATH.exists()
+    assert not reference.OWN.exists()
 
 
 def test_the_shipped_reference_belongs_to_the_shipped_config():
     found = reference.find(preset())
     assert found is not None
-    assert not found.stale, f"renew it: python -m train --run.recompute-reference ({found.command})"
-    assert json.loads(reference.PATH.read_text())[reference.twin(preset()).hash]
+    assert not found.stale, (
+        f"renew it: python -m train --run.recompute-reference ({found.command}), then copy "
+        f"{reference.OWN} over {reference.SHIPPED}"
+    )
+    assert json.loads(reference.SHIPPED.read_text())[reference.twin(preset()).hash]
 
 
 def test_evaluation_is_the_mean_over_all_held_out_windows():

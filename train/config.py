@@ -21,6 +21,8 @@ from train.optimizers import OPTIMIZERS, Optimizer, name_of
 from train.presets import LARGE, TINY
 from train.sophia import SophiaG, SophiaH
 
+_WARMUP, _LONG_WARMUP = 100, 2000  # published with the large models: 2000 of 100,000 steps
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -36,10 +38,14 @@ class RunConfig:
     """Minutes after which there is a checkpoint, wherever the steps are; 0 counts steps alone."""
     keep_checkpoints: int = 2
     """Checkpoints kept: the last few, and the best of those saved at an evaluation."""
+    evaluate_tokens: int = 2_097_152
+    """Held-out tokens that an evaluation reads, in whole batches, evenly spaced and the same each
+    time; all are read at the last step, and with 0 always."""
     sample_length: int = 400
     """Characters of text sampled at the end; 0 for none."""
     recompute_reference: bool = False
-    """First train AdamW with this budget and store what it reached in train/references.json."""
+    """First train AdamW with this budget and store what it reached in
+    ~/.cache/sophia_optax/references.json."""
     compile_cache: str = "~/.cache/sophia_optax/xla"
     """Folder of compiled programs, for fast restarts; empty for none."""
     quiet: bool = False
@@ -61,8 +67,9 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
-        if self.sample_length < 0:
-            raise ValueError(f"run.sample_length={self.sample_length} is negative; 0 samples none.")
+        for name, zero in (("sample_length", "samples none"), ("evaluate_tokens", "reads all")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 {zero}.")
         for name in ("checkpoint_minutes", "spike"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
@@ -104,14 +111,15 @@ class Config:
     loss_chunk: int = 0
     """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
     is large, and one more product with it in three; 0 holds all."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate grows from 0 to its peak."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate grows from 0 to its peak; None for 100 (2000 for models
+    from 30 million parameters), or a tenth of --steps if that is less."""
     final_learning_rate: float = 0.05
     """Learning rate at the end of the cosine, as a share of the peak."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     evaluate_every: int = 200
-    """Steps between evaluations on the whole held-out text."""
+    """Steps between evaluations on held-out text; --run.evaluate-tokens says how much of it."""
     seed: int = 0
     """Of initial parameters, data order, and curvature samples."""
     start_from: str = ""
@@ -147,9 +155,9 @@ class Config:
                 f"sequence_length={self.sequence_length} is longer than the model's context of "
                 f"{self.model.context}; lower it or raise --model.context."
             )
-        if not 0 <= self.warmup_steps < self.steps:
+        if not 0 <= self.warmup < self.steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be at least 0 and less than "
+                f"warmup_steps={self.warmup} must be at least 0 and less than "
                 f"steps={self.steps}, or the learning rate never reaches its peak: give "
                 "--warmup-steps too, about a tenth of --steps."
             )
@@ -160,13 +168,23 @@ class Config:
         return f"{self.base}-{name_of(self.optim)}"
 
     @property
+    def warmup(self) -> int:
+        """`warmup_steps`, or what None stands for.
+
+        >>> preset("tiny").warmup, dataclasses.replace(preset("tiny"), steps=60).warmup
+        (100, 6)
+        """
+        usual = _LONG_WARMUP if self.base in LARGE else _WARMUP
+        return min(usual, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
     def schedule(self) -> optax.Schedule:
         """Linear warm-up, then a cosine to `final_learning_rate` of the peak."""
         peak = self.optim.learning_rate
         return optax.warmup_cosine_decay_schedule(
-            0.0 if self.warmup_steps else peak,
+            0.0 if self.warmup else peak,
             peak,
-            self.warmup_steps,
+            self.warmup,
             self.steps,
             self.final_learning_rate * peak,
         )
@@ -175,6 +193,7 @@ class Config:
     def hash(self) -> str:
         """Changes with whatever can change the result, not with where it runs or is written."""
         fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh", "precision")}
+        fields["warmup_steps"] = self.warmup
         places = ("cache", "download", "tfds_folder")
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -239,7 +258,6 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
         batch_size=480,
         sequence_length=min(1024, shape.context),
         loss_chunk=128,
-        warmup_steps=2000,
         evaluate_every=1000,
     )
 

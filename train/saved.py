@@ -44,9 +44,9 @@ def load(folder: Path, step: int | None = None) -> Saved:
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
         done, state = checkpoints.restore(
-            {"params": programs.params},
+            {"params": programs.params, "step": programs.step},
             step,
-            sound=lambda state: saver.finite_here(state["params"]),
+            wrong=saver.wrong_here,
             part=True,
         )
     return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
