@@ -426,7 +426,8 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
     monkeypatch.setattr(reference, "OWN", tmp_path / "references.json")
     monkeypatch.chdir(tmp_path)
     run = small("", "adamw", steps=4)  # which is its own twin, begun in the same second
-    assert reference.find(run) is None
+    assert reference.find(run).stale and reference.is_twin(run)
+    shipped = reference.SHIPPED.read_bytes()
     train.train(
         dataclasses.replace(run, run=dataclasses.replace(run.run, recompute_reference=True))
     )
@@ -438,6 +439,7 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
     assert found.heldout[-1][0] == 4
     other_optimizer = dataclasses.replace(run, optim=preset("tiny", "lion").optim)
     assert not reference.find(other_optimizer).stale
+    assert reference.SHIPPED.read_bytes() == shipped  # which belongs to the source
     assert reference.find(dataclasses.replace(run, steps=5)).stale
 
 

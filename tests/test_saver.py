@@ -53,6 +53,6 @@ def test_what_an_optimizer_keeps_is_not_saved_either_where_it_is_not_finite():
     meter, checkpoints = mock.Mock(health=Health()), mock.Mock(latest=2)
     keep = saver.Saver(preset(), mock.Mock(), checkpoints, meter)
     bad = state(opt_state=(jnp.array([0.0, jnp.nan, 0.0]),))
-    with pytest.raises(FloatingPointError, match="opt_state/0 is not finite at step 3, .* step 2"):
+    with pytest.raises(FloatingPointError, match=r"opt_state/0 is not finite at step 3, .* step 2"):
         keep.save(3, bad, last=True)
     checkpoints.save.assert_not_called()

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.directory = Path(directory).absolute()
         self._interval, self._keep_last = save_interval, keep_last
         self._current: int | None = None  # the step last saved or restored through this object
-        self._saving: concurrent.futures.Future[None] | None = None  # the save in progress
+        # Step of the save in progress, and its end
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._stack = contextlib.ExitStack()  # closed with the manager
         self.losses: dict[int, float] = {}  # step -> held-out loss, which is known after its save
         self.faults: dict[int, str | None] = {}  # step -> of `digests.fault`, as far as looked at
@@ -48,8 +50,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     @property
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending; one that is still being written counts."""
-        return [c.step for c in self._manager.checkpoints] if self.directory.is_dir() else []
+        """Steps with a checkpoint, ascending; one that is still being written counts.
+
+        Raises CheckpointError for what has a step's name and is no folder of its own.
+        """
+        found = _step_folders(self.directory) if self.directory.is_dir() else set()
+        pending = set() if self._saving is None else {self._saving[0]}
+        return sorted(found | pending)
 
     @property
     def latest(self) -> int | None:
@@ -90,7 +97,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self._manager.delete(s)
             beside = None if record is None else dict(record)
             saving = self._manager.save_async(step, state, force=True, custom_metadata=beside)
-            self._saving = self._background.submit(self._seal, step, saving)
+            self._saving = step, self._background.submit(self._seal, step, saving)
         self.faults.pop(step, None)
         self._current = step
         return True
@@ -126,6 +133,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Raises CheckpointError.
         """
         errors: list[CheckpointError] = []
+        with self._explain("the last save failed", _DISK):
+            self._finish()
         for candidate in self._candidates(step):
             try:
                 state = self._read(candidate, abstract_state, accept, part)
@@ -172,6 +181,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         steps = self.steps
         if not steps:
             what = "holds no checkpoint" if self.directory.is_dir() else "does not exist"
+            what += "".join(f" ({note})" for note in self.notes)
             raise CheckpointError(f"{self.directory} {what}: give the folder of a run that saved")
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}: restore one of {steps}")
@@ -192,8 +202,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def repair(self) -> None:
         """Clears what a killed run left half-written; for the one process that owns the folder.
 
-        Older versions kept metrics in each step. Where these are damaged no step can be opened: the
-        step loses them.
+        A step whose own description is damaged would keep Orbax from writing any other: it is moved
+        aside. Metrics, which older versions kept in each step, would too: they are emptied.
         """
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             if path.is_dir() and not path.is_symlink():
@@ -202,12 +212,14 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 path.unlink()
         for path in self.directory.glob("[0-9]*/metrics/metrics"):
             try:
-                with reading.fields_of(path):
-                    _ = {name: float(value) for name, value in reading.read_json(path).items()}
+                reading.read_json(path)
             except ValueError:
                 files.replace_text(path, "{}")
-                step = path.parent.parent.name
-                self.notes.append(f"the metrics of step {step} were damaged: it is no longer best")
+        for step in self.steps:
+            folder = self.directory / str(step)
+            if wrong := digests.description_fault(folder):
+                aside = folder.rename(folder.with_name(f"damaged-{step}-{time.strftime('%H%M%S')}"))
+                self.notes.append(f"step {step} is damaged ({wrong}): it is now {aside}")
 
     def _read(
         self,
@@ -217,36 +229,39 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         part: bool,
     ) -> Any:
         self._must(step, self._fault(step))
-        cure = _cure(step, self.steps)
+        cure, orbax, path = _cure(step, self.steps), orbax_calls.module(), self._place / str(step)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
-            self._manager.wait()
-            metadata = self._manager.metadata(step)
+            metadata = orbax.metadata(path, "state")
         self.record = dict(metadata.custom_metadata or {})
         accept(self.record)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             saved = metadata.metadata
             if saved is not None:  # where the metadata is damaged, load says how
                 _compare(saved, abstract_state, self.directory, part)
-            context = orbax_calls.module().Context()
+            context = orbax.Context()
             context.pytree.loading.partial_load = part
             with context:
-                return self._manager.load(step, abstract_state)
+                return orbax.load(path, abstract_state, checkpointable_name="state")
 
     def close(self) -> None:
         """Wait for the save in progress. Raises CheckpointError if it failed."""
-        if "_manager" in self.__dict__:
-            with self._explain("the last save failed", _DISK), self._stack:
-                self._finish()
+        with self._explain("the last save failed", _DISK), self._stack:
+            self._finish()
+            if "_manager" in self.__dict__:
                 self._manager.close()
 
     def _finish(self) -> None:
         """Waits for the save in progress and its digests."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            saving[1].result()
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @functools.cached_property
+    def _place(self) -> Path:
+        return orbax_calls.plain(self.directory, self._stack)
 
     @functools.cached_property
     def _background(self) -> concurrent.futures.Executor:
@@ -256,11 +271,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def _manager(self) -> Any:
         training = orbax_calls.module().training
         keep = training.preservation_policies
-        with self._explain("cannot be opened", "move the damaged step's folder out of it"):
+        with self._explain("cannot be opened", "move what is damaged out of it"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _check_entries(self.directory)
+            _step_folders(self.directory)
             return training.Checkpointer(
-                orbax_calls.plain(self.directory, self._stack),
+                self._place,
                 save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(
                     self._interval
                 ),
@@ -294,29 +309,23 @@ class _Best:
         self._losses = losses
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        losses = [self._loss(info) for info in checkpoints]
+        losses = [self._losses.get(info.step, math.nan) for info in checkpoints]
         best = min((loss for loss in losses if math.isfinite(loss)), default=None)
         first = losses.index(best) if best is not None else -1
         return [place == first for place in range(len(losses))]
 
-    def _loss(self, info: Any) -> float:
-        """Older versions kept it in the checkpoint."""
-        saved = (info.metrics or {}).get("loss", math.nan)
-        return self._losses.get(info.step, saved)
 
-
-def _check_entries(folder: Path) -> None:
-    """Raises CheckpointError for what has a step's name and is no folder of its own.
-
-    A link would lead writes out of the run, and a file would stop the save of its step.
-    """
-    for path in folder.iterdir():
-        if path.name.isdecimal() and (path.is_symlink() or not path.is_dir()):
+def _step_folders(folder: Path) -> set[int]:
+    """The steps with a folder. A link would lead writes elsewhere, a file would end in an error."""
+    found = [path for path in folder.iterdir() if path.name.isdecimal()]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
             what = "a link" if path.is_symlink() else "a file"
             raise CheckpointError(
                 f"{path} is {what} where the folder of a step should be: move it away, or put the "
                 "folder itself there"
             )
+    return {int(path.name) for path in found if str(int(path.name)) == path.name}
 
 
 def _cure(step: int, steps: list[int]) -> str:

@@ -1,12 +1,13 @@
 """SHA-256 of each file of a checkpoint, kept beside them and compared before they are read.
 
-Files and not arrays: a flip in any file is found, whatever mesh the arrays are restored onto.
+Of files and not of arrays: a flip in any file is found, whatever mesh the arrays are restored onto.
 """
 
 import concurrent.futures
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from models import reading
@@ -14,17 +15,17 @@ from train import files
 
 FILE = "digests.json"
 _KEY = "sha256"
-_NOT_COVERED = ("metrics",)  # `Checkpoints.repair` rewrites those of older versions
+_DESCRIPTION = "_CHECKPOINT_METADATA"  # which Orbax reads of all steps before it writes one
 
 
 def write(folder: Path) -> None:
     """Puts the files of a finished checkpoint on the disk, and after them their digests."""
     for directory, _, names in os.walk(folder):
-        for name in names:
-            files.sync(Path(directory, name))
-        files.sync(Path(directory))
-    text = json.dumps({_KEY: _digests(folder, _names(folder))}, separators=(",", ":"))
-    files.replace_text(folder / FILE, text)
+        for path in (*(Path(directory, name) for name in names), Path(directory)):
+            files.sync(path)
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    have = _digests(folder, sorted(name for name in found if name != FILE))
+    files.replace_text(folder / FILE, json.dumps({_KEY: have}, separators=(",", ":")))
     files.sync(folder.parent)
 
 
@@ -35,24 +36,36 @@ def fault(folder: Path) -> str | None:
         return None
     try:
         with reading.fields_of(path):
-            want = reading.read_json(path)[_KEY]
-            missing = sorted(set(want) - set(_names(folder)))
+            want = dict(reading.read_json(path)[_KEY])
+        return _difference(folder, want)
     except ValueError as error:
         return str(error).removesuffix(".")
-    if missing:
+
+
+def description_fault(folder: Path) -> str:
+    """What is wrong with the file by which Orbax knows a checkpoint; empty if nothing."""
+    path, sums = folder / _DESCRIPTION, folder / FILE
+    if not path.is_file():
+        return ""
+    try:
+        reading.read_json(path)
+        with reading.fields_of(sums):
+            stored = reading.read_json(sums)[_KEY] if sums.is_file() else {}
+            want = {_DESCRIPTION: stored[_DESCRIPTION]} if stored else {}
+        return _difference(folder, want)
+    except ValueError as error:
+        return str(error).removesuffix(".")
+
+
+def _difference(folder: Path, want: dict[str, str]) -> str:
+    if missing := [name for name in want if not (folder / name).is_file()]:
         return f"{missing[0]} is missing"
     have = _digests(folder, list(want))
     wrong = [name for name in want if have[name] != want[name]]
     return f"{wrong[0]} was changed since it was written: its digest is another" if wrong else ""
 
 
-def _names(folder: Path) -> list[str]:
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    covered = (path for path in found if path.parts[0] not in _NOT_COVERED)
-    return sorted(path.as_posix() for path in covered if path.name != FILE)
-
-
-def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
