@@ -232,7 +232,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         cure, orbax, path = _cure(step, self.steps), orbax_calls.module(), self._place / str(step)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             metadata = orbax.metadata(path, "state")
-        self.record = dict(metadata.custom_metadata or {})
+            self.record = dict(metadata.custom_metadata or {})
         accept(self.record)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             saved = metadata.metadata

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -13,67 +12,16 @@ from typing import Any, Literal
 import optax
 import tyro
 
-from models import PRESETS, DecoderConfig, EncoderConfig
-from train import files, profiling
+from models import PRESETS, DecoderConfig, EncoderConfig, reading
+from train import config_checks, files
 from train.data.config import DataConfig
 from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS, Optimizer, name_of
 from train.presets import LARGE, TINY
+from train.run_config import RunConfig
 from train.sophia import SophiaG, SophiaH
 
 _WARMUP, _LONG_WARMUP = 100, 2000  # published with the large models: 2000 of 100,000 steps
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """What a run writes and shows; nothing here changes what it computes."""
-
-    folder: str = ""
-    """Where the run is kept; empty makes a new one, runs/MODEL-OPTIMIZER-DATE-TIME."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 400
-    """Steps between checkpoints; the last step always has one."""
-    checkpoint_minutes: float = 0.0
-    """Minutes after which there is a checkpoint, wherever the steps are; 0 counts steps alone."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept: the last few, and the best of those saved at an evaluation."""
-    evaluate_tokens: int = 2_097_152
-    """Held-out tokens that an evaluation reads, in whole batches, evenly spaced and the same each
-    time; all are read at the last step, and with 0 always."""
-    sample_length: int = 400
-    """Characters of text sampled at the end; 0 for none."""
-    recompute_reference: bool = False
-    """First train AdamW with this budget and store what it reached in
-    ~/.cache/sophia_optax/references.json."""
-    compile_cache: str = "~/.cache/sophia_optax/xla"
-    """Folder of compiled programs, for fast restarts; empty for none."""
-    quiet: bool = False
-    """Show no progress."""
-    max_bad_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite, after which a run gives up. Each of them
-    changes nothing, and the next takes the next batch."""
-    spike: float = 0.0
-    """Standard deviations above the mean of the last 50 logged losses from which a loss is called
-    a spike: shown, and counted in metrics.jsonl; 0 looks for none."""
-    profile: str = ""
-    """Steps to trace with the profiler of JAX, such as 10:15; empty traces none."""
-    tensorboard: bool = False
-    """Write event files for TensorBoard too, into the run's folder."""
-    wandb: str = ""
-    """Project at Weights & Biases that gets the metrics too; empty for none."""
-
-    def __post_init__(self):
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
-        for name, zero in (("sample_length", "samples none"), ("evaluate_tokens", "reads all")):
-            if getattr(self, name) < 0:
-                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 {zero}.")
-        for name in ("checkpoint_minutes", "spike"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
-        profiling.parse(self.profile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +87,7 @@ class Config:
             )
         if isinstance(self.optim, SophiaG | SophiaH):
             self.optim.estimator(1, self.batch_size, self.accumulation)
-        _check_numbers(dataclasses.asdict(self), "--")
+        config_checks.check_numbers(dataclasses.asdict(self), "--")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(
                 f"final_learning_rate={self.final_learning_rate} is a share of the peak: choose "
@@ -149,7 +97,9 @@ class Config:
             raise ValueError(f"loss_chunk={self.loss_chunk} is negative; 0 holds all positions.")
         if self.gradient_clip < 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
-        _check_task(self.data.task, self.model)
+        config_checks.check_task(self.data.task, self.model)
+        files.check_local(self.data.cache, "--data.cache")
+        files.check_local(self.start_from, "--start-from")
         if self.sequence_length > self.model.context:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is longer than the model's context of "
@@ -199,32 +149,6 @@ class Config:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_numbers(fields: dict[str, Any], flag: str) -> None:
-    """What is no number would train to NaN, or diverge and be laid on the learning rate."""
-    for name, value in fields.items():
-        shown = flag + name.replace("_", "-")
-        if isinstance(value, dict):
-            _check_numbers(value, f"{shown}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{shown} {value} is not a finite number.")
-        elif name == "learning_rate" and value < 0:
-            raise ValueError(f"{shown} {value} is negative, which climbs the loss.")
-        elif (name == "b1" and not 0 <= value < 1) or (name == "b2" and not 0 <= value <= 1):
-            raise ValueError(f"{shown} {value} is no decay: choose at least 0 and less than 1.")
-
-
-def _check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
-    classes = getattr(model, "classes", 0)
-    encoder = isinstance(model, EncoderConfig)
-    if encoder != (task != "next-token") or (task == "classify") != bool(classes):
-        kind = f"an encoder for {classes} classes" if classes else "an encoder" * encoder
-        raise ValueError(
-            f"data.task={task} does not go with {kind or 'a decoder'}: decoders name the next "
-            "token, encoders hidden ones (--data.task masked), those with --model.classes above 0 "
-            "classes (--data.task classify)."
-        )
-
-
 def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     """The default run of a model and an optimizer.
 
@@ -265,15 +189,17 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
 def resolved(run: Config, platform: str) -> Config:
     """The config with the precision that it has on a platform, so that it stays when that changes.
 
+    What it starts from is named so that it means the same from any folder.
+
     >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
     ('bfloat16', 'float32')
     """
     dtype = run.precision
     if dtype == "auto":
         dtype = "bfloat16" if platform in ("gpu", "tpu") else run.model.dtype
-    return dataclasses.replace(
-        run, model=dataclasses.replace(run.model, dtype=dtype), precision=dtype
-    )
+    start = run.start_from and str(Path(run.start_from).expanduser().absolute())
+    model = dataclasses.replace(run.model, dtype=dtype)
+    return dataclasses.replace(run, model=model, precision=dtype, start_from=start)
 
 
 def python() -> str:
@@ -330,11 +256,15 @@ def to_json(config: Config) -> dict[str, Any]:
 def from_json(fields: dict[str, Any]) -> Config:
     """The inverse of `to_json`.
 
+    Raises:
+      KeyError, TypeError, AttributeError, ValueError: a field is missing, unknown or of another
+        type.
+
     >>> from_json(to_json(preset())) == preset()
     True
     """
     fields = dict(fields)
-    return Config(
+    made = Config(
         model=type(PRESETS[fields["base"]])(**fields.pop("model")),
         optim=OPTIMIZERS[fields.pop("optimizer")](**fields.pop("optim")),
         data=DataConfig(**fields.pop("data")),
@@ -342,6 +272,8 @@ def from_json(fields: dict[str, Any]) -> Config:
         run=RunConfig(**fields.pop("run")),
         **fields,
     )
+    config_checks.check_types(made)
+    return made
 
 
 def save(config: Config, folder: Path) -> None:
@@ -355,6 +287,7 @@ def load(folder: Path) -> Config:
     Raises:
       ValueError: the folder is missing, holds no run, or its `config.json` cannot be read.
     """
+    files.check_local(folder, "the run")
     path = folder / "config.json"
     if not path.is_file():
         what = "holds no config.json" if folder.is_dir() else "does not exist"
@@ -362,10 +295,10 @@ def load(folder: Path) -> Config:
             f"{folder} {what}: give the folder of a run, such as runs/tiny-sophia-g-..., which "
             "the last line of that run named."
         )
+    cure = "It was edited, cut short, or written by another version; restore it from a copy."
+    fields = reading.read_json(path)
     try:
-        return from_json(json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a run's config ({type(error).__name__}: {error}). It was "
-            "edited, cut short, or written by another version; restore it from a copy."
-        ) from error
+        return from_json(fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read as a run's config ({what}). {cure}") from error

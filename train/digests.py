@@ -21,12 +21,13 @@ _DESCRIPTION = "_CHECKPOINT_METADATA"  # which Orbax reads of all steps before i
 def write(folder: Path) -> None:
     """Puts the files of a finished checkpoint on the disk, and after them their digests."""
     for directory, _, names in os.walk(folder):
-        for path in (*(Path(directory, name) for name in names), Path(directory)):
-            files.sync(path)
+        for name in names:
+            files.sync(Path(directory, name))
+        files.sync_folder(Path(directory))
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     have = _digests(folder, sorted(name for name in found if name != FILE))
     files.replace_text(folder / FILE, json.dumps({_KEY: have}, separators=(",", ":")))
-    files.sync(folder.parent)
+    files.sync_folder(folder.parent)
 
 
 def fault(folder: Path) -> str | None:

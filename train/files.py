@@ -1,6 +1,8 @@
 """Files that are whole or absent, whenever the process is killed, and that stay in their folder."""
 
+import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +22,10 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o666 & ~_umask())
         sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -59,3 +61,22 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """`sync` of a folder, where the file system can."""
+    with contextlib.suppress(OSError):
+        sync(path)
+
+
+def check_local(path: str | Path, name: str) -> None:
+    """Raises ValueError for an address such as gs://bucket/run, in whose place `name` stands.
+
+    As a `Path` it has one slash. Nothing here writes to or reads from object stores, and a folder
+    of that name would not be what was meant.
+    """
+    if re.match(f"[A-Za-z][A-Za-z0-9+.-]+:/{'' if isinstance(path, Path) else '/'}", str(path)):
+        raise ValueError(
+            f"{name} {path} is an address, not a folder of this machine: mount the store (such as "
+            "with gcsfuse or s3fs) and give the path of the mount."
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from train import (
     judging,
     lock,
     metrics,
+    moved,
     profiling,
     program,
     record,
@@ -60,6 +62,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
         KeyboardInterrupt, and ends a loop over runs.
     """
     run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         if run.run.recompute_reference:
             reference.recompute(run, folder, train)
@@ -78,6 +81,7 @@ def begin(run: Config) -> None:
       ValueError, CheckpointError, OSError: as in `train`.
     """
     run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
@@ -111,7 +115,9 @@ def resume(
     *,
     steps: int | None = None,
     step: int | None = None,
+    warmup_steps: int | None = None,
     mesh: MeshConfig | None = None,
+    data: moved.Places = moved.STAYED,
     allow_changes: bool = False,
     compile_cache: str | None = None,
 ) -> History:
@@ -123,7 +129,9 @@ def resume(
         which is higher where it is longer.
       step: start from this checkpoint, which ends the later ones; default the newest that can be
         read, and the beginning where the run was stopped before its first.
+      warmup_steps: other than before.
       mesh: other than before.
+      data: where the data is now, if it has moved. It must be the same data.
       allow_changes: go on although config or data are not those of the checkpoint.
       compile_cache: as in `RunConfig`; a run's folder may come from elsewhere, and must not say
         where compiled programs are taken from.
@@ -138,15 +146,20 @@ def resume(
       FloatingPointError, OSError, Stopped: as in `train`.
     """
     folder = Path(folder)
-    run = config.load(folder)
-    run = dataclasses.replace(run, steps=run.steps if steps is None else steps)
-    run = dataclasses.replace(run, mesh=mesh or run.mesh)
+    run = moved.placed(config.load(folder), data)
+    run = dataclasses.replace(
+        run,
+        steps=run.steps if steps is None else steps,
+        warmup_steps=run.warmup_steps if warmup_steps is None else warmup_steps,
+        mesh=mesh or run.mesh,
+    )
     asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
     distributed.check_same(_shared(run) | asked)
     with _owned(folder):
         program.use_compile_cache(_cache(run.run, compile_cache))
         programs = program.assemble(run)
-        _read_data(programs)
+        with moved.explained(run):
+            _read_data(programs)
         with _checkpoints(run, folder) as checkpoints:
             start = restored(
                 run,

@@ -18,7 +18,7 @@ from train import data, evaluate, loss, mesh
 from train import step as step_lib
 from train.batch import Batch
 from train.config import Config, resolved
-from train.data import tokenizers
+from train.data import sources, tokenizers
 from train.data.tokenizers import Tokenizer
 from train.optimizers import SophiaGeometric
 from train.sophia import SophiaG, SophiaH
@@ -78,6 +78,7 @@ class Trained(NamedTuple):
 
     params: Any  # ShapeDtypeStruct with sharding, for each parameter
     step: Any  # the same, of the number of steps done
+    data: Callable[[], data.Data]  # read at the first call, with its errors
     evaluate: Any  # params -> dict of floats
 
 
@@ -99,7 +100,16 @@ def assemble_trained(run: Config) -> Trained:
     outputs = loss.outputs_of(model, run.loss_chunk)
     whole = NamedSharding(placed, P())
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return Trained(params, step, _evaluate(run, placed, outputs, _loaded(run, rows)))
+    loaded = _loaded(run, rows)
+    return Trained(params, step, loaded, _evaluate(run, placed, outputs, loaded))
+
+
+def settled(run: Config) -> Config:
+    """The config as it is recorded, so that it means the same from any folder."""
+    places = ("source", "heldout_source")
+    found = {name: sources.absolute(getattr(run.data, name)) for name in places}
+    found["cache"] = str(Path(run.data.cache).expanduser().absolute())
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **found))
 
 
 def use_compile_cache(folder: str) -> None:

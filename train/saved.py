@@ -1,6 +1,5 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from models import huggingface
-from train import checkpoint, config, program, saver
+from models import huggingface, reading
+from train import checkpoint, config, moved, program, saver
 from train.config import Config
-from train.data import tokenizers
+from train.data import Data, tokenizers
 
 Model = models.DecoderConfig | models.EncoderConfig
 
@@ -22,24 +21,27 @@ class Saved(NamedTuple):
     """A run as it was at one of its checkpoints."""
 
     run: Config
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
     step: int
     params: Any
     notes: tuple[str, ...]  # of checkpoints that could not be read
+    data: Callable[[], Data]
+    fingerprint: str  # of the data that it was trained on, as far as known
 
 
-def load(folder: Path, step: int | None = None) -> Saved:
+def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYED) -> Saved:
     """The parameters of a run, and these alone, sharded over the devices that are here.
 
     Args:
       folder: of the run.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved.
 
     Raises:
       ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = config.load(folder)
+    run = moved.placed(config.load(folder), data)
     programs = program.assemble_trained(run)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
@@ -49,7 +51,9 @@ def load(folder: Path, step: int | None = None) -> Saved:
             wrong=saver.wrong_here,
             part=True,
         )
-    return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
+    fingerprint = checkpoints.record.get("fingerprint", "")
+    notes, params = tuple(checkpoints.notes), state["params"]
+    return Saved(run, programs.evaluate, done, params, notes, programs.data, fingerprint)
 
 
 def start_from(path: Path, run: Config, fresh: Any) -> Any:
@@ -87,7 +91,7 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
 def _is_run(path: Path) -> bool:
     """By `config.json`, which a model of Hugging Face's has too."""
     shown = path / "config.json"
-    return shown.is_file() and "optimizer" in json.loads(shown.read_text())
+    return shown.is_file() and "optimizer" in reading.read_json(shown)
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:

@@ -48,10 +48,9 @@ def restored(
     notes: list[str] = []
 
     def accept(saved: Any) -> None:
-        now = config.to_json(run)
-        notes[:] = record.check(
-            saved, now, programs.data().fingerprint, allow_changes=allow_changes
-        )
+        now, fingerprint = config.to_json(run), programs.data().fingerprint
+        with reading.fields_of(f"the record of a checkpoint in {checkpoints.directory}"):
+            notes[:] = record.check(saved, now, fingerprint, allow_changes=allow_changes)
 
     distributed.on_main(checkpoints.repair)
     if step is None:

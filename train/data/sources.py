@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train import files
-from train.data import tfds
+from train.data import mixture, tfds
 from train.data.config import DataConfig
 from train.data.documents import shards as files_of
 from train.data.embedded import cut
@@ -32,6 +32,25 @@ class Tokens(NamedTuple):
     where: str  # for messages
     judge: str  # where the held-out part is from
     cure: str = "raise --data.heldout-fraction"  # of a held-out part that is too short
+
+
+def absolute(source: str) -> str:
+    """A source whose paths mean the same from any folder; mixtures keep their weights.
+
+    >>> absolute("embedded:0.5,text:/a/*.txt:0.5"), absolute("tfds:glue/sst2:train")
+    ('embedded:0.5,text:/a/*.txt:0.5', 'tfds:glue/sst2:train')
+    """
+    if not source:
+        return source
+    whole = len(mixture.parse(source)) == 1
+    return ",".join(map(_absolute, [source] if whole else source.split(",")))
+
+
+def _absolute(part: str) -> str:
+    kind, rest = parse(part) if part.startswith("tfds:") else part.partition(":")[::2]
+    if kind in ("embedded", "tfds") or kind not in KINDS or not rest:
+        return part
+    return f"{kind}:{Path(rest).expanduser().absolute()}"
 
 
 def parse(source: str) -> tuple[str, str]:
