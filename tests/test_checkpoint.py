@@ -306,7 +306,7 @@ def test_what_has_a_steps_name_and_is_no_folder_is_named(folder, kind, tmp_path)
         checkpoints.restore(abstract(states[10]))
 
 
-NAMES = "[lr=.01] [!a]* a*b q? back\\slash per%cent ünï ha#sh -x".split()
+NAMES = ["[lr=.01]", "[!a]*", "a*b", "q?", "back\\slash", "per%cent", "ünï", "ha#sh", "-x"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "sp ace"])

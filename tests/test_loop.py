@@ -13,34 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import MODEL, small
 
 import models
 import train
-from models import DecoderConfig
-from train import checkpoint, data, distributed, loop, metrics, program, reference, saved, saver
-from train.config import RunConfig, preset
+from train import checkpoint, distributed, loop, metrics, program, reference, saved, saver
+from train.config import preset
 from train.loss import outputs_of, token_losses
-
-MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
-
-
-def small(folder, optimizer="sophia-g", **changes):
-    defaults = {"steps": 12, "batch_size": 8, "sequence_length": 16, "warmup_steps": 2}
-    shown = RunConfig(
-        folder=str(folder),
-        log_every=1,
-        checkpoint_every=6,
-        sample_length=20,
-        compile_cache="",
-        quiet=True,
-    )
-    return dataclasses.replace(
-        preset("tiny", optimizer),
-        model=MODEL,
-        data=data.DataConfig(heldout_fraction=0.003),
-        run=shown,
-        **defaults | {"evaluate_every": 12} | changes,
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)

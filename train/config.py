@@ -189,7 +189,7 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
 def resolved(run: Config, platform: str) -> Config:
     """The config with the precision that it has on a platform, so that it stays when that changes.
 
-    What it starts from is named so that it means the same from any folder.
+    What it starts from and its cache mean the same from any folder.
 
     >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
     ('bfloat16', 'float32')
@@ -197,9 +197,15 @@ def resolved(run: Config, platform: str) -> Config:
     dtype = run.precision
     if dtype == "auto":
         dtype = "bfloat16" if platform in ("gpu", "tpu") else run.model.dtype
-    start = run.start_from and str(Path(run.start_from).expanduser().absolute())
     model = dataclasses.replace(run.model, dtype=dtype)
-    return dataclasses.replace(run, model=model, precision=dtype, start_from=start)
+    kept = dataclasses.replace(run.data, cache=_absolute(run.data.cache))
+    start = _absolute(run.start_from)
+    return dataclasses.replace(run, model=model, data=kept, precision=dtype, start_from=start)
+
+
+def _absolute(path: str) -> str:
+    """From the root on, or from home, which may be another on another machine."""
+    return path if path.startswith("~") or not path else str(Path(path).absolute())
 
 
 def python() -> str:
@@ -264,16 +270,17 @@ def from_json(fields: dict[str, Any]) -> Config:
     True
     """
     fields = dict(fields)
-    made = Config(
-        model=type(PRESETS[fields["base"]])(**fields.pop("model")),
-        optim=OPTIMIZERS[fields.pop("optimizer")](**fields.pop("optim")),
-        data=DataConfig(**fields.pop("data")),
-        mesh=MeshConfig(**fields.pop("mesh")),
-        run=RunConfig(**fields.pop("run")),
-        **fields,
-    )
-    config_checks.check_types(made)
-    return made
+    rooms = {
+        "model": type(PRESETS[fields["base"]]),
+        "optim": OPTIMIZERS[fields.pop("optimizer")],
+        "data": DataConfig,
+        "mesh": MeshConfig,
+        "run": RunConfig,
+    }
+    made = {
+        name: config_checks.make(kind, fields[name], f"{name}.") for name, kind in rooms.items()
+    }
+    return config_checks.make(Config, fields | made)
 
 
 def save(config: Config, folder: Path) -> None:

@@ -4,9 +4,12 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any, Literal, Union
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
 
 from models import DecoderConfig, EncoderConfig
+
+T = TypeVar("T")
 
 
 def check_numbers(fields: dict[str, Any], flag: str) -> None:
@@ -36,15 +39,24 @@ def check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
         )
 
 
-def check_types(fields: Any, name: str = "") -> None:
-    """Raises TypeError for a field of a dataclass, at any depth, that is not of its type."""
-    kinds = typing.get_type_hints(type(fields))
-    for field in dataclasses.fields(fields):
-        value, shown = getattr(fields, field.name), f"{name}{field.name}"
-        if dataclasses.is_dataclass(value):
-            check_types(value, f"{shown}.")
-        elif not _fits(value, kinds[field.name]):
-            raise TypeError(f"{shown} is {value!r:.40}, which is not what it should be")
+def make(kind: type[T], fields: Mapping[str, Any], name: str = "") -> T:
+    """A dataclass of plain JSON values.
+
+    Args:
+      kind: the dataclass.
+      fields: its fields; those that are dataclasses are made already.
+      name: of the dataclass, before the names of its fields in messages.
+
+    Raises:
+      TypeError, AttributeError, ValueError: a field is unknown, or not of its type.
+    """
+    kinds = typing.get_type_hints(kind)
+    for field, value in fields.items():
+        if dataclasses.is_dataclass(value) or field not in kinds:
+            continue
+        if not _fits(value, kinds[field]):
+            raise TypeError(f"{name}{field} is {value!r:.40}, which is not what it should be")
+    return kind(**fields)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -105,7 +105,7 @@ def _new(run: Config) -> Iterator[Path]:
 def _initial(run: Config, programs: program.Program) -> TrainState:
     state = programs.init()
     if run.start_from:
-        params = saved.start_from(Path(run.start_from), run, state.params)
+        params = saved.start_from(Path(run.start_from).expanduser(), run, state.params)
         state = state._replace(params=params)
     return state
 

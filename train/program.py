@@ -108,7 +108,6 @@ def settled(run: Config) -> Config:
     """The config as it is recorded, so that it means the same from any folder."""
     places = ("source", "heldout_source")
     found = {name: sources.absolute(getattr(run.data, name)) for name in places}
-    found["cache"] = str(Path(run.data.cache).expanduser().absolute())
     return dataclasses.replace(run, data=dataclasses.replace(run.data, **found))
 
 
