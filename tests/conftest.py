@@ -20,4 +20,4 @@ import jax
 
 jax.devices()  # so that no test starts it with fewer: `train.plan.fake_devices` may
 
-collect_ignore = ["kills.py", "two_processes.py"]  # programs of their own
+collect_ignore = ["kills.py", "stops.py", "two_processes.py"]  # programs of their own

@@ -270,7 +270,7 @@ def from_json(fields: dict[str, Any]) -> Config:
     True
     """
     fields = dict(fields)
-    rooms = {
+    kinds = {
         "model": type(PRESETS[fields["base"]]),
         "optim": OPTIMIZERS[fields.pop("optimizer")],
         "data": DataConfig,
@@ -278,7 +278,7 @@ def from_json(fields: dict[str, Any]) -> Config:
         "run": RunConfig,
     }
     made = {
-        name: config_checks.make(kind, fields[name], f"{name}.") for name, kind in rooms.items()
+        name: config_checks.make(kind, fields[name], f"{name}.") for name, kind in kinds.items()
     }
     return config_checks.make(Config, fields | made)
 
