@@ -1,7 +1,7 @@
 """Seconds from SIGTERM to the end of a run, by what it was doing: `python tests/stops.py FOLDER`.
 
 Each run must end with exit code 0 and with digests of the state of the step at which it stopped.
-Further words are those of the run, by default a model of 134 million parameters.
+Further words are those of the run, by default a model of three million parameters.
 """
 
 import json
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-WORDS = """qwen3-134m adamw --steps 3 --warmup-steps 1 --batch-size 2 --sequence-length 16
---evaluate-every 2 --run.checkpoint-every 1 --run.log-every 1"""
+WORDS = """tiny adamw --model.width 256 --model.layers 4 --model.heads 8 --batch-size 8 --steps 30
+--warmup-steps 1 --evaluate-every 10 --run.checkpoint-every 1000 --run.log-every 1"""
 
 
 def rows(folder: Path) -> list[dict]:
@@ -38,17 +38,17 @@ def saving(folder: Path) -> bool:
 
 def done(folder: Path) -> bool:
     """The last step is saved and judged; what follows is the sample."""
-    judged = any(row["step"] == 3 and "heldout_loss" in row for row in rows(folder))
-    return judged and (folder / "checkpoints" / "3" / "digests.json").exists()
+    judged = any(row["step"] == 30 and "heldout_loss" in row for row in rows(folder))
+    return judged and (folder / "checkpoints" / "30" / "digests.json").exists()
 
 
 # Phase -> (when it has begun, seconds to wait then, flags)
 FEW = ["--data.heldout-fraction", ".0005"]
 PHASES = {
     "compiling": (said("compiling the step"), 1.0, FEW),
-    "step": (said("compiled the step"), 0.1, FEW),
-    "save": (saving, 0.2, FEW),
-    "evaluation": (trained(2), 5.0, []),
+    "step": (trained(3), 0.0, FEW),
+    "save": (saving, 0.0, [*FEW, "--run.checkpoint-every", "2"]),
+    "evaluation": (trained(10), 5.0, []),
     "sample": (done, 0.5, FEW),
 }
 

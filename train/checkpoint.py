@@ -3,17 +3,16 @@
 import concurrent.futures
 import contextlib
 import functools
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from models import reading
-from train import digests, files, orbax_calls
+from train import digests, files, leaves, orbax_calls, preservation
 
 _DISK = "check free space and permissions"
 
@@ -237,11 +236,19 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             saved = metadata.metadata
             if saved is not None:  # where the metadata is damaged, load says how
-                _compare(saved, abstract_state, self.directory, part)
+                self._compare(saved, abstract_state, part)
             context = orbax.Context()
             context.pytree.loading.partial_load = part
             with context:
                 return orbax.load(path, abstract_state, checkpointable_name="state")
+
+    def _compare(self, saved: Any, abstract_state: Any, part: bool) -> None:
+        if wrong := leaves.differences(saved, abstract_state, part=part):
+            raise CheckpointError(
+                f"{self.directory} was saved with another model or optimizer: {len(wrong)} leaves "
+                f"differ, {'; '.join(wrong[:3])}. Resume with the settings of that run, or start a "
+                "new folder"
+            )
 
     def close(self) -> None:
         """Wait for the save in progress. Raises CheckpointError if it failed."""
@@ -280,7 +287,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                     self._interval
                 ),
                 preservation_policy=keep.AnyPreservationPolicy(
-                    [keep.LatestN(self._keep_last), _Best(self.losses)]
+                    [keep.LatestN(self._keep_last), preservation.Best(self.losses)]
                 ),
             )
 
@@ -302,19 +309,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise kind(f"{self.directory}: {what} ({cause}); {cure}") from root
 
 
-class _Best:
-    """Orbax's policy of what to keep: the step of the lowest held-out loss."""
-
-    def __init__(self, losses: Mapping[int, float]):
-        self._losses = losses
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        losses = [self._losses.get(info.step, math.nan) for info in checkpoints]
-        best = min((loss for loss in losses if math.isfinite(loss)), default=None)
-        first = losses.index(best) if best is not None else -1
-        return [place == first for place in range(len(losses))]
-
-
 def _step_folders(folder: Path) -> set[int]:
     """The steps with a folder. A link would lead writes elsewhere, a file would end in an error."""
     found = [path for path in folder.iterdir() if path.name.isdecimal()]
@@ -331,25 +325,3 @@ def _step_folders(folder: Path) -> set[int]:
 def _cure(step: int, steps: list[int]) -> str:
     others = [s for s in steps if s != step]
     return f"others are there: {others}, pick one by --step" if others else "it was the only one"
-
-
-def _compare(saved: Any, abstract_state: Any, directory: Path, part: bool) -> None:
-    """Orbax would cast a leaf of another dtype, and name no leaf of another shape."""
-    have, want = _leaves(saved), _leaves(abstract_state)
-    wrong = [
-        f"{name} is {have.get(name, 'absent')} on disk and {want.get(name, 'absent')} here"
-        for name in sorted(want if part else have | want)
-        if have.get(name) != want.get(name)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{directory} was saved with another model or optimizer: {len(wrong)} leaves differ, "
-            f"{'; '.join(wrong[:3])}. Resume with the settings of that run, or start a new folder"
-        )
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{[*leaf.shape]}"
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }

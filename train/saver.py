@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import checkpoint, config, distributed, program, record
+from train import checkpoint, config, distributed, leaves, program, record
 from train.config import Config
 from train.meter import Meter
 from train.step import TrainState
@@ -77,7 +77,7 @@ def wrong_here(step: int, state: Any) -> str:
         return f"it holds the state of step {found}"
     shards = {
         name: [s.data for s in x.addressable_shards if s.replica_id == 0]
-        for name, x in _floats(state).items()
+        for name, x in leaves.floats(state).items()
     }
     bad = [name for name, data in shards.items() if not all(map(_finite, data))]
     return f"{bad[0]} is not finite, and such are never saved" if bad else ""
@@ -85,17 +85,9 @@ def wrong_here(step: int, state: Any) -> str:
 
 def _not_finite(state: TrainState) -> str:
     """The name of an array that is not; no optimizer keeps infinite values on purpose."""
-    floats = _floats(state)
+    floats = leaves.floats(state)
     bad = [name for name, sound in _all_finite(floats).items() if not bool(sound)]
     return bad[0] if bad else ""
-
-
-def _floats(state: Any) -> dict[str, jax.Array]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-    }
 
 
 @jax.jit
