@@ -214,7 +214,7 @@ def test_a_state_that_is_wrong_counts_as_damaged(folder):
     "pattern", ["state", "state/_METADATA", "state/manifest.ocdbt", "state/d/*"]
 )
 @pytest.mark.parametrize("truncate", [True, False])
-@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("digests", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     folder, pattern, truncate, digests, capfd
 ):

@@ -7,6 +7,8 @@ import logging
 import re
 import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,12 +61,22 @@ def quiet() -> Iterator[None]:
         for log in loggers:
             log.disabled = True
         yield
-    except BaseException:
-        gc.collect()  # tasks whose errors nobody asked for log them when they are collected
+    except BaseException as error:
+        _forget_tasks(error)
         raise
     finally:
         for log, disabled in zip(loggers, before, strict=True):
             log.disabled = disabled
+
+
+def _forget_tasks(error: BaseException | None) -> None:
+    """Collects the tasks and coroutines that an error left over, each of which complains of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        gc.collect()
 
 
 def _drop_closed_loops() -> None:
