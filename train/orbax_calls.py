@@ -54,7 +54,7 @@ def plain(folder: Path, stack: contextlib.ExitStack) -> Path:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No logs of Orbax's handlers, and none of the reads that a failed one leaves unfinished."""
-    _drop_closed_loops()
+    _mute_late_reads()
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [log.disabled for log in loggers]
     try:
@@ -79,11 +79,11 @@ def _forget_tasks(error: BaseException | None) -> None:
         gc.collect()
 
 
-def _drop_closed_loops() -> None:
-    """Reads that end after their event loop was closed would each print a traceback, for ever."""
-    if isinstance(sys.unraisablehook, _Hook):
-        return
-    sys.unraisablehook = _Hook(sys.unraisablehook)
+def _mute_late_reads() -> None:
+    """Reads that end after their event loop was closed would print a traceback each, much later."""
+    if not isinstance(sys.unraisablehook, _Hook):
+        sys.unraisablehook = _Hook(sys.unraisablehook)
+    logging.getLogger("asyncio").addFilter(_is_of_others)  # which adds it once
 
 
 class _Hook:
@@ -94,3 +94,8 @@ class _Hook:
         closed = isinstance(found.exc_value, RuntimeError)
         if not (closed and str(found.exc_value) == "Event loop is closed"):
             self._before(found)
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return "tensorstore_spec" not in str(error)
