@@ -222,6 +222,14 @@ def test_an_imported_model_is_resumed_for_as_many_steps_as_one_likes(run, tmp_pa
     assert commands.parse_resume(words[1:]).warmup_steps == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("", "has no config.json"), ("none", "does not exist")]
+)
+def test_what_is_no_folder_to_start_from_is_named(name, words, tmp_path, run):
+    with pytest.raises(ValueError, match=f"--start-from .* {words}: give the folder of a run, or"):
+        saved.start_from(tmp_path / name, load(run), None)
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "null", '{"model": '])
 def test_a_folder_to_start_from_whose_config_makes_no_sense_is_named(text, tmp_path, run):
     (tmp_path / "config.json").write_text(text)

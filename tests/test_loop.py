@@ -17,7 +17,7 @@ from small_run import MODEL, small
 
 import models
 import train
-from train import checkpoint, distributed, loop, metrics, program, reference, saved, saver
+from train import checkpoint, distributed, loop, metrics, program, reference, report, saved, saver
 from train.config import preset
 from train.loss import outputs_of, token_losses
 
@@ -104,13 +104,23 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
 
 
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
-    run = small(tmp_path / "run", steps=3)
+    folder = tmp_path / "[lr=.01]" / "[" / "run"
+    run = small(folder, steps=3)
     train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
     lines = capsys.readouterr().out.strip().splitlines()
-    command = f"{loop.config.python()} -m train resume {tmp_path / 'run'} --steps 6"
+    command = f"{loop.config.python()} -m train resume '{folder}' --steps 6"
     assert lines[-1] == command
+    assert f"curves: {folder}/loss.png" in lines
     assert "bits a byte on held-out text" in "\n".join(lines)
-    assert (tmp_path / "run" / "sample.txt").read_text().startswith("HAMLET.")
+    assert (folder / "sample.txt").read_text().startswith("HAMLET.")
+
+
+@pytest.mark.parametrize(("optimizer", "offered"), [("adamw", False), ("lion", True)])
+def test_adamw_is_not_offered_as_its_own_reference(optimizer, offered):
+    run = small("unused", optimizer)
+    shown = report._comparison(run, None, "")
+    assert ("--run.recompute-reference" in shown) == offered
+    assert not report._comparison(run, None, "stopped at step 3")
 
 
 def test_programs_are_compiled_before_the_first_step_and_never_again(

@@ -1,5 +1,6 @@
 """The end of a run: a figure, a sample, the comparison, and what to do next."""
 
+import functools
 import shlex
 import threading
 from pathlib import Path
@@ -57,11 +58,13 @@ def _write(run: Config, folder: Path, history: list[dict], text: str, stopped: s
     if text:
         files.replace_text(folder / "sample.txt", text)
         console.print(Panel(Text(text), title="sample", title_align="left"))
-    console.print(f"[bold]{_result(run, history)}[/bold]", highlight=False)
+    # Paths and commands as they are: square brackets in them are no markup.
+    plain = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    plain(_result(run, history), style="bold")
     if compared := _comparison(run, baseline, stopped):
-        console.print(compared, highlight=False, soft_wrap=True)
-    console.print(f"curves: {folder / 'loss.png'}", highlight=False, soft_wrap=True)
-    console.print(_next(run, folder, stopped), soft_wrap=True, highlight=False, markup=False)
+        plain(compared)
+    plain(f"curves: {folder / 'loss.png'}")
+    plain(_next(run, folder, stopped))
 
 
 def _unit(run: Config) -> str:

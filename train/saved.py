@@ -70,6 +70,12 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
         reads other tokens.
     """
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"--start-from {path} {what}: give the folder of a run, or of a model that transformers "
+            "saved."
+        )
     if _is_run(path):
         if not (path / "checkpoints").is_dir():
             raise ValueError(
@@ -90,8 +96,7 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
 
 def _is_run(path: Path) -> bool:
     """By `config.json`, which a model of Hugging Face's has too."""
-    shown = path / "config.json"
-    return shown.is_file() and "optimizer" in reading.read_json(shown)
+    return "optimizer" in reading.read_json(path / "config.json")
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
