@@ -1,5 +1,6 @@
 """A bit that flips in any file of a checkpoint is noticed, and older checkpoints still load."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -133,3 +134,21 @@ def test_damaged_metrics_of_an_older_version_cost_no_checkpoint(tmp_path):
     assert saved.load(run).step == 4
     history = train.resume(run, steps=5, compile_cache="")
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"step": 4}, "record of a checkpoint .* KeyError: 'config'"),
+        ({"step": 4, "config": 3}, "record of a checkpoint .* unexpected form"),
+        (3, "step 4 is unreadable"),
+    ],
+)
+def test_a_record_of_another_form_is_named(tmp_path, record, words):
+    """What stands beside the arrays of a checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(OLD, run)
+    path = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": record}))
+    with pytest.raises((ValueError, checkpoint.CheckpointError), match=words):
+        train.resume(run, steps=6, compile_cache="")

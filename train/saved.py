@@ -73,8 +73,7 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "does not exist"
         raise ValueError(
-            f"--start-from {path} {what}: give the folder of a run, or of a model that transformers "
-            "saved."
+            f"--start-from {path} {what}: give the folder of a run, or one that transformers saved."
         )
     if _is_run(path):
         if not (path / "checkpoints").is_dir():
