@@ -139,7 +139,7 @@ def test_damaged_metrics_of_an_older_version_cost_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"step": 4}, "record of a checkpoint .* KeyError: 'config'"),
+        ({"step": 4}, "record of a checkpoint .*KeyError: 'config'"),
         ({"step": 4, "config": 3}, "record of a checkpoint .* unexpected form"),
         (3, "step 4 is unreadable"),
     ],
