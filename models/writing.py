@@ -24,8 +24,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        sync(path.parent)
+    sync_folder(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -46,3 +45,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """`sync` of a folder, where the file system can."""
+    with contextlib.suppress(OSError):
+        sync(path)

@@ -13,7 +13,7 @@ xla_flags.add({"xla_force_host_platform_device_count": 8} | xla_flags.QUICK | xl
 
 jax.devices()  # so that no test starts it with fewer: `train.plan.fake_devices` may
 
-collect_ignore = ["kills.py", "two_processes.py"]  # programs of their own
+collect_ignore = ["kills.py", "stops.py", "two_processes.py"]  # programs of their own
 
 
 def pytest_addoption(parser):

@@ -27,7 +27,7 @@ from train import cli, config, loop, program, xla_flags
 
 xla_flags.add(xla_flags.QUICK)  # compiling is what takes long here
 WORDS = """--model.width 16 --model.layers 1 --model.heads 2 --batch-size 8
---sequence-length 64 --steps 40 --warmup-steps 5 --evaluate-every 20 --run.checkpoint-every 2
+--sequence-length 64 --steps 60 --warmup-steps 5 --evaluate-every 20 --run.checkpoint-every 2
 --run.log-every 1 --run.sample-length 0"""
 OPTIMIZER = sys.argv[3]
 MOMENTS = ("save", "line", "term", "save", "line", "start")

@@ -56,6 +56,35 @@ def test_non_finite_values_are_null_in_the_file_and_nan_in_the_history(tmp_path)
     assert math.isnan(metrics.read_history(tmp_path)[0]["loss"])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"step": "x"}',
+        '{"step": -1}',
+        '{"step": 1.5}',
+        '{"step": 2, "loss": "low"}',
+        '{"step": 2, "loss": [1]}',
+        '{"step": 2',
+        "[" * 5000,
+        "\udcff",
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    text = line + '\n{"step": 3, "loss": 1.0}\n'
+    (tmp_path / metrics.FILE).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{metrics.FILE}, line 1 is not .*: delete the line"):
+        metrics.read_history(tmp_path)
+    with (
+        pytest.raises(ValueError, match="line 1 is not"),
+        metrics.RunLog(tmp_path, 5, 3, quiet=True),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("torn", ['{"step": 7, "lo', "{", "\0\0\0"])
 def test_resuming_drops_later_steps_and_a_torn_line(tmp_path, torn):
     run(tmp_path, range(1, 7), loss=2.0)

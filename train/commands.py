@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from train import config, convert, distributed, loop, program, saved
+from train import config, convert, distributed, files, flags, loop, moved, program, saved
 from train import sample as sampling
 from train.data import DataConfig
 from train.distributed import DistributedConfig
@@ -28,12 +28,16 @@ class Resume:
     """Train to this many steps instead; the learning rate follows the longer schedule."""
     step: int | None = None
     """Start from this checkpoint instead of the newest; later ones are deleted."""
+    warmup_steps: int | None = None
+    """Warm up over this many steps instead."""
     allow_changes: bool = False
     """Go on although config or data are not those of the checkpoint."""
     compile_cache: str | None = None
     """Folder of compiled programs; by default that of a new run."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How devices are arranged; by default as before."""
+    data: moved.Places = moved.STAYED
+    """Where the data is now, if it has moved."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
@@ -45,7 +49,9 @@ def resume(args: Sequence[str]) -> None:
         again.run,
         steps=again.steps,
         step=again.step,
+        warmup_steps=again.warmup_steps,
         mesh=again.mesh,
+        data=again.data,
         allow_changes=again.allow_changes,
         compile_cache=again.compile_cache,
     )
@@ -60,17 +66,26 @@ def parse_resume(args: Sequence[str]) -> Resume:
     folder = Path(args[0]) if args and not args[0].startswith("-") else None
     mesh = config.load(folder).mesh if folder else MeshConfig()
     default = Resume(run=tyro.MISSING, mesh=mesh)
+    flags.check(args, {"": default}, "python -m train resume")
     return tyro.cli(Resume, args=args, default=default, prog="python -m train resume")
 
 
-def evaluate(run: Folder, step: int | None = None) -> None:
+def evaluate(run: Folder, step: int | None = None, data: moved.Places = moved.STAYED) -> None:
     """Loss of a run on the whole held-out data.
 
     Args:
       run: folder of the run.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved.
     """
-    loaded = _load(run, step)
+    loaded = _load(run, step, data)
+    with moved.explained(loaded.run):
+        now = loaded.data().fingerprint
+    if loaded.fingerprint not in ("", now):
+        print(
+            f"the data is not what the run was trained on ({loaded.fingerprint} -> {now})",
+            file=sys.stderr,
+        )
     for name, value in loaded.evaluate(loaded.params).items():
         _say(f"{name.replace('_', ' ')}: {value:.4f}")
     _say(f"{run} at step {loaded.step}")
@@ -85,6 +100,7 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     step: int | None = None,
+    data: moved.Places = moved.STAYED,
 ) -> None:
     """Continue a prompt.
 
@@ -97,14 +113,16 @@ def sample(
       top_p: probability to draw from, that of the likeliest tokens which reach it.
       seed: of the draws.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved; of it the tokenizer is read.
     """
     how = sampling.Picking(temperature, top_k, top_p)
     how.check()
     if length < 0:
         raise ValueError(f"--length {length} is negative: it is the number of tokens to add.")
     sampling.check_seed(seed)
-    loaded = _load(run, step)
-    tokenizer = program.load_tokenizer(loaded.run)
+    loaded = _load(run, step, data)
+    with moved.explained(loaded.run):
+        tokenizer = program.load_tokenizer(loaded.run)
     tokens = sampling.sample(
         loaded.run.model,
         loaded.params,
@@ -125,6 +143,7 @@ def export(run: Folder, output: Folder, step: int | None = None) -> None:
       output: the folder to write; a model and a tokenizer in it are replaced.
       step: of a checkpoint; default the newest.
     """
+    files.check_local(output, "the folder to write")
     loaded = _load(run, step)
     for note in convert.export(run, output, loaded):
         print(note, file=sys.stderr)
@@ -151,15 +170,16 @@ def import_(
       data: to train on and be judged by; a classifier needs a source. Its task is what the model
         does, and its tokenizer is not used.
     """
+    files.check_local(folder, "the model's folder")
     if data.tokenizer != DataConfig.tokenizer:
         raise ValueError(f"give the tokenizer as --tokenizer {data.tokenizer}.")
     convert.begin(folder, run, optimizer, tokenizer, data)
     _say(f"{run} holds the model; go on with: {config.python()} -m train sample {run} 'PROMPT'")
 
 
-def _load(run: Path, step: int | None) -> saved.Saved:
+def _load(run: Path, step: int | None, data: moved.Places = moved.STAYED) -> saved.Saved:
     """A run's parameters; tells of checkpoints that were passed over, beside what is asked for."""
-    loaded = saved.load(run, step)
+    loaded = saved.load(run, step, data)
     for note in loaded.notes:
         print(note, file=sys.stderr)
     return loaded

@@ -1,10 +1,11 @@
 """Files that are whole or absent, and that stay in their folder."""
 
+import re
 from pathlib import Path
 
-from models.writing import replace, replace_text, sync
+from models.writing import replace, replace_text, sync, sync_folder
 
-__all__ = ["inside", "replace", "replace_text", "sync"]
+__all__ = ["check_local", "inside", "replace", "replace_text", "sync", "sync_folder"]
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -20,3 +21,26 @@ def inside(folder: Path, name: str) -> Path:
             "the folder, or link the whole folder instead."
         )
     return path
+
+
+def check_local(place: str | Path, name: str) -> None:
+    """Refuses an address such as gs://bucket/a, which would be taken for a path.
+
+    Args:
+      place: a path, or a source with its kinds; a `Path` has lost one of its two slashes.
+      name: what it was given as, to begin the message with.
+
+    Raises:
+      ValueError: it has an address in it.
+
+    >>> check_local("text:books/*.txt,bin:/data:0.5", "data.source")
+    """
+    found = re.search(r"([A-Za-z][A-Za-z0-9+.-]*)://", str(place))
+    if isinstance(place, Path):
+        found = found or re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(place))
+    if found:
+        raise ValueError(
+            f"{name} {place} is an address, not a path of this machine: mount the store (such as "
+            "with gcsfuse or s3fs) or copy the files here, and give their path"
+            f"{', without file://' if found[1].lower() == 'file' else ''}."
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,7 +31,7 @@ class Program(NamedTuple):
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
     compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
-    evaluate: Any  # params -> dict of floats
+    evaluate: Any  # params, of `evaluate.make_evaluate` -> dict of floats, or None
     data: Callable[[], data.Data]  # read at the first call, with its errors
     batch: Any  # step number -> Batch on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
@@ -76,6 +77,8 @@ class Trained(NamedTuple):
     """What is to be known of a config whose parameters are there and are not trained."""
 
     params: Any  # ShapeDtypeStruct with sharding, for each parameter
+    step: Any  # the same, of the number of steps done
+    data: Callable[[], data.Data]  # read at the first call, with its errors
     evaluate: Any  # params -> dict of floats
 
 
@@ -95,7 +98,10 @@ def assemble_trained(run: Config) -> Trained:
         mesh.parameter_shardings(placed, model.specs),
     )
     outputs = loss.outputs_of(model, run.loss_chunk)
-    return Trained(params, _evaluate(run, placed, outputs, _loaded(run, rows)))
+    whole = NamedSharding(placed, P())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    loaded = _loaded(run, rows)
+    return Trained(params, step, loaded, _evaluate(run, placed, outputs, loaded))
 
 
 def settled(run: Config) -> Config:
@@ -234,7 +240,7 @@ def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
 
 def _evaluate(
     run: Config, placed: Mesh, outputs: loss.Outputs, loaded: Callable[[], data.Data]
-) -> Callable[[Any], dict[str, float]]:
+) -> Callable[..., dict[str, float] | None]:
     return evaluate.make_evaluate(
         functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
         loaded,

@@ -11,9 +11,9 @@ import numpy as np
 import models
 from models import huggingface
 from models.reading import read_json
-from train import checkpoint, classes, config, program, saver
+from train import checkpoint, classes, config, moved, program, saver
 from train.config import Config
-from train.data import tokenizers
+from train.data import Data, tokenizers
 
 Model = models.DecoderConfig | models.EncoderConfig
 
@@ -22,34 +22,39 @@ class Saved(NamedTuple):
     """A run as it was at one of its checkpoints."""
 
     run: Config
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
     step: int
     params: Any
     notes: tuple[str, ...]  # of checkpoints that could not be read
+    data: Callable[[], Data]
+    fingerprint: str  # of the data that it was trained on, as far as known
 
 
-def load(folder: Path, step: int | None = None) -> Saved:
+def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYED) -> Saved:
     """The parameters of a run, and these alone, sharded over the devices that are here.
 
     Args:
       folder: of the run.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved.
 
     Raises:
       ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = config.load(folder)
+    run = moved.placed(config.load(folder), data)
     programs = program.assemble_trained(run)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
         done, state = checkpoints.restore(
-            {"params": programs.params},
+            {"params": programs.params, "step": programs.step},
             step,
-            sound=lambda state: saver.finite_here(state["params"]),
+            wrong=saver.wrong_here,
             part=True,
         )
-    return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
+    fingerprint = checkpoints.record.get("fingerprint", "")
+    notes, params = tuple(checkpoints.notes), state["params"]
+    return Saved(run, programs.evaluate, done, params, notes, programs.data, fingerprint)
 
 
 def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
@@ -68,6 +73,11 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
       ValueError: other parameters than such a head's differ in name or shape, or the run there
         reads other tokens.
     """
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"--start-from {path} {what}: give the folder of a run, or one that transformers saved."
+        )
     if _is_run(path):
         if not (path / "checkpoints").is_dir():
             raise ValueError(
@@ -98,8 +108,7 @@ def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> An
 
 def _is_run(path: Path) -> bool:
     """By `config.json`, which a model of Hugging Face's has too."""
-    shown = path / "config.json"
-    return shown.is_file() and "optimizer" in read_json(shown)
+    return "optimizer" in read_json(path / "config.json")
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from train.data.places import check_local
+from train.files import check_local
 
 PRETRAINED = "pretrained"
 """Folder in a run that was imported: the tokenizer of its source, special tokens, class names."""

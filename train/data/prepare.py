@@ -19,10 +19,10 @@ from train.data import parts, sources, tokenizers
 from train.data.config import DataConfig
 from train.data.documents import documents
 from train.data.opening import Broken
-from train.data.places import check_local
 from train.data.readers import Shard
 from train.data.tokenizers import Tokenizer
 from train.extras import need
+from train.files import check_local
 
 
 def prepare(

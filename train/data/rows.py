@@ -73,11 +73,14 @@ class Data:
             raise ValueError(f"step={step} must not be negative: count from 0")
         return self.rows.train(step * self.batch_size + np.arange(self.batch_size)[rows])
 
-    def heldout(self) -> Iterator[Batch]:
+    def heldout(self, batches: int | None = None) -> Iterator[Batch]:
         """All held-out rows, once and in order, in batches of one shape; rows of zeros, of weight
-        0, fill the last.
+        0, fill the last. With `batches` that many of these at most, evenly spaced.
         """
-        for first in range(0, self.rows.heldout_count, self.batch_size):
+        starts = np.arange(0, self.rows.heldout_count, self.batch_size)
+        if batches is not None and batches < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, batches).round().astype(int)]
+        for first in map(int, starts):
             index_N = np.arange(first, min(first + self.batch_size, self.rows.heldout_count))
             missing = self.batch_size - len(index_N)
             yield Batch(*(_fill(leaf, missing) for leaf in self.rows.heldout(index_N)))

@@ -62,7 +62,7 @@ def parse(source: str) -> tuple[str, str]:
     >>> parse("tfds:glue/sst2")
     ('tfds', 'glue/sst2')
     """
-    places.check_local(source, "source")
+    files.check_local(source, "source")
     kind, _, rest = source.partition(":")
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, 1, cutoff=0.5)
