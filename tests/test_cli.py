@@ -64,7 +64,6 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
         ("import s3://bucket/in runs", "s3://bucket/in is an address"),
         ("prepare text:a -o gs://bucket/out", "gs://bucket/out is an address"),
         ("prepare text:a --output=gs://bucket/out", "gs://bucket/out is an address"),
-        ("tiny --data.cache gs://bucket", "gs://bucket is an address"),
         ("tiny --start-from hdfs://a/b", "hdfs://a/b is an address"),
         ("tiny --run.folder /dev/null/run", "Choose a folder that can be written"),
         ("tiny --mesh.fsdp 3", "does not use 8 devices exactly"),
@@ -77,10 +76,11 @@ def test_a_mistake_ends_with_one_line_that_names_the_cure(words, message, tmp_pa
         cli.main(words.split())
 
 
-def test_a_run_in_an_object_store_is_refused_before_training(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["--run.folder", "--data.cache", "--data.source"])
+def test_an_object_store_is_refused_before_training(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        cli.main(["tiny", "adamw", "--run.folder", "gs://bucket/run"])
+        cli.main(["tiny", "adamw", flag, "gs://bucket/run"])
     assert "gs://bucket/run is an address" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="gs://bucket/run is an address"):

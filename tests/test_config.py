@@ -15,7 +15,6 @@ import sophia_optax
 from models import PRESETS
 from train import config, reference
 from train.config import preset
-from train.data import DataConfig
 from train.layers import matrices
 from train.optimizers import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
 from train.peers import AdamW
@@ -90,7 +89,6 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else():
         ({"sequence_length": 65}, "longer than the model's context of 64"),
         ({"steps": 50, "warmup_steps": 50}, "less than steps=50.* give --warmup-steps too"),
         ({"start_from": "gs://bucket/run"}, "--start-from gs://bucket/run is an address"),
-        ({"data": DataConfig(cache="s3://bucket")}, "--data.cache s3://bucket is an address"),
         ({"gradient_clip": -1.0}, "gradient_clip=-1.0"),
         ({"gradient_clip": math.nan}, "--gradient-clip nan is not a finite number"),
         ({"final_learning_rate": -3.0}, "final_learning_rate=-3.0 is a share"),

@@ -15,6 +15,8 @@ from train import checkpoint, digests, metrics, saved
 
 OLD = Path(__file__).with_name("fixtures") / "old_checkpoint"
 """Four steps of AdamW, saved by a version without digests."""
+OLD_SOPHIA = OLD.with_name("old_sophia")
+"""Four steps of Sophia-G, by a version whose state had fewer counters."""
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,20 @@ def test_a_run_of_an_older_version_goes_on_and_says_that_it_has_no_digests(tmp_p
     assert "step 4 has no digests" in capsys.readouterr().out
     assert digests.fault(run / "checkpoints" / "6") == ""
     assert saved.load(run).notes == ()
+
+
+def test_the_state_of_an_older_version_is_read_in_todays_layout(tmp_path):
+    """Sophia's counters of samples of 0 came later; curvature and momentum go on as they were."""
+    run = tmp_path / "run"
+    shutil.copytree(OLD_SOPHIA, run)
+    accepted = [r["hessian_accepted"] for r in metrics.read_history(run) if "loss" in r][-1]
+    history = train.resume(run, steps=6, compile_cache="")
+    steps = [row for row in history if "loss" in row]
+    assert [row["step"] for row in steps][-2:] == [4, 6]
+    assert steps[-1]["hessian_accepted"] == accepted + 1
+    assert steps[-1]["hessian_zero_samples"] == steps[-1]["momentum_nonfinite_leaves"] == 0
+    train.resume(run, steps=8, compile_cache="")
+    assert saved.load(run).step == 8
 
 
 def test_a_damaged_step_keeps_no_other_from_being_read_or_saved(tmp_path):

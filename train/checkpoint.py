@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from models import reading
-from train import digests, files, leaves, orbax_calls, preservation
+from train import digests, files, layout, leaves, orbax_calls, preservation
 
 _DISK = "check free space and permissions"
 
@@ -234,16 +234,20 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self.record = dict(metadata.custom_metadata or {})
         accept(self.record)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
-            saved = metadata.metadata
+            saved, target, new = metadata.metadata, abstract_state, {}
             if saved is not None:  # where the metadata is damaged, load says how
-                self._compare(saved, abstract_state, part)
+                new = layout.added(saved, abstract_state)
+                self._compare(saved, abstract_state, part, new)
+            if new:
+                target = layout.in_older_layout(saved, abstract_state)
             context = orbax.Context()
             context.pytree.loading.partial_load = part
             with context:
-                return orbax.load(path, abstract_state, checkpointable_name="state")
+                state = orbax.load(path, target, checkpointable_name="state")
+            return layout.in_this_layout(state, abstract_state, new) if new else state
 
-    def _compare(self, saved: Any, abstract_state: Any, part: bool) -> None:
-        if wrong := leaves.differences(saved, abstract_state, part=part):
+    def _compare(self, saved: Any, abstract_state: Any, part: bool, new: Mapping[str, Any]) -> None:
+        if wrong := leaves.differences(saved, abstract_state, part=part, new=new):
             raise CheckpointError(
                 f"{self.directory} was saved with another model or optimizer: {len(wrong)} leaves "
                 f"differ, {'; '.join(wrong[:3])}. Resume with the settings of that run, or start a "

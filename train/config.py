@@ -98,7 +98,6 @@ class Config:
         if self.gradient_clip < 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
         config_checks.check_task(self.data.task, self.model)
-        files.check_local(self.data.cache, "--data.cache")
         files.check_local(self.start_from, "--start-from")
         if self.sequence_length > self.model.context:
             raise ValueError(

@@ -1,12 +1,15 @@
 """The leaves of a state by name, and how those of two states differ."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def differences(saved: Any, wanted: Any, *, part: bool = False) -> list[str]:
+def differences(
+    saved: Any, wanted: Any, *, part: bool = False, new: Collection[str] = ()
+) -> list[str]:
     """Leaves of other names, dtypes or shapes, in words.
 
     Orbax would cast a leaf of another dtype, and name no leaf of another shape.
@@ -15,11 +18,12 @@ def differences(saved: Any, wanted: Any, *, part: bool = False) -> list[str]:
       saved: what is on disk, of leaves with a dtype and a shape.
       wanted: what it is to be read as.
       part: leaves that `wanted` lacks are not looked at.
+      new: names of leaves that are not looked at either.
     """
     have, want = _kinds(saved), _kinds(wanted)
     return [
         f"{name} is {have.get(name, 'absent')} on disk and {want.get(name, 'absent')} here"
-        for name in sorted(want if part else have | want)
+        for name in sorted((want if part else have | want).keys() - set(new))
         if have.get(name) != want.get(name)
     ]
 
