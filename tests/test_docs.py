@@ -12,19 +12,20 @@ import pytest
 
 import models
 import sophia_optax
+import sophia_optax.flax
 import train
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     f"{package.__name__}.{name}": getattr(package, name)
-    for package in (sophia_optax, models, train)
+    for package in (sophia_optax, sophia_optax.flax, models, train)
     for name in package.__all__
 }
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 CLASSES = [name for name, value in PUBLIC.items() if inspect.isclass(value)]
 # Runs take minutes, `preset` makes a Config, and an Estimator is called by the library alone.
 WITHOUT_EXAMPLE = {"train.train", "train.resume"}
-WITHOUT_SOURCE = {"sophia_optax.diagnostics"}
+WITHOUT_SOURCE = {"sophia_optax.diagnostics", "sophia_optax.flax.of_params"}
 
 
 def definition(name):
