@@ -122,6 +122,25 @@ def test_the_recipes_run():
     assert tried > 15 and not failed
 
 
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", ["docs/recipes.md", "docs/wrappers.md"])
+def test_links_inside_a_page_lead_to_its_headings(name):
+    text = (ROOT / name).read_text()
+    headings = {anchor(heading) for heading in re.findall(r"^## (.*)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings
+
+
+def test_the_table_of_contents_of_the_recipes_lists_each_in_its_order():
+    text = (ROOT / "docs/recipes.md").read_text()
+    listed = re.findall(r"^  - \[(.*)\]\(#(.*)\)$", text, re.MULTILINE)
+    assert [title for title, _ in listed] == re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert all(target == anchor(title) for title, target in listed)
+
+
 def test_the_readme_example_runs_for_both_optimizers(capsys):
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     exec(compile(block, "README.md", "exec"), {})
@@ -135,6 +154,7 @@ def test_the_readme_example_runs_for_both_optimizers(capsys):
         "README.md",
         "docs/conventions.md",
         "docs/recipes.md",
+        "docs/wrappers.md",
         "docs/breakages.md",
         "docs/api.md",
         "LOG.md",
