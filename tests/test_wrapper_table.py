@@ -255,9 +255,9 @@ def hears(wrapper, make, told, told_alone, bound):
     except (TypeError, ValueError):
         return False
     alone = state_alone(wrapper, make, told_alone)
-    return len(ours) == len(alone) and all(
-        map(functools.partial(np.allclose, rtol=1e-5), ours, alone)
-    )
+    if list(map(jnp.shape, ours)) != list(map(jnp.shape, alone)):
+        return False
+    return all(np.allclose(x, y) for x, y in zip(ours, alone, strict=True))
 
 
 def outcome(wrapper, factory, told):
