@@ -31,6 +31,7 @@ from rich.table import Table
 
 import sophia_optax
 from models import GPT2, DecoderConfig, split
+from train import xla_flags
 from train.batch import Batch, next_tokens
 from train.flops import model_flops
 from train.loss import outputs_of
@@ -42,8 +43,6 @@ FEW = (1, 8, 16)
 INTERVALS = (1, 5, 10, 20)
 SHARE = 8  # a sample is taken of an 8th of the rows, where only one share is shown
 GROUPS = 4
-# Buffers are assigned before code is generated; this is for speed alone.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 Figures = dict[str, dict[str, float]]
 
 
@@ -122,7 +121,9 @@ def compiled(config: DecoderConfig, rows: int, length: int) -> Figures:
     cases = {"plain": False, f"refresh, 1/{SHARE}": True, f"lax.cond, 1/{SHARE}": None}
     figures = {}
     for name, refresh in cases.items():
-        program = lower(config, sampler, refresh, rows, length).compile(compiler_options=QUICK)
+        # Buffers are assigned before code is generated; the options are for speed alone.
+        options = xla_flags.known(xla_flags.QUICK)
+        program = lower(config, sampler, refresh, rows, length).compile(compiler_options=options)
         memory = program.memory_analysis()
         assert memory is not None  # the CPU has it
         figures[name] = {

@@ -56,7 +56,7 @@ def candidate(optimizer: str, rate: float, *, steps: int, seed: int, **changes: 
     """A run of the sweep; `changes` are fields of `Config`."""
     base = preset("tiny", optimizer)
     optim: Any = dataclasses.replace(base.optim, learning_rate=rate, weight_decay=WEIGHT_DECAY)
-    warmup = round(base.warmup_steps * steps / base.steps)
+    warmup = round(base.warmup * steps / base.steps)
     fields = {"optim": optim, "steps": steps, "warmup_steps": warmup, "seed": seed, **changes}
     return dataclasses.replace(base, **fields)
 

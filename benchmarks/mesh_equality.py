@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 if __name__ == "__main__":  # before jax starts
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + f" --xla_force_host_platform_device_count={8 // int(os.environ.get('NUM_PROCESSES', 1))}"
-        + " --xla_backend_optimization_level=0"
-        + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    from train import xla_flags
+
+    DEVICES = 8 // int(os.environ.get("NUM_PROCESSES", 1))
+    xla_flags.add(
+        {"xla_force_host_platform_device_count": DEVICES, "xla_backend_optimization_level": 0}
+        | xla_flags.PATIENT
     )
 
 import jax

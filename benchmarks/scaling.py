@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sophia_optax
-from benchmarks.curvature_cost import QUICK, flops
+from benchmarks.curvature_cost import flops
 from benchmarks.update_cost import compile_update, parameters
 from models import DecoderConfig
+from train import xla_flags
 from train.config import Config
 from train.hlo import collectives
 from train.mesh import MeshConfig
@@ -99,7 +100,7 @@ def compile_step(mesh: MeshConfig, devices: int, fraction: float, refresh: bool)
     )
     program = assemble(run, jax.devices("cpu")[:devices])
     lowered = program.step.lower(program.abstract, program.batch(0), refresh=refresh)
-    return lowered.compile(compiler_options=QUICK)
+    return lowered.compile(compiler_options=xla_flags.known(xla_flags.QUICK))
 
 
 def weak_scaling(devices: Sequence[int]) -> Figures:

@@ -4,35 +4,64 @@ GPT-2, Llama, Qwen3 and BERT, by the tables of `models.families`. Reads no pickl
 the network.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from models import safetensors
+from models import safetensors, writing
 from models.config import DecoderConfig, EncoderConfig
-from models.families import FAMILIES, Family
+from models.config_json import (
+    ARITHMETIC,
+    read_class_names,
+    read_config,
+    read_ids,
+    write_class_names,
+    write_config,
+)
+from models.families import Family
 from models.functional import split
 from models.layout import block_name, stack_blocks, unstack_blocks
+from models.presets import BYTE_IDS
+from models.reading import fields_of, read_json
+from models.weights import INDEX, PART, WHOLE, Stored, check, floats, inside, stored
 
-OPTIONAL = ("kv_heads", "head_dim", "rope_theta", "tied", "attention_layer_scale")
-"""Fields that older files lack; `ffn_width` is one in GPT-2's."""
-ARITHMETIC = ("attention", "dtype", "vocab_multiple", "scan_layers", "remat")
-"""Fields that are no part of a file: how to compute is up to who loads it."""
+__all__ = ["VOCABULARY", "Notes", "load", "read_config", "read_notes", "save", "write_config"]
 VOCABULARY = ("tokens/embedding", "head/embedding", "head/bias")
 """Parameters with a row for each token, and for padding."""
+
+
+class Notes(NamedTuple):
+    """What a `config.json` says beside the config."""
+
+    ids: dict[str, Any]  # such as eos_token_id -> a token, several, or None
+    class_names: tuple[str, ...]  # of a classifier, by number; empty where none are named
+
+
+def read_notes(path: str | Path) -> Notes:
+    """The tokens with a role and the class names that a folder's `config.json` states.
+
+    Raises:
+      ValueError: the file is missing, or has another form.
+    """
+    path = _config_json(Path(path))
+    fields = read_json(path)
+    with _naming(path):
+        return Notes(read_ids(fields), read_class_names(fields) if fields.get("id2label") else ())
 
 
 def load(path: str | Path, **arithmetic: Any) -> tuple[DecoderConfig | EncoderConfig, Any]:
     """A model from a folder in the layout of `transformers`.
 
     Args:
-      path: the folder, with `config.json` and `model.safetensors` or its numbered parts.
+      path: the folder, with `config.json` and the safetensors files that `models.weights` finds.
       **arithmetic: fields of the config that no file has, such as `dtype` or `vocab_multiple`.
 
     Returns:
@@ -41,50 +70,60 @@ def load(path: str | Path, **arithmetic: Any) -> tuple[DecoderConfig | EncoderCo
       (`BertForPreTraining`) it has the masked-language-model head.
 
     Raises:
-      ValueError: the folder lacks a file, a tensor or a key, has one too many, or asks for what
-        our models do not compute; or a field that the file decides is given.
+      ValueError: the folder lacks a file, a tensor or a key, has one too many, has weights that
+        are not finite, or asks for what our models do not compute; or a field that the file
+        decides is given.
     """
     if extra := sorted(arithmetic.keys() - set(ARITHMETIC)):
         raise ValueError(
             f"{extra[0]} is decided by the file: give none but {', '.join(ARITHMETIC)}."
         )
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give a folder that transformers saved.")
-    fields = _json(folder / "config.json")
-    config, family, architecture = read_config(fields)
-    shapes = _shapes(config)
-    pieces = _pieces(config, family, architecture, shapes)
+    place = _config_json(folder)
+    fields = read_json(place)
+    with _naming(place):
+        config, family, architecture = read_config(fields)
     tensors = _tensors(folder, family)
+    with _naming(place):
+        _check_sizes(config, family, tensors)
+        shapes = _shapes(config)
+    pieces = _pieces(config, family, architecture, shapes)
     _check_names(folder, set(tensors), set(pieces), family)
+    for name, paths in pieces.items():
+        check(name, tensors[name], _joined([shapes[p] for p in paths], paths[0], family))
     params = {}
     for name, paths in pieces.items():
-        array = np.array(tensors[name], np.float32)
-        parts = np.split(_ours(array, paths[0], family), len(paths), axis=-1)
-        params |= dict(zip(paths, parts, strict=True))
-    wrong = [p for p, x in params.items() if x.shape != shapes[p]]
-    if wrong:
-        raise ValueError(
-            f"{folder} does not fit its config.json: {wrong[0]} is {params[wrong[0]].shape}, not "
-            f"{shapes[wrong[0]]}. Take both files from one source."
-        )
+        array = _ours(floats(name, tensors[name]), paths[0], family)
+        params |= dict(zip(paths, np.split(array, len(paths), axis=-1), strict=True))
     config = dataclasses.replace(config, **arithmetic)
     return config, _laid_out(params, config)
 
 
-def save(params: Any, config: DecoderConfig | EncoderConfig, path: str | Path) -> None:
+def save(
+    params: Any,
+    config: DecoderConfig | EncoderConfig,
+    path: str | Path,
+    *,
+    ids: Mapping[str, Any] | None = None,
+    class_names: tuple[str, ...] = (),
+) -> None:
     """Writes a model that `transformers` and `load` read.
 
     Args:
       params: float32 leaves, as `split(config).init` makes them.
       config: their config. GPT-2 without biases is written with biases of zero.
       path: the folder, made if it is missing; a model in it is replaced.
+      ids: tokens with a role, such as `{"eos_token_id": 3}`; by default those of bytes, where the
+        vocabulary has 256 tokens, and otherwise what `transformers` assumes of the family.
+      class_names: of a classifier, by number; default LABEL_0, LABEL_1, ...
 
     Raises:
-      ValueError: no architecture of `transformers` that we know computes this config, or params
-        are another config's.
+      ValueError: no architecture of `transformers` that we know computes this config, params are
+        another config's, or the names are not as many as the classes.
     """
-    fields = write_config(config)
+    if ids is None:
+        ids = BYTE_IDS if config.vocab_size == 256 else {}
+    fields = write_config(config) | read_ids(dict(ids)) | _named_classes(config, class_names)
     written, family, architecture = read_config(fields)
     flat = _flat(params)
     if (found := {p: np.shape(x) for p, x in flat.items()}) != (shapes := _shapes(config)):
@@ -102,124 +141,78 @@ def save(params: Any, config: DecoderConfig | EncoderConfig, path: str | Path) -
             for p in paths
         ]
         tensors[name] = _ours(np.concatenate(parts, axis=-1), paths[0], family)
-    Path(path).mkdir(parents=True, exist_ok=True)
-    safetensors.write(Path(path) / "model.safetensors", tensors)
-    (Path(path) / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)  # it would go before the file that is written here
+    safetensors.write(folder / WHOLE, tensors)
+    writing.replace_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+    for part in [file for file in folder.iterdir() if PART.fullmatch(file.name)]:
+        part.unlink()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): take it from its source again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no settings, but {fields!r:.40}.")
-    return fields
+def _named_classes(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    if not names:
+        return {}
+    if len(names) != (classes := getattr(config, "classes", 0)):
+        raise ValueError(f"{len(names)} class names for {classes} classes: give one for each.")
+    return write_class_names(names)
 
 
-def read_config(fields: dict[str, Any]) -> tuple[DecoderConfig | EncoderConfig, Family, str]:
-    """(config, family, architecture) of a `config.json`.
+def _config_json(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give a folder that transformers saved.")
+    return inside(folder, "config.json")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with its values."""
+    with fields_of(path):
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _check_sizes(config: Any, family: Family, tensors: Mapping[str, Stored]) -> None:
+    """What the config asks for is no larger than the files: before anything of that size is made.
 
     Raises:
-      ValueError: a key is missing, or has a value that our models do not compute.
+      ValueError: a size is longer than any axis of a tensor, or the files have other blocks.
     """
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, but there are only {', '.join(FAMILIES)}.")
-    family = FAMILIES[kind]
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    fields = {"rope_type": rope.get("type", "default")} | fields | rope
-    for key, value in (family.fixed | {"rope_type": "default"}).items():
-        if fields.get(key, value) != value:
+    shapes = [tensor.array.shape for tensor in tensors.values() if tensor.array.size]
+    longest = max((axis for shape in shapes for axis in shape), default=0)
+    sizes = {field: getattr(config, field) for field in family.keys if field != "layers"}
+    if getattr(config, "positions", "learned") == "rope":
+        del sizes["context"]  # no parameter has it
+    for field, size in sizes.items():
+        if type(size) is int and size > longest:
             raise ValueError(
-                f"config.json has {key}={fields[key]!r}, but our {kind} computes {value!r} alone: "
-                "use another model."
+                f"{family.keys[field]}={size}, but the longest axis of a tensor has {longest}: "
+                "take config.json and weights from one source."
             )
-    values = {field: _value(fields, key, field, family) for field, key in family.keys.items()}
-    architecture = _architecture(fields, family)
-    if architecture == "BertForSequenceClassification":
-        values["classes"] = len(fields.get("id2label") or ()) or fields.get("num_labels") or 2
-    return _canonical(dataclasses.replace(family.base, **values)), family, architecture
-
-
-def write_config(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
-    """The `config.json` of a config.
-
-    Raises:
-      ValueError: no family computes what the config does.
-    """
-    kind, architecture = _kind(config)
-    family = FAMILIES[kind]
-    zeros = {name: int(x) for name, x in _defaults(config).items() if not getattr(config, name)}
-    full = dataclasses.replace(config, **zeros)
-    fields = {"architectures": [architecture], "model_type": kind, **family.fixed}
-    fields |= {key: getattr(full, field) for field, key in family.keys.items()}
-    if classes := getattr(config, "classes", 0):
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        fields["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
-    written, config = read_config(fields)[0], _canonical(config)
-    lost = [
-        field.name
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(written, field.name)
-        and field.name not in (*ARITHMETIC, *(["bias"] if kind == "gpt2" else []))
-    ]
-    if lost:
-        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
-        raise ValueError(f"no {architecture} has {values}: transformers cannot compute this model.")
-    return fields
-
-
-def _kind(config: DecoderConfig | EncoderConfig) -> tuple[str, str]:
-    """(model_type, architecture) of the family that may compute a config."""
-    if isinstance(config, EncoderConfig):
-        return "bert", "BertForSequenceClassification" if config.classes else "BertForMaskedLM"
-    kind = "gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else "llama"
-    return kind, next(iter(FAMILIES[kind].heads))
-
-
-def _architecture(fields: dict[str, Any], family: Family) -> str:
-    named = next(iter(fields.get("architectures") or ()), None)
-    if len(family.heads) > 1 and named not in family.heads:
+    before = next(name for name in family.tensors.values() if "*" in name).partition("*")[0]
+    blocks = {n.removeprefix(before).partition(".")[0] for n in tensors if n.startswith(before)}
+    if len(blocks) != config.layers:
         raise ValueError(
-            f"the architecture is {named!r}, but there are only {', '.join(family.heads)}: save "
-            "the model with one of these heads."
+            f"{family.keys['layers']}={config.layers}, but the weights have {len(blocks)} blocks "
+            f"{before}*: take config.json and all parts of the weights from one source."
         )
-    return named if named in family.heads else next(iter(family.heads))
-
-
-def _defaults(config: Any) -> dict[str, float]:
-    """What a 0 stands for, in the fields that may have one."""
-    values = {
-        "kv_heads": config.heads,
-        "head_dim": config.width / config.heads,
-        "ffn_width": 4 * config.width,
-    }
-    return {field: value for field, value in values.items() if hasattr(config, field)}
-
-
-def _canonical(config: Any) -> Any:
-    """The same config with 0 wherever it stands for the value."""
-    same = [name for name, value in _defaults(config).items() if getattr(config, name) == value]
-    return dataclasses.replace(config, **dict.fromkeys(same, 0))
-
-
-def _value(fields: dict[str, Any], key: str, field: str, family: Family) -> Any:
-    default = getattr(family.base, field)
-    value = fields.get(key)
-    if value is None and (field in OPTIONAL or key == "n_inner"):
-        return default
-    kind = type(default)
-    if not isinstance(value, int | float) or kind(value) != value:
-        raise ValueError(
-            f"config.json has {key}={value!r}: it needs a value of type {kind.__name__}."
-        )
-    return kind(value)
 
 
 def _shapes(config: DecoderConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(split(config).init, jax.random.key(0))
-    return {path: leaf.shape for path, leaf in _flat(abstract).items()}
+    """The shape of each parameter; one block is traced, since all are alike."""
+    one = split(dataclasses.replace(config, layers=1))
+    shapes, first = {}, f"blocks/{block_name(0)}/"
+    for path, leaf in _flat(jax.eval_shape(one.init, jax.random.key(0))).items():
+        if path.startswith(first):
+            names = map(block_name, range(config.layers))
+            shapes |= {path.replace(first, f"blocks/{name}/"): leaf.shape for name in names}
+        elif path.startswith("blocks/"):  # stacked
+            shapes[path] = (config.layers, *leaf.shape[1:])
+        else:
+            shapes[path] = leaf.shape
+    return shapes
 
 
 def _flat(params: Any) -> dict[str, Any]:
@@ -258,31 +251,41 @@ def _pieces(config, family: Family, architecture: str, shapes) -> dict[str, list
 
 def _ours(array: np.ndarray, path: str, family: Family) -> np.ndarray:
     """A tensor as a parameter, or the other way round."""
-    turned = family.transposed and array.ndim == 2 and not path.endswith("embedding")
+    turned = _turned(array.ndim, path, family)
     return np.ascontiguousarray(array.T) if turned else array
 
 
-def _tensors(folder: Path, family: Family) -> dict[str, np.ndarray]:
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{folder} has no model.safetensors: fetch it, or where there is only a pickle such as "
-            "pytorch_model.bin, load that with transformers and save it again."
-        )
-    tensors = {}
-    for file in files:
-        tensors |= safetensors.read(file)
-    if not any(name.startswith(family.prefix) for name in tensors):
-        tensors = {family.prefix + name: array for name, array in tensors.items()}
-    # As TensorFlow called them, and the first files of BERT still do.
-    old = {".gamma": ".weight", ".beta": ".bias"}
-    for suffix, new in old.items():
-        tensors = {
-            name.removesuffix(suffix) + new if name.endswith(suffix) else name: array
-            for name, array in tensors.items()
-        }
-    return tensors
+def _turned(axes: int, path: str, family: Family) -> bool:
+    return family.transposed and axes == 2 and not path.endswith("embedding")
+
+
+def _joined(shapes: list[tuple[int, ...]], path: str, family: Family) -> tuple[int, ...]:
+    """The shape of a tensor that has parameters of these shapes."""
+    shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    return shape[::-1] if _turned(len(shape), path, family) else shape
+
+
+def _tensors(folder: Path, family: Family) -> dict[str, Stored]:
+    """The stored tensors, by the names that `transformers` has for them now."""
+    tensors = stored(folder)
+    prefix = family.prefix
+    if any(name.startswith(prefix) for name in tensors):
+        prefix = ""
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = prefix + name
+        for suffix, now in _OLD.items():
+            new = new.removesuffix(suffix) + now if new.endswith(suffix) else new
+        if new in renamed:
+            raise ValueError(
+                f"{tensor.file} has {name!r:.80}, an older name of {new!r:.80}, which is there "
+                "too: remove one of them."
+            )
+        renamed[new] = tensor
+    return renamed
+
+
+_OLD = {".gamma": ".weight", ".beta": ".bias"}  # as TensorFlow had it, and the first BERTs still do
 
 
 def _check_names(folder: Path, found: set[str], wanted: set[str], family: Family) -> None:
@@ -290,6 +293,6 @@ def _check_names(folder: Path, found: set[str], wanted: set[str], family: Family
     for names, fault in ((wanted - found, "lacks"), (extra, "has no place for")):
         if names:
             raise ValueError(
-                f"{folder} {fault} {min(names)} ({len(names)} such): its tensors are not those of "
-                "its config.json. Take both from one source, all parts of the model."
+                f"{folder} {fault} {min(names)!r:.80} ({len(names)} such): its tensors are not "
+                "those of its config.json. Take both from one source, all parts of the model."
             )

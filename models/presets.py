@@ -95,5 +95,9 @@ BERT: dict[str, EncoderConfig] = {
 for `bert-small`; Devlin et al. 2019. They have .125, 28.76 and 109.48 million parameters with the
 pooler and without a head."""
 
+BYTE_IDS: dict[str, int] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+"""Roles of tokens where they are the 256 bytes: the control characters start of text, end of text
+and NUL, under the names that `transformers` has for them."""
+
 PRESETS: dict[str, DecoderConfig | EncoderConfig] = {**GPT2, **LLAMA, **QWEN3, **BERT}
 """Every named config."""

@@ -1,5 +1,6 @@
 """JSON that somebody else wrote: its size is bounded first, and every fault names its place."""
 
+import collections
 import contextlib
 import json
 from collections.abc import Iterator
@@ -29,23 +30,32 @@ def read_json(path: str | Path, *, limit: int = LARGEST) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, *, unique: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
       text: UTF-8 if these are bytes. The caller bounds its length.
       where: what the message begins with, such as the file and the line.
+      unique: refuse an object that has a name twice; otherwise the last one counts.
 
     Raises:
       ValueError: it is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not JSON ({error}): it may be cut off or damaged. Take it from its "
             "source again."
         ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return fields
 
 
 @contextlib.contextmanager

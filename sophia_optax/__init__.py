@@ -35,6 +35,8 @@ from sophia_optax.region import TrustRegionState, trust_region
 from sophia_optax.shared import value_grad_and_hessian
 from sophia_optax.transform import HessianEstimateState, hessian_estimate
 
+__version__ = "0.1.0"
+
 __all__ = [
     # optimizers
     "orthosoph",

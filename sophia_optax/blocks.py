@@ -161,16 +161,17 @@ def _is_box(x: Any) -> bool:
     return len(children) == 1 and jax.tree_util.all_leaves(children)
 
 
-def _unboxed(cuts: Any, tree: Any, leaves: list[Any]) -> Any:
-    """`tree` with other leaves; those of matrices without their box."""
+def _unboxed(tree: Any, leaves: list[Any]) -> Any:
+    """`tree` with other leaves, those of another shape without their box."""
     structure = jax.tree.structure(tree)
     boxes, outside = jax.tree.flatten(tree, is_leaf=_is_box)
     inside = jax.tree.leaves(structure.unflatten(leaves), is_leaf=_is_box)
-    kept = [
-        jax.tree.leaves(new)[0] if _is_box(box) and isinstance(cut, _Tiles) else new
-        for cut, box, new in zip(cuts, boxes, inside, strict=True)
-    ]
-    return outside.unflatten(kept)
+
+    def without_box(box, new):
+        (old,), (leaf,) = jax.tree.leaves(box), jax.tree.leaves(new)
+        return new if jnp.shape(old) == jnp.shape(leaf) else leaf
+
+    return outside.unflatten(map(without_box, boxes, inside))
 
 
 def _cuts(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -> Any:
@@ -212,7 +213,7 @@ class ScaleByBlocksState(NamedTuple):
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates  # `mu_dtype`, shaped as params: the uncorrected momentum
-    # Of matrices these two are without the boxes that Flax puts around arrays.
+    # What has another shape than its parameter is without the box that Flax puts around that.
     curvature: Any  # float32 or 64 [..., R, S, b, b], of numbers as they; 0 where none is kept
     root: Any  # Z [..., R, S, b, b], or 1 for numbers; () where the update interval is 1
 
@@ -324,8 +325,8 @@ def scale_by_blocks(
         return ScaleByBlocksState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            curvature=_unboxed(cuts, params, kept(cuts, C)),
-            root=() if every_update else _unboxed(cuts, params, Z),
+            curvature=_unboxed(params, kept(cuts, C)),
+            root=() if every_update else _unboxed(params, Z),
         )
 
     def average(count, cut, g, ahead, C):

@@ -78,9 +78,9 @@ def check_estimator(estimator: Any) -> None:
     )
 
 
-def check_denominator(denominator: Any) -> None:
-    """Refuses what cannot be called with curvature and second moment."""
-    if _takes(denominator, 2):
+def check_denominator(denominator: Any, factories: tuple[Any, ...]) -> None:
+    """Refuses what cannot be called with (h, v), and the factories of denominators."""
+    if _takes(denominator, 2) and denominator not in factories:
         return
     name = getattr(denominator, "__name__", repr(denominator))
     raise TypeError(

@@ -21,7 +21,7 @@ _FIELDS = {
     ClipByRatioState: {
         "clipped_fraction": "clipped",
         "floored_fraction": "floored",
-        "momentum_nonfinite": "nonfinite",
+        "momentum_nonfinite_leaves": "nonfinite",
     },
     HessianEstimateState: {
         "hessian_age": "age",
@@ -55,7 +55,8 @@ def diagnostics(
         win_rate: its complement (the authors advise .1 to .5).
         floored_fraction: share of all coordinates whose curvature is below the floor; they take
           a sign step, and are counted in neither of the two above.
-        momentum_nonfinite: coordinates of the momentum that are NaN or infinite.
+        momentum_nonfinite_leaves: leaves whose momentum has a number that is NaN or infinite; a
+          gradient left it there, and the parameter is no longer finite either.
       From `hessian_estimate`, where it is no `second_moment` beside another curvature:
         hessian_age: updates since h last took a sample; 0 where it takes one on every update.
         hessian_accepted, hessian_rejected: samples averaged, and refused as not finite.
@@ -87,7 +88,7 @@ def diagnostics(
     clipped_fraction 1.0
     win_rate 0.0
     floored_fraction 0.0
-    momentum_nonfinite 0.0
+    momentum_nonfinite_leaves 0.0
     hessian_age 0.0
     hessian_accepted 1.0
     hessian_rejected 0.0

@@ -125,6 +125,7 @@ def hutchinson(
             number = across(jax.lax.pmin, varying(numbers.min(), axis_name), axis_name)
             return jnp.where(number > 0, jax.random.fold_in(key, number), key)
 
+        params = jax.tree.map(jnp.asarray, params)  # a parameter may be a number of Python
         if groups == 1:
             gradient = _gradient(obj_fn, params, inputs, batch_fraction, axis_name, has_aux)
             here = key if row_numbers is None else key_of(jnp.asarray(row_numbers))

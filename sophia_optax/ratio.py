@@ -13,7 +13,7 @@ from sophia_optax import _checks
 from sophia_optax.curvature import check_denominator
 from sophia_optax.holes import none_left_alone
 from sophia_optax.numerics import cast_to_step, widen, widest
-from sophia_optax.sharding import parts_of
+from sophia_optax.sharding import parts_of, varying_like
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
@@ -134,7 +134,7 @@ class ClipByRatioState(NamedTuple):
     quadratic: jax.Array  # float32 (): Σ h u², its curvature
     clipped: Any  # float32 (): share of clipped coordinates among those above the floor
     floored: Any  # float32 (): share of coordinates at the floor, of all; 1 before a refresh
-    nonfinite: Any  # int32 (): coordinates of the momentum that are not finite
+    nonfinite: Any  # int32 (): leaves in the state of `momentum` with numbers that are not finite
 
 
 def clip_by_ratio(
@@ -214,7 +214,7 @@ def clip_by_ratio(
         statistics_fraction,
         "nothing would be counted; statistics=False takes none.",
     )
-    check_denominator(denominator)
+    check_denominator(denominator, (floor, shift, rms_floor))
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
     second = optax.with_extra_args_support(second_moment or optax.identity())
@@ -222,15 +222,19 @@ def clip_by_ratio(
 
     def init(params):
         _checks.real_leaves("clip_by_ratio", params)
+
+        def scalar(value, dtype):
+            return varying_like(jnp.asarray(value, dtype), params)
+
         return ClipByRatioState(
             momentum=momentum.init(params),
             curvature=curvature.init(params),
             second_moment=second.init(params),
-            linear=jnp.zeros([], widest(params)),
-            quadratic=jnp.zeros([], widest(params)),
-            clipped=jnp.zeros([], jnp.float32) if statistics else (),
-            floored=jnp.ones([], jnp.float32) if statistics else (),
-            nonfinite=jnp.zeros([], jnp.int32) if statistics else (),
+            linear=scalar(0, widest(params)),
+            quadratic=scalar(0, widest(params)),
+            clipped=scalar(0, jnp.float32) if statistics else (),
+            floored=scalar(1, jnp.float32) if statistics else (),
+            nonfinite=scalar(0, jnp.int32) if statistics else (),
         )
 
     @none_left_alone
@@ -254,7 +258,9 @@ def clip_by_ratio(
             parts = (part(moved), part(scaled), part(v), jax.tree.map(jnp.size, h))
 
             def measure():
-                return *_fractions(*parts, denominator, bound, two_sided), count_nonfinite(m)
+                return *_fractions(*parts, denominator, bound, two_sided), _nonfinite_leaves(
+                    momentum_state
+                )
 
             measured = _at_refresh(due, curvature_state, measure, measured)
         step = jax.tree.map(lambda u, m: _clip(u, m, bound, two_sided), ratio, moved)
@@ -291,10 +297,15 @@ def _clip(u: jax.Array, m: jax.Array, threshold: ArrayLike | None, two_sided: bo
     return clipped + (m - m)  # NaN where m is not finite: a bounded step would hide it
 
 
-def count_nonfinite(tree: optax.Updates) -> jax.Array:
-    """int32 (): coordinates that are NaN or infinite."""
-    counts = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree)
-    return jax.tree.reduce(jnp.add, counts, jnp.zeros([], jnp.int32))
+def _nonfinite_leaves(momentum_state: Any) -> jax.Array:
+    """int32 (): leaves of the momentum's state with a number that is NaN or infinite.
+
+    Of the state, which is in memory anyhow. XLA on CPU fuses this sum; to count numbers it would
+    write an array.
+    """
+    leaves = [x for x in jax.tree.leaves(momentum_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    spoilt = [~jnp.isfinite(jnp.sum(x - x)) for x in leaves]
+    return sum((x.astype(jnp.int32) for x in spoilt), jnp.zeros([], jnp.int32))
 
 
 def _at_refresh(due: jax.Array | bool | None, curvature_state: Any, measure: Callable, old: Any):

@@ -9,6 +9,7 @@ import optax
 from sophia_optax import _checks
 from sophia_optax.numerics import widen, widest
 from sophia_optax.ratio import ClipByRatioState, inner_product
+from sophia_optax.sharding import varying_like
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -110,7 +111,7 @@ def trust_region(
     def init(params):
         _checks.real_leaves("trust_region", params)
         _checks.decays_in_leaves(params, b1=b1)
-        zero = jnp.zeros([], widest(params))
+        zero = varying_like(jnp.zeros([], widest(params)), params)
         scalars = {"loss": zero, "mass": jnp.copy(zero), "predicted": jnp.copy(zero)}
         return TrustRegionState(
             jnp.zeros([], jnp.int32), jnp.ones_like(zero), inner=inner.init(params), **scalars

@@ -30,10 +30,10 @@ def varying(tree: Tree, axis_name: AxisName) -> Tree:
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
-def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Marked as differing over the manual axes over which `like` differs."""
-    axes = tuple(varies_over(like) - varies_over(x))
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+def varying_like(x: jax.Array, like: Tree) -> jax.Array:
+    """Marked as differing over the manual axes over which some leaf of `like` differs."""
+    axes = frozenset().union(*map(varies_over, jax.tree.leaves(like))) - varies_over(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def across(collective: Callable, tree: Tree, axis_name: AxisName) -> Tree:

@@ -1,5 +1,6 @@
 """When curvature is sampled, and how samples are averaged."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from sophia_optax import _checks
 from sophia_optax.curvature import Estimator, check_estimator
 from sophia_optax.numerics import accumulation_dtype, widen, widest
-from sophia_optax.sharding import AxisName
+from sophia_optax.sharding import AxisName, varying_like
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -113,15 +114,19 @@ def hessian_estimate(
 
         _checks.real_leaves("hessian_estimate", params)
         _checks.decays_in_leaves(params, decay=decay)
+
+        def zero(dtype=jnp.int32):
+            return varying_like(jnp.zeros([], dtype), params)
+
         return HessianEstimateState(
             count=jnp.zeros([], jnp.int32),
-            accepted=jnp.zeros([], jnp.int32),
-            rejected=jnp.zeros([], jnp.int32),
-            age=jnp.zeros([], jnp.int32),
-            mass=jnp.zeros([], widest(params)),
+            accepted=zero(),
+            rejected=zero(),
+            age=zero(),
+            mass=zero(widest(params)),
             h=jax.tree.map(zeros, params),
-            zero=jnp.zeros([], jnp.int32),
-            zero_leaves=jnp.zeros([], jnp.int32),
+            zero=zero(),
+            zero_leaves=zero(),
         )
 
     def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
@@ -191,11 +196,8 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
     if by_coordinate:
         ok, finite = jnp.asarray(True), jax.tree.map(jnp.isfinite, sample)
     else:
-        # x - x is 0 or NaN. XLA on CPU fuses it with a sum; before `all` it would write an array.
-        whole = jax.tree.map(lambda x: jnp.isfinite(jnp.sum(x - x)), sample)
-        ok = jax.tree.reduce(jnp.logical_and, whole, jnp.asarray(True))
+        ok, zero_leaves, nothing = _look_over(sample)
         finite = jax.tree.map(lambda _: ok, sample)
-        zero_leaves, nothing = _zero_leaves(sample)
     old = jax.tree.map(widen, state.h)
     h = jax.tree.map(jnp.where, finite, jax.tree.map(average, old, sample), old)
     return HessianEstimateState(
@@ -205,17 +207,19 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         age=jnp.where(ok, 0, optax.safe_increment(state.age)),
         mass=jnp.where(ok, average(state.mass, jnp.ones_like(state.mass)), state.mass),
         h=round_to(state.h, h, key),  # keeps to the bit what was rounded before
-        zero=jnp.where(nothing, optax.safe_increment(state.zero), state.zero),
-        zero_leaves=zero_leaves,
+        zero=jnp.where(ok & nothing, optax.safe_increment(state.zero), state.zero),
+        zero_leaves=jnp.where(ok, zero_leaves, state.zero_leaves),
     )
 
 
-def _zero_leaves(sample: optax.Updates) -> tuple[jax.Array, jax.Array]:
-    """(number of leaves that are 0 everywhere, whether all of the leaves with numbers are)."""
+def _look_over(sample: optax.Updates) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(whether all is finite, number of leaves that are 0 everywhere, whether all are)."""
     leaves = [x for x in jax.tree.leaves(sample) if x.size]
-    none = [jnp.sum(jnp.abs(jnp.sign(x))) == 0 for x in leaves]
-    number = sum((x.astype(jnp.int32) for x in none), jnp.zeros([], jnp.int32))
-    return number, (number == len(leaves)) & (len(leaves) > 0)
+    # One pass for both: x - x is 0 or NaN. XLA on CPU fuses a sum; `all` would write an array.
+    sums = [jnp.sum(jnp.abs(jnp.sign(x)) + (x - x)) for x in leaves]
+    ok = functools.reduce(jnp.logical_and, map(jnp.isfinite, sums), jnp.asarray(True))
+    number = sum(((x == 0).astype(jnp.int32) for x in sums), jnp.zeros([], jnp.int32))
+    return ok, number, (number == len(leaves)) & (len(leaves) > 0)
 
 
 def _corrected(state: HessianEstimateState) -> optax.Updates:

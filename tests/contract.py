@@ -32,16 +32,13 @@ from sophia_optax import (
     sophia_lite,
     trust_region,
 )
+from train import xla_flags
 
 ArrayLike = jax.typing.ArrayLike
 # Compiling is what the contract waits for: with XLA's defaults, three to four times as long.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    },
-)
+FAST = ("xla_cpu_use_fusion_emitters", "xla_cpu_parallel_codegen_split_count")
+OPTIONS = xla_flags.known({name: xla_flags.QUICK[name] for name in FAST})
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 # ---------------------------------------------------------------- the optimizers
 

@@ -36,3 +36,16 @@ def assert_same(left, right):
         if one is not None:
             np.testing.assert_array_equal(one, other)
             assert one.dtype == other.dtype
+
+
+def tiny_gpt2(folder):
+    """A vocabulary in GPT-2's files: bytes and four merges."""
+    from train.data.gpt2 import byte_characters
+
+    folder.mkdir(exist_ok=True)
+    characters = list(byte_characters().values())
+    merges = ["t h", "th e", "Ġ the", "# #"]
+    words = [*characters, *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
+    (folder / "encoder.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return folder

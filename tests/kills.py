@@ -17,19 +17,17 @@ import warnings
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (  # one device; compiling is what takes long here
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
+os.environ["XLA_FLAGS"] = ""  # one device
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1  # noqa: F401
 
-from train import cli, config, loop, program
+from train import cli, config, loop, program, xla_flags
 
+xla_flags.add(xla_flags.QUICK)  # compiling is what takes long here
 WORDS = """--model.width 16 --model.layers 1 --model.heads 2 --batch-size 8
---sequence-length 64 --steps 40 --warmup-steps 5 --evaluate-every 20 --run.checkpoint-every 2
+--sequence-length 64 --steps 60 --warmup-steps 5 --evaluate-every 20 --run.checkpoint-every 2
 --run.log-every 1 --run.sample-length 0"""
 OPTIMIZER = sys.argv[3]
 MOMENTS = ("save", "line", "term", "save", "line", "start")

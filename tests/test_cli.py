@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from train import cli, config
+from train import cli, config, flags
 from train.config import preset
 from train.optimizers import OPTIMIZERS
 
@@ -47,6 +47,25 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
         ("adamw", "That is an optimizer: name the model before it, such as tiny adamw"),
         ("resum runs", "Did you mean resume"),
         ("resume nowhere", "nowhere does not exist"),
+        ("tiny adamw --optim.lr 3", r"--optim\.lr. Did you mean --optim\.learning-rate\?"),
+        ("tiny adamw --lr=3", r"--lr. Did you mean --optim\.learning-rate\?"),
+        ("tiny adamw --wd .1", r"--wd. Did you mean --optim\.weight-decay\?"),
+        ("tiny adamw --optim.beta1 .9", r"Did you mean --optim\.b1\?"),
+        ("tiny adamw --bs 8", r"Did you mean --batch-size\?"),
+        ("tiny adamw --seq_len 8", r"--seq_len. Did you mean --sequence-length\?"),
+        ("tiny adamw --out-dir x", r"Did you mean --run\.folder\?"),
+        ("tiny adamw --batchsize 8", r"Did you mean --batch-size\?"),
+        ("tiny adamw --optim.learnin-rate 8", r"Did you mean --optim\.learning-rate\?"),
+        ("tiny adamw --xyzzy 8", r"unknown flag --xyzzy. All are listed by .* tiny adamw --help"),
+        ("resume gs://bucket/run", "gs:/bucket/run is an address, not a path"),
+        ("eval gs://bucket/run", "gs://bucket/run is an address"),
+        ("sample gs://bucket/run http://a", "gs://bucket/run is an address"),
+        ("export runs s3://bucket/out", "s3://bucket/out is an address"),
+        ("import s3://bucket/in runs", "s3://bucket/in is an address"),
+        ("prepare text:a -o gs://bucket/out", "gs://bucket/out is an address"),
+        ("prepare text:a --output=gs://bucket/out", "gs://bucket/out is an address"),
+        ("tiny --data.cache gs://bucket", "gs://bucket is an address"),
+        ("tiny --start-from hdfs://a/b", "hdfs://a/b is an address"),
         ("tiny --run.folder /dev/null/run", "Choose a folder that can be written"),
         ("tiny --mesh.fsdp 3", "does not use 8 devices exactly"),
         ("tiny --batch-size 12", "does not divide over 8 devices"),
@@ -56,6 +75,25 @@ def test_a_mistake_ends_with_one_line_that_names_the_cure(words, message, tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         cli.main(words.split())
+
+
+def test_a_run_in_an_object_store_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["tiny", "adamw", "--run.folder", "gs://bucket/run"])
+    assert "gs://bucket/run is an address" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="gs://bucket/run is an address"):
+        config.RunConfig(folder="gs://bucket/run")
+
+
+def test_every_flag_is_known_to_be_one():
+    """Each with the value that it has, so that nothing is refused that tyro takes."""
+    for model, optimizer in (("tiny", "sophia-g"), ("bert-small", "muon"), ("gpt2-125m", "soaa")):
+        run = preset(model, optimizer)
+        for flag in flags._flags(run, ""):
+            flags.check([f"--{flag}"], {"": run}, "")
+            flags.check([f"--{flag.replace('-', '_')}=3"], {"": run}, "")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models import PRESETS, DecoderConfig, huggingface
-from train import cli, loop, program, saved
+from train import cli, commands, loop, program, saved
 from train.config import RunConfig, load, preset
 from train.data import DataConfig
 from train.mesh import MeshConfig
@@ -171,3 +171,67 @@ def test_a_checkpoint_that_was_passed_over_is_told_beside_the_result(run, monkey
     assert err == "8 is damaged\n"
     with pytest.raises(SystemExit, match="--length -1 is negative"):
         cli.main(["sample", str(run), "A", "--length", "-1"])
+
+
+def corpus_run(tmp_path, monkeypatch):
+    """Two steps on a text that is named by a path from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be " * 500)
+    words = "tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --steps 2 --run.quiet"
+    words += " --batch-size 8 --sequence-length 16 --data.source text:text.txt --data.cache cache"
+    cli.main([*words.split(), "--run.folder", "run", "--run.compile-cache", ""])
+    return tmp_path / "run"
+
+
+def test_a_run_is_used_from_another_folder_and_its_data_may_move(tmp_path, monkeypatch, capsys):
+    """What the fingerprint says is the same data is; anything else is refused or told."""
+    folder, elsewhere = corpus_run(tmp_path, monkeypatch), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    cli.main(["eval", str(folder)])
+    moved = (tmp_path / "text.txt").rename(elsewhere / "moved.txt")
+    before = str(tmp_path / "text.txt")
+    for words in (["eval", str(folder)], ["resume", str(folder)]):
+        with pytest.raises(SystemExit, match=rf"Nothing is at {before}: .* --data.source text:NEW"):
+            cli.main(words)
+    capsys.readouterr()
+    cli.main(["eval", str(folder), "--data.source", "text:moved.txt"])
+    assert "not what the run was trained on" not in capsys.readouterr().err
+    again = ["--compile-cache", "", "--data.source", "text:moved.txt"]
+    cli.main(["resume", str(folder), "--steps", "3", *again])
+    assert load(folder).data.source == f"text:{moved}"
+    moved.write_text("nor to be " * 900)
+    cli.main(["eval", str(folder)])
+    assert "the data is not what the run was trained on" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"data .* -> .* go on with --allow-changes"):
+        cli.main(["resume", str(folder), "--steps", "4", *again])
+    assert not list(elsewhere.glob("cache"))  # which is where it was, too
+
+
+def test_an_imported_model_is_resumed_for_as_many_steps_as_one_likes(run, tmp_path):
+    """Its preset warms up over 2000 steps of 100,000."""
+    cli.main(["export", str(run), str(tmp_path / "hf")])
+    cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "again")])
+    made = dataclasses.replace(load(tmp_path / "again"), batch_size=8)
+    assert dataclasses.replace(made, steps=60).warmup == 6
+    made = dataclasses.replace(made, warmup_steps=2000)
+    loop.config.save(made, tmp_path / "again")
+    with pytest.raises(SystemExit, match="give --warmup-steps too"):
+        cli.main(["resume", str(tmp_path / "again"), "--steps", "60"])
+    words = ["resume", str(tmp_path / "again"), "--steps", "60", "--warmup-steps", "5"]
+    assert commands.parse_resume(words[1:]).warmup_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("", "has no config.json"), ("none", "does not exist")]
+)
+def test_what_is_no_folder_to_start_from_is_named(name, words, tmp_path, run):
+    with pytest.raises(ValueError, match=f"--start-from .* {words}: give the folder of a run, or"):
+        saved.start_from(tmp_path / name, load(run), None)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"model": '])
+def test_a_folder_to_start_from_whose_config_makes_no_sense_is_named(text, tmp_path, run):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json (is not JSON|holds)"):
+        saved.start_from(tmp_path, load(run), None)

@@ -15,6 +15,7 @@ import sophia_optax
 from models import PRESETS
 from train import config, reference
 from train.config import preset
+from train.data import DataConfig
 from train.layers import matrices
 from train.optimizers import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
 from train.peers import AdamW
@@ -87,7 +88,9 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else():
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"sequence_length": 65}, "longer than the model's context of 64"),
-        ({"steps": 50}, "warmup_steps=100 must .* less than steps=50.* give --warmup-steps too"),
+        ({"steps": 50, "warmup_steps": 50}, "less than steps=50.* give --warmup-steps too"),
+        ({"start_from": "gs://bucket/run"}, "--start-from gs://bucket/run is an address"),
+        ({"data": DataConfig(cache="s3://bucket")}, "--data.cache s3://bucket is an address"),
         ({"gradient_clip": -1.0}, "gradient_clip=-1.0"),
         ({"gradient_clip": math.nan}, "--gradient-clip nan is not a finite number"),
         ({"final_learning_rate": -3.0}, "final_learning_rate=-3.0 is a share"),
@@ -112,12 +115,66 @@ def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
 
 def test_an_unreadable_config_says_where_and_why(tmp_path):
     (tmp_path / "config.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         config.load(tmp_path)
-    fields = config.to_json(preset()) | {"colour": 3}
+
+
+def changed(*path, to):
+    fields = json.loads(json.dumps(config.to_json(preset())))
+    inner = fields
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = to
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "KeyError: 'base'"),
+        ([], "holds \\[\\], not an object"),
+        (3, "holds 3, not an object"),
+        (changed("colour", to=3), "colour"),
+        (changed("model", to=1), "cannot be read as a run's config"),
+        (changed("model", "width", to="16"), "model.width is '16'"),
+        (changed("model", "width", to=16.0), "model.width is 16.0"),
+        (changed("model", "tied", to="no"), "model.tied is 'no'"),
+        (changed("optim", to=None), "cannot be read as a run's config"),
+        (changed("optim", "b1", to=[0.9]), "optim.b1 is"),
+        (changed("optimizer", to="sofia"), "KeyError: 'sofia'"),
+        (changed("optimizer", to=["adamw"]), "TypeError"),
+        (changed("base", to="big"), "KeyError: 'big'"),
+        (changed("steps", to=True), "steps is True"),
+        (changed("seed", to=None), "seed is None"),
+        (changed("warmup_steps", to="few"), "warmup_steps is 'few'"),
+        (changed("precision", to="float8"), "precision is 'float8'"),
+        (changed("run", "quiet", to=0), "run.quiet is 0"),
+        (changed("run", "folder", to=7), "run.folder is 7"),
+        (changed("data", "task", to={"a": 1}), "data.task is"),
+    ],
+)
+def test_a_config_of_another_form_is_named(tmp_path, fields, words):
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="colour"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json .*{words}"):
         config.load(tmp_path)
+
+
+def test_the_default_warm_up_is_a_share_of_the_steps():
+    """A preset's own at its own number of steps; then a tenth of fewer, and no more for longer."""
+    for model, steps, want in [
+        ("tiny", 1200, 100),
+        ("tiny", 60, 6),
+        ("tiny", 5, 0),
+        ("tiny", 10**6, 100),
+        ("gpt2-125m", 100_000, 2000),
+        ("gpt2-125m", 4000, 400),
+    ]:
+        run = dataclasses.replace(preset(model, "adamw"), steps=steps)
+        assert run.warmup == want
+        assert float(run.schedule(want)) == pytest.approx(run.optim.learning_rate)
+        assert config.from_json(json.loads(json.dumps(config.to_json(run)))) == run
+    given = dataclasses.replace(preset(), warmup_steps=100)
+    assert given.hash == preset().hash  # it is the same run
 
 
 @pytest.mark.parametrize("model", PRESETS)

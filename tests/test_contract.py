@@ -1,6 +1,8 @@
 """What every optimizer of ours must bear, by itself: one table, optimizers by rows."""
 
+import contextlib
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,15 @@ from contract import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from flax import linen as nn
+    from flax import nnx
+pytestmark = pytest.mark.newest
 
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-    )
+
+def mesh_of(devices, kind=AxisType.Auto):
+    return jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
 
 
 @every_optimizer
@@ -100,6 +106,140 @@ def test_our_own_code_promotes_no_dtype_by_itself(opt, dtype, monkeypatch):
     with jax.numpy_dtype_promotion("strict"):
         tx, params = opt(learning_rate=0.1), start(dtype)
         jax.eval_shape(lambda p, s: step(tx, p, s), params, tx.init(params))
+
+
+@every_optimizer
+def test_no_rank_is_promoted(opt):
+    """Under `jax_numpy_rank_promotion="raise"`, which some projects test under."""
+
+    def logits_fn(params, batch):
+        logits = params["s"] * (batch["x"] @ params["w"])
+        return logits + jnp.broadcast_to(params["b"], logits.shape)
+
+    def obj_fn(params, batch):
+        logits = logits_fn(params, batch)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    batch = jax.tree.map(jnp.asarray, BATCH)
+    extra = {"obj_fn": obj_fn, "logits_fn": logits_fn, "inputs": batch, "value": 1.0}
+    tx, params = opt(learning_rate=0.1), start()
+    with jax.numpy_rank_promotion("raise"):
+        updates, _ = jax.eval_shape(
+            lambda p, s: tx.update(p, s, p, **extra), params, tx.init(params)
+        )
+    assert types(updates) == types(params)
+
+
+@every_optimizer
+def test_debug_nans_finds_none(opt):
+    """No NaN on the way either, at a refresh, between two, and where coordinates are dead."""
+    tx, params = opt(learning_rate=0.1), start()
+    with jax.debug_nans(True):
+        state, program = tx.init(params), jit(functools.partial(step, tx))
+        for _ in range(2):
+            params, state = program(params, state)
+    assert all_finite((params, state))
+
+
+# ---------------------------------------------------------------- leaves of other kinds
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
+def test_leaves_that_are_no_real_numbers_are_refused_by_name(opt, dtype):
+    params = start() | {"odd": jnp.ones(2, dtype)}
+    with pytest.raises(ValueError, match=rf"params\['odd'\] is {dtype}"):
+        opt().init(params)
+
+
+@every_optimizer
+def test_a_number_of_python_is_a_parameter(opt):
+    tx, x = opt(), 0.5
+    extra = classifier(lambda p, x: jnp.concatenate([p * x, 1 - x], 1))
+    grads = {"x": jnp.asarray(0.1)}
+    extra = {n: f if n in ("inputs", "value") else _of_x(f) for n, f in extra.items()}
+    updates = [
+        tx.update(grads, tx.init(p), p, refresh=True, **extra)[0]["x"]
+        for p in ({"x": x}, {"x": jnp.asarray(x)})
+    ]
+    np.testing.assert_allclose(*updates, rtol=1e-6)
+    assert updates[0] < 0
+
+
+def _of_x(function):
+    return lambda params, inputs: function(params["x"], inputs)
+
+
+@every_optimizer
+def test_none_in_the_gradient_is_none_in_the_update(opt):
+    """As `optax.adamw` has it; the others move as if the gradient there were 0."""
+    tx, params = opt(learning_rate=0.1), start()
+    extra = {"value": 1.0, **EXTRA}
+    grads = gradient(params)[0]
+    nothing = grads | {"b": jnp.zeros_like(grads["b"])}
+
+    def update(grads):
+        return tx.update(grads, tx.init(params), params, **extra)
+
+    updates, state = jit(update)(grads | {"b": None})
+    expected, expected_state = jit(update)(nothing)
+    assert updates.pop("b") is None and expected.pop("b") is not None
+    assert_close(updates, expected, **opt.tolerance)
+    assert_close(state, expected_state, **opt.tolerance)
+
+
+@pytest.fixture
+def two_devices():
+    mesh = mesh_of(2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@every_optimizer
+@pytest.mark.parametrize("box", ["linen", "nnx"])
+def test_boxes_with_names_of_mesh_axes_are_kept_where_the_names_fit(opt, box, two_devices):
+    """Flax finds the sharding of a whole state by them: a name for each axis of the array."""
+    names = {"w": ("data", None), "b": (None,), "s": ()}
+
+    def boxed(x, names):
+        if box == "linen":
+            return nn.Partitioned(x, names)
+        sharding = NamedSharding(two_devices, PartitionSpec(*names))
+        return nnx.Param(jax.device_put(x, sharding), out_sharding=names)
+
+    tx, params = opt(learning_rate=0.1), start()
+    in_boxes = {n: boxed(x, names[n]) for n, x in params.items()}
+    state = tx.init(in_boxes)
+    kinds = (nn.Partitioned, nnx.Variable)
+    for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(leaf, kinds):
+            held = leaf.names if box == "linen" else leaf.get_metadata("out_sharding")
+            assert len(held) == jax.tree.leaves(leaf)[0].ndim
+    grads = {n: boxed(x, names[n]) for n, x in gradient(params)[0].items()}
+
+    def unboxed(function):
+        return lambda boxes, batch: function(
+            {n: jax.tree.leaves(x)[0] for n, x in boxes.items()}, batch
+        )
+
+    model = {n: unboxed(EXTRA[n]) for n in ("obj_fn", "logits_fn")}
+
+    def update(grads, params, model):
+        return tx.update(grads, tx.init(params), params, value=1.0, **(EXTRA | model))[0]
+
+    updates = jit(functools.partial(update, model=model))(grads, in_boxes)
+    expected = jit(functools.partial(update, model={}))(gradient(params)[0], params)
+    assert_close(jax.tree.leaves(updates), jax.tree.leaves(expected), **opt.tolerance)
+
+
+@every_optimizer
+def test_a_short_gradient_does_not_cut_the_step_of_a_wide_parameter(opt):
+    tx, params = opt(), start()
+    grads = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    updates, _ = jax.eval_shape(
+        lambda g, s, p: tx.update(g, s, p, value=1.0, **EXTRA), grads, tx.init(params), params
+    )
+    assert types(updates) == types(params)
 
 
 # ---------------------------------------------------------------- transformations of jax
@@ -193,6 +333,44 @@ def test_eight_devices_equal_one(opt):
     params, state = program(jax.device_put(start(), shard), batch)
     assert len(params["w"].sharding.device_set) == 8
     assert_close((params, state), opt.plain, **opt.tolerance)
+
+
+@every_optimizer
+@pytest.mark.parametrize("named", [True, False], ids=["jax.set_mesh", "by the arrays"])
+def test_eight_devices_of_explicit_axes_equal_one(opt, named):
+    """Axes are explicit by default; nothing is asked of the user."""
+    P, mesh = PartitionSpec, mesh_of(8, AxisType.Explicit)
+    params = jax.device_put(start(), NamedSharding(mesh, P()))
+    batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))
+    program = jit(lambda params, batch: run(opt(), params, inputs=batch))
+    with jax.set_mesh(mesh) if named else contextlib.nullcontext():
+        params, state = program(params, batch)
+    assert len(params["w"].sharding.device_set) == 8
+    assert_close((params, state), opt.plain, **opt.tolerance)
+
+
+@every_optimizer
+def test_parameters_sharded_over_explicit_axes_equal_one_device(opt):
+    """Where the gradient and the sample come from outside: a model would name shardings itself."""
+    P, mesh = PartitionSpec, mesh_of(2, AxisType.Explicit)
+    specs = {"w": P("data"), "b": P(), "s": P()}
+    placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in start().items()}
+    grads = gradient(start())[0]
+    sample = jax.tree.map(jnp.square, grads)
+
+    def program(tx, params, grads, sample):
+        state = tx.init(params)
+        for due in (True, False):
+            extra = {"hessian": sample if due else None, "refresh": due, "value": 1.0}
+            updates, state = tx.update(grads, state, params, **extra)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    program = jit(functools.partial(program, opt(learning_rate=0.1)))
+    alike = lambda tree: jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, placed)  # noqa: E731
+    sharded = program(placed, alike(grads), alike(sample))
+    assert sharded["w"].sharding.spec[0] == "data"
+    assert_close(sharded, program(start(), grads, sample), **opt.tolerance)
 
 
 def shard_by_shard(estimator, shards):

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.corpora import DOCUMENTS, loader, write_jsonl, write_tokens
+from tests.corpora import DOCUMENTS, loader, tiny_gpt2, write_jsonl, write_tokens
 from train import lock
 from train.data import DataConfig, parts, sources, tokenizers
 from train.data.prepare import prepare, train_tokenizer
@@ -168,11 +168,13 @@ def test_what_marks_work_as_done_is_on_the_disk_and_written_through_no_link(
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(handle) or sync(handle))
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out/parts").mkdir(parents=True)
-    for name in ("header.json.tmp", "parts/00000.tmp"):
+    for name in ("train.bin", "heldout.bin", "parts/00000.train", "parts/00003.json"):
         (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
     prepare(files, tmp_path / "out", quiet=True)
     assert (tmp_path / "precious").read_text() == "mine"
-    assert len(synced) == 6  # the request, four parts and the header
+    # Each file before its name in the folder: the request, four parts of three, two token files
+    # and the header.
+    assert len(synced) == 2 * (1 + 4 * 3 + 2 + 1)
 
 
 def test_sources_agree_on_the_same_documents(files, tmp_path):
@@ -235,45 +237,14 @@ def test_headerless_files_are_cut_as_they_are(tmp_path):
     np.testing.assert_array_equal(next(one.heldout()).targets, next(two.heldout()).targets)
 
 
-def tiny_gpt2(folder):
-    """A vocabulary in GPT-2's files: bytes and four merges."""
-    folder.mkdir(exist_ok=True)
-    characters = list(tokenizers._byte_characters().values())
-    merges = ["t h", "th e", "Ġ the", "# #"]
-    words = [*characters, *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
-    (folder / "encoder.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return folder
-
-
-def test_gpt2_tokens_are_those_of_another_implementation(tmp_path):
-    pytest.importorskip("tiktoken", reason="the extra data is not installed")
-    library = pytest.importorskip("tokenizers", reason="the extra data is not installed")
-    ours = tokenizers.load(str(tiny_gpt2(tmp_path / "gpt2")))
-    vocabulary = json.loads((tmp_path / "gpt2/encoder.json").read_text())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("#", "#")]
-    theirs = library.ByteLevelBPETokenizer(vocabulary, merges)
-    text = "the  other: they'll see ### é☃\n\n the<|endoftext|>"
-    plain = text.replace("<|endoftext|>", "")
-    assert ours.encode(plain).tolist() == theirs.encode(plain).ids
-    assert ours.decode(ours.encode(text)) == text and ours.end not in ours.encode(text)
-    assert ours.vocab_size == 261 and ours.end == 260 and ours.dtype == np.uint16
-    with pytest.raises(
-        ValueError, match="tokens reach from 1 to 300, the vocabulary from 0 to 260"
-    ):
-        ours.decode(np.array([1, 300]))
-    (tmp_path / "gpt2/vocab.bpe").write_text("th e\nt h\n")
-    with pytest.raises(ValueError, match="do not belong together"):
-        tokenizers.load(str(tmp_path / "gpt2"))
-
-
 def test_tokens_of_another_tokenizer_are_refused_and_the_cure_works(files, tmp_path):
     pytest.importorskip("tiktoken", reason="the extra data is not installed")
     config = DataConfig(tokenizer=str(tiny_gpt2(tmp_path / "gpt2")))
     prepare(files, tmp_path / "out", config, quiet=True)
     small = loader(tmp_path)
+    other = train_tokenizer(files, tmp_path / "other.json", 300)
     with pytest.raises(ValueError, match="prepared with another tokenizer") as error:
-        small(f"bin:{tmp_path / 'out'}")
+        small(f"bin:{tmp_path / 'out'}", tokenizer=str(other))
     cure = str(error.value).rpartition("--data.tokenizer ")[2].rstrip(".")
     found = small(f"bin:{tmp_path / 'out'}", tokenizer=cure)
     assert found.vocab_size == 261
@@ -300,25 +271,6 @@ def test_a_trained_tokenizer_reads_its_text_back(files, tmp_path, kind):
         train_tokenizer(files, tmp_path / "tokenizer", 300, kind)
 
 
-def test_wordpiece_lowers_words_unless_its_vocabulary_has_capitals(tmp_path):
-    pytest.importorskip("tokenizers", reason="the extra data is not installed")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    path = tmp_path / "vocab.txt"
-    path.write_text("\n".join([*special, "so", "##fa", "it"]))
-    assert tokenizers.load(str(path)).encode("Sofa it goes").tolist() == [5, 6, 7, 1]
-    assert tokenizers.load(str(tmp_path)).hash == tokenizers.load(str(path)).hash
-    path.write_text("\n".join([*special, "So", "so", "it"]))
-    found = tokenizers.load(str(path))
-    assert found.encode("So so").tolist() == [5, 6]
-    assert (found.begin, found.end, found.pad, found.mask) == (2, 3, 0, 4)
-    path.write_text("so\nit")
-    with pytest.raises(ValueError, match=r"no WordPiece vocabulary: \[CLS\], \[MASK\]"):
-        tokenizers.load(str(path))
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"x\.json is no tokenizer\.json"):
-        tokenizers.load(str(tmp_path / "x.json"))
-
-
 @pytest.mark.parametrize("name", ["bpe.json", "words.txt"])
 def test_a_prepared_folder_names_its_tokenizer_whatever_that_was_called(files, tmp_path, name):
     pytest.importorskip("tokenizers", reason="the extra data is not installed")
@@ -330,6 +282,30 @@ def test_a_prepared_folder_names_its_tokenizer_whatever_that_was_called(files, t
     prepare(files, tmp_path / "out", DataConfig(tokenizer=str(path)), quiet=True)
     path.unlink()
     loader(tmp_path)(f"bin:{tmp_path}/out", tokenizer=str(tmp_path / "out/tokenizer")).batch(0)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"train": 3}', "short", "long"])
+def test_a_part_whose_counts_or_tokens_are_damaged_is_made_again(
+    files, tmp_path, monkeypatch, damage
+):
+    want, write = prepare(files, tmp_path / "whole", quiet=True), parts.write
+
+    def fails_at_the_third(shard, *args):
+        if shard.path.name == "2.jsonl":
+            raise OSError("no space left")
+        return write(shard, *args)
+
+    monkeypatch.setattr(parts, "write", fails_at_the_third)
+    with pytest.raises(OSError, match="no space left"):
+        prepare(files, tmp_path / "out", quiet=True, workers=1)
+    monkeypatch.setattr(parts, "write", write)
+    part = tmp_path / "out/parts/00000"
+    if damage in ("short", "long"):
+        tokens = part.with_suffix(".train").read_bytes()
+        part.with_suffix(".train").write_bytes(tokens[:-1] if damage == "short" else tokens * 2)
+    else:
+        part.with_suffix(".json").write_text(damage)
+    assert prepare(files, tmp_path / "out", quiet=True)["splits"] == want["splits"]
 
 
 def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from sophia_optax import (
     trust_region,
 )
 
-CLIPPING = {"clipped_fraction", "win_rate", "floored_fraction", "momentum_nonfinite"}
+CLIPPING = {"clipped_fraction", "win_rate", "floored_fraction", "momentum_nonfinite_leaves"}
 CURVATURE = {
     "hessian_age",
     "hessian_accepted",
@@ -90,7 +90,7 @@ def test_ten_coordinates_nine_live_two_clipped_in_every_wrapper(name):
         "hessian_rejected": 0,
         "hessian_zero_samples": 0,
         "hessian_zero_leaves": 0,
-        "momentum_nonfinite": 0,
+        "momentum_nonfinite_leaves": 0,
     }
     assert_close(diagnostics(state_after(tx)), expected)
 

@@ -22,7 +22,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(kills, optimizer,
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     log = (tmp_path / "log.txt").read_text()
-    assert result["step"] == 40 and result["arrays"] > 15, log
+    assert result["step"] == 60 and result["arrays"] > 15, log
     assert result["same"] == {"state": True, "metrics": True}, log
     *killed, end = result["attempts"]
     assert end == ["end", 0], log

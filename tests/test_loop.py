@@ -13,34 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import MODEL, small
 
 import models
 import train
-from models import DecoderConfig
-from train import checkpoint, data, distributed, loop, metrics, program, reference, saved, saver
-from train.config import RunConfig, preset
+from train import checkpoint, distributed, loop, metrics, program, reference, report, saved, saver
+from train.config import preset
 from train.loss import outputs_of, token_losses
-
-MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
-
-
-def small(folder, optimizer="sophia-g", **changes):
-    defaults = {"steps": 12, "batch_size": 8, "sequence_length": 16, "warmup_steps": 2}
-    shown = RunConfig(
-        folder=str(folder),
-        log_every=1,
-        checkpoint_every=6,
-        sample_length=20,
-        compile_cache="",
-        quiet=True,
-    )
-    return dataclasses.replace(
-        preset("tiny", optimizer),
-        model=MODEL,
-        data=data.DataConfig(heldout_fraction=0.003),
-        run=shown,
-        **defaults | {"evaluate_every": 12} | changes,
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,6 +44,7 @@ def losses(history):
     return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
+@pytest.mark.newest
 def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     folder, history = finished
     seen = losses(history)
@@ -78,6 +58,7 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     assert loop.config.load(folder).model == MODEL
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["before the step", "after the step"])
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
@@ -125,13 +106,23 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
 
 
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
-    run = small(tmp_path / "run", steps=3)
+    folder = tmp_path / "[lr=.01]" / "[" / "run"
+    run = small(folder, steps=3)
     train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
     lines = capsys.readouterr().out.strip().splitlines()
-    command = f"{loop.config.python()} -m train resume {tmp_path / 'run'} --steps 6"
+    command = f"{loop.config.python()} -m train resume '{folder}' --steps 6"
     assert lines[-1] == command
+    assert f"curves: {folder}/loss.png" in lines
     assert "bits a byte on held-out text" in "\n".join(lines)
-    assert (tmp_path / "run" / "sample.txt").read_text().startswith("HAMLET.")
+    assert (folder / "sample.txt").read_text().startswith("HAMLET.")
+
+
+@pytest.mark.parametrize(("optimizer", "offered"), [("adamw", False), ("lion", True)])
+def test_adamw_is_not_offered_as_its_own_reference(optimizer, offered):
+    run = small("unused", optimizer)
+    shown = report._comparison(run, None, "")
+    assert ("--run.recompute-reference" in shown) == offered
+    assert not report._comparison(run, None, "stopped at step 3")
 
 
 def test_programs_are_compiled_before_the_first_step_and_never_again(
@@ -327,19 +318,31 @@ def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoi
 
 def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(tmp_path, monkeypatch):
     """Such are never saved: it was damaged on disk."""
-    folder, seen, here = tmp_path / "run", [], saver.finite_here
+    folder, here = tmp_path / "run", saver.wrong_here
     run = small(folder, "adamw", steps=6)
     train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
 
-    def damaged_at_6(params):
-        name, bad = ("tokens", {"embedding": params["tokens"]["embedding"] * jnp.nan})
-        seen.append(here(params | {name: bad} if not seen else params))
-        return seen[-1]
+    def damaged_at_6(step, state):
+        tokens = state["params"]["tokens"]["embedding"] * (jnp.nan if step == 6 else 1)
+        return here(step, state | {"params": state["params"] | {"tokens": tokens}})
 
-    monkeypatch.setattr(saver, "finite_here", damaged_at_6)
+    monkeypatch.setattr(saver, "wrong_here", damaged_at_6)
     loaded = saved.load(folder)
-    assert (seen, loaded.step) == ([False, True], 3)
-    assert "step 6 is damaged (its parameters are not finite" in loaded.notes[0]
+    assert loaded.step == 3
+    assert "step 6 is damaged (params/tokens is not finite" in loaded.notes[0]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
+    folder = tmp_path / "run"
+    run = small(folder, "adamw", steps=6)
+    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "3").rename(checkpoints / "5")
+    shutil.rmtree(checkpoints / "6")
+    shutil.copytree(checkpoints / "5", checkpoints / "3")
+    loaded = saved.load(folder)
+    assert loaded.step == 3
+    assert "step 5 is damaged (it holds the state of step 3)" in loaded.notes[0]
 
 
 def spoiled(monkeypatch, *bad):
@@ -411,10 +414,11 @@ def test_only_optimizers_with_an_interval_sample_curvature():
 
 
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.setattr(reference, "OWN", tmp_path / "references.json")
     monkeypatch.chdir(tmp_path)
     run = small("", "adamw", steps=4)  # which is its own twin, begun in the same second
-    assert reference.find(run) is None
+    assert reference.find(run).stale and reference.is_twin(run)
+    shipped = reference.SHIPPED.read_bytes()
     train.train(
         dataclasses.replace(run, run=dataclasses.replace(run.run, recompute_reference=True))
     )
@@ -426,21 +430,25 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
     assert found.heldout[-1][0] == 4
     other_optimizer = dataclasses.replace(run, optim=preset("tiny", "lion").optim)
     assert not reference.find(other_optimizer).stale
+    assert reference.SHIPPED.read_bytes() == shipped  # which belongs to the source
     assert reference.find(dataclasses.replace(run, steps=5)).stale
 
 
 def test_a_process_without_the_history_stores_no_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PATH", tmp_path / "references.json")
+    monkeypatch.setattr(reference, "OWN", tmp_path / "references.json")
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     reference.recompute(small(""), tmp_path / "run", lambda run: [])
-    assert not reference.PATH.exists()
+    assert not reference.OWN.exists()
 
 
 def test_the_shipped_reference_belongs_to_the_shipped_config():
     found = reference.find(preset())
     assert found is not None
-    assert not found.stale, f"renew it: python -m train --run.recompute-reference ({found.command})"
-    assert json.loads(reference.PATH.read_text())[reference.twin(preset()).hash]
+    assert not found.stale, (
+        f"renew it: python -m train --run.recompute-reference ({found.command}), then copy "
+        f"{reference.OWN} over {reference.SHIPPED}"
+    )
+    assert json.loads(reference.SHIPPED.read_text())[reference.twin(preset()).hash]
 
 
 def test_evaluation_is_the_mean_over_all_held_out_windows():

@@ -15,8 +15,9 @@ from train.config import preset
 from train.mesh import MeshConfig, make_mesh
 
 MODEL = DecoderConfig(vocab_size=256, context=16, width=32, layers=1, heads=2)
+THE_FULLEST = "sophia-g", Form((2, 2, 2), scan=True, remat="full", accumulation=4)
 CASES = [
-    ("sophia-g", Form((2, 2, 2), scan=True, remat="full", accumulation=4)),
+    pytest.param(*THE_FULLEST, marks=pytest.mark.newest),
     ("sophia-h", Form((2, 4, 1), scan=True, accumulation=4)),
     ("orthosoph", Form((2, 2, 2), scan=True, accumulation=4)),
     ("soaa", Form((1, 1, 8), scan=True)),
@@ -50,6 +51,7 @@ def assembled(optimizer, mesh, model=MODEL, **changes):
     return program.assemble(dataclasses.replace(run, optim=optim, mesh=mesh, **shape))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("optimizer", "refresh", "changes"),
     [

@@ -1,5 +1,6 @@
 """Laws of the reports: valid JSON lines that survive a kill, text shown as it is, a figure."""
 
+import dataclasses
 import io
 import json
 import math
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import meter, metrics
-from train.config import preset
+from train import flops, meter, metrics
+from train.config import RunConfig, preset
 
 
 def terminal(**kwargs):
@@ -53,6 +54,35 @@ def test_non_finite_values_are_null_in_the_file_and_nan_in_the_history(tmp_path)
     row = json.loads(lines(tmp_path)[0], parse_constant=refuse)
     assert row == {"step": 1, "loss": None, "grad_norm": None, "age": None}
     assert math.isnan(metrics.read_history(tmp_path)[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"step": "x"}',
+        '{"step": -1}',
+        '{"step": 1.5}',
+        '{"step": 2, "loss": "low"}',
+        '{"step": 2, "loss": [1]}',
+        '{"step": 2',
+        "[" * 5000,
+        "\udcff",
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    text = line + '\n{"step": 3, "loss": 1.0}\n'
+    (tmp_path / metrics.FILE).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{metrics.FILE}, line 1 is not .*: delete the line"):
+        metrics.read_history(tmp_path)
+    with (
+        pytest.raises(ValueError, match="line 1 is not"),
+        metrics.RunLog(tmp_path, 5, 3, quiet=True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("torn", ['{"step": 7, "lo', "{", "\0\0\0"])
@@ -226,3 +256,52 @@ def test_the_share_of_the_peak_is_that_of_tokens_a_second(monkeypatch, tmp_path)
     want = 3 * 262_144 * row["tokens_per_second"] / (1e9 * jax.device_count())
     assert row["mfu"] == pytest.approx(want, rel=1e-9)
     assert f"{want:.0%} MFU" in shown(console)
+
+
+def test_the_time_of_a_step_is_that_between_two_results(monkeypatch, tmp_path):
+    """Asking the device for a learning rate waits for the step that is under way by then."""
+    now = 0.0
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now)
+
+    def waits(count):
+        nonlocal now
+        now += 7
+        return np.float32(0.1)
+
+    run = dataclasses.replace(preset("tiny", "adamw"), run=RunConfig(log_every=1))
+    monkeypatch.setattr(type(run), "schedule", property(lambda run: waits))
+    with metrics.RunLog(tmp_path, 4, quiet=True) as log:
+        watched = meter.Meter(run, log, 0, meter.Health())
+        for step in (1, 2, 3, 4):  # the results of step n are fetched once n + 1 is on its way
+            now += 1
+            watched.report(step, {"loss": np.float32(2), "skipped": np.float32(0)}, False)
+    seconds = [16 * 64 / row["tokens_per_second"] for row in metrics.read_history(tmp_path)]
+    assert seconds == pytest.approx([2, 8, 8])
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+    ],
+)
+def test_the_peak_is_that_of_the_chip_whose_name_jax_reports(kind, teraflops):
+    assert flops.peak_flops(kind) == 1e12 * teraflops
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "TPU v50", "NVIDIA H20", "RTX A1000"])
+def test_the_peak_of_another_chip_is_not_guessed(kind):
+    assert flops.peak_flops(kind) is None

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
+from train import xla_flags
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -142,8 +144,8 @@ def estimators(tmp_path_factory):
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("MPLBACKEND", "agg")
         # Its loops are long enough to repay some optimisation; fusion emitters compile slowly.
-        flags = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-        patch.setenv("XLA_FLAGS", flags)
+        options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+        patch.setenv("XLA_FLAGS", xla_flags.flags(options))
         path, figures = ROOT / "notebooks/2_estimators.ipynb", tmp_path_factory.mktemp("figures")
         (answers,) = run(path, figures, ABOUT_ESTIMATORS, SAMPLES=200, TEXT=2048)
     return answers

@@ -11,6 +11,7 @@ import pytest
 from train import distributed, saver
 from train.config import preset
 from train.meter import Health
+from train.step import TrainState
 
 
 @pytest.mark.parametrize(("processes", "want"), [(1, [3, 6, 9]), (2, [4, 8])])
@@ -29,5 +30,29 @@ def test_an_overdue_save_comes_once(processes, want, monkeypatch):
     for step in range(1, 10):
         time.perf_counter.return_value = 60.0 * step
         (overdue,) = agree(keep.overdue())
-        keep.save(step, SimpleNamespace(params=jnp.ones(2)), {}, overdue=overdue)
+        keep.save(step, {"params": jnp.ones(2)}, overdue=overdue)
     assert [call.args[0] for call in checkpoints.save.call_args_list] == want
+
+
+def state(step=3, **changes):
+    arrays = {"params": {"w": jnp.ones((8, 2))}, "opt_state": (jnp.zeros(3), jnp.int32(5))}
+    return TrainState(**{"step": jnp.int32(step), **arrays, **changes})
+
+
+def test_a_state_must_be_that_of_its_step_and_finite_in_all_its_parts():
+    assert saver.wrong_here(3, state()) == ""
+    assert saver.wrong_here(4, state()) == "it holds the state of step 3"
+    assert saver.wrong_here(3, {"step": jnp.int32(2)}) == "it holds the state of step 2"
+    bad = state(opt_state=(jnp.array([0.0, jnp.inf, 0.0]), jnp.int32(5)))
+    assert saver.wrong_here(3, bad).startswith("opt_state/0 is not finite")
+    bad = state(params={"w": jnp.ones((8, 2)).at[7, 1].set(jnp.nan)})
+    assert saver.wrong_here(3, bad).startswith("params/w is not finite")
+
+
+def test_what_an_optimizer_keeps_is_not_saved_either_where_it_is_not_finite():
+    meter, checkpoints = mock.Mock(health=Health()), mock.Mock(latest=2)
+    keep = saver.Saver(preset(), mock.Mock(), checkpoints, meter)
+    bad = state(opt_state=(jnp.array([0.0, jnp.nan, 0.0]),))
+    with pytest.raises(FloatingPointError, match=r"opt_state/0 is not finite at step 3, .* step 2"):
+        keep.save(3, bad, last=True)
+    checkpoints.save.assert_not_called()

@@ -4,17 +4,15 @@ import json
 import os
 import sys
 
-job = json.loads(sys.argv[1])
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+os.environ["XLA_FLAGS"] = ""
 
-import jax  # noqa: E402
+import jax
 
-from train import cli, distributed, loop, meter  # noqa: E402
+from train import cli, distributed, loop, meter, xla_flags
+
+xla_flags.add({"xla_force_host_platform_device_count": 4} | xla_flags.QUICK | xla_flags.PATIENT)
+job = json.loads(sys.argv[1])
 
 
 def disagree():

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from train.extras import missing
+
 if TYPE_CHECKING:
     from train.config import Config, preset
     from train.loop import resume, train
@@ -15,4 +17,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
     home = "train.config" if name in ("Config", "preset") else "train.loop"
-    return getattr(importlib.import_module(home), name)
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if cure := missing(error):
+            raise ModuleNotFoundError(cure, name=error.name) from error
+        raise

@@ -1,21 +1,19 @@
 """Checkpoints of a run: saved in the background, restored onto any mesh, errors with a cure."""
 
+import concurrent.futures
 import contextlib
 import functools
-import importlib
-import json
-import logging
-import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from train import files
+from models import reading
+from train import digests, files, leaves, orbax_calls, preservation
 
-Metrics = Mapping[str, float] | None
 _DISK = "check free space and permissions"
 
 
@@ -30,8 +28,9 @@ class _Unreadable(CheckpointError):
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints in a local or mounted folder; leaving the context ends the last save.
 
-    Kept are the last `keep_last` and, of those saved with metrics, the one of lowest `loss`.
-    `save` acts on multiples of `save_interval` steps. The folder is made at the first save.
+    Kept are the last `keep_last` and, of those in `losses`, the one of the lowest loss: both as
+    they are known when a save begins. `save` acts on multiples of `save_interval` steps. The folder
+    is made at the first save.
     """
 
     def __init__(self, directory: str | Path, *, save_interval: int, keep_last: int = 2):
@@ -40,14 +39,23 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.directory = Path(directory).absolute()
         self._interval, self._keep_last = save_interval, keep_last
         self._current: int | None = None  # the step last saved or restored through this object
-        self._saving: Any = None  # Orbax's answer to the save in progress
+        # Step of the save in progress, and its end
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._stack = contextlib.ExitStack()  # closed with the manager
+        self.losses: dict[int, float] = {}  # step -> held-out loss, which is known after its save
+        self.faults: dict[int, str | None] = {}  # step -> of `digests.fault`, as far as looked at
         self.record: dict[str, Any] = {}  # what was saved with the state last restored
         self.notes: list[str] = []  # what a user should know of the last `repair` and `restore`
 
     @property
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending; one that is still being written counts."""
-        return [c.step for c in self._manager.checkpoints] if self.directory.is_dir() else []
+        """Steps with a checkpoint, ascending; one that is still being written counts.
+
+        Raises CheckpointError for what has a step's name and is no folder of its own.
+        """
+        found = _step_folders(self.directory) if self.directory.is_dir() else set()
+        pending = set() if self._saving is None else {self._saving[0]}
+        return sorted(found | pending)
 
     @property
     def latest(self) -> int | None:
@@ -59,7 +67,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step: int,
         state: Any,
         *,
-        metrics: Metrics = None,
         record: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> bool:
@@ -84,16 +91,26 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 "resume that run, or give this one a folder of its own"
             )
         with self._explain(f"step {step} or the one before was not saved", _DISK):
+            self._finish()
             for s in abandoned:
                 self._manager.delete(s)
-            values = None if metrics is None else {k: float(v) for k, v in metrics.items()}
             beside = None if record is None else dict(record)
-            self._finish()
-            self._saving = self._manager.save_async(
-                step, state, force=True, metrics=values, custom_metadata=beside
-            )
+            saving = self._manager.save_async(step, state, force=True, custom_metadata=beside)
+            self._saving = step, self._background.submit(self._seal, step, saving)
+        self.faults.pop(step, None)
         self._current = step
         return True
+
+    def _seal(self, step: int, saving: Any) -> None:
+        """Waits for a save, then writes its digests; the manager tells at its next call of errors.
+
+        A run that is killed in between goes on from a checkpoint without digests.
+        """
+        with contextlib.suppress(Exception):
+            saving.result()
+        folder = self.directory / str(step)
+        if jax.process_index() == 0 and folder.is_dir():
+            digests.write(folder)
 
     def restore(
         self,
@@ -101,39 +118,37 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step: int | None = None,
         *,
         accept: Callable[[Mapping[str, Any]], object] = lambda record: None,
-        sound: Callable[[Any], bool] = lambda state: True,
+        wrong: Callable[[int, Any], str] = lambda step, state: "",
         part: bool = False,
     ) -> tuple[int, Any]:
         """Read (step, state) onto the devices that `abstract_state` names, from whatever mesh.
 
         `abstract_state` is a pytree of `jax.ShapeDtypeStruct` with shardings; `step` is one of
-        `steps`, by default the last that can be read: `notes` tell of those that could not.
-        `accept` is shown what was saved beside the arrays, before these are read, and may raise.
-        A state that is not `sound` is one that cannot be read.
+        `steps`, by default the last that can be read: `notes` tell of those that could not. Files
+        with another digest than the one beside them cannot, nor a state of which `wrong` says, by
+        its step, what is wrong with it. `accept` is shown what was saved beside the arrays, before
+        these are read, and may raise.
         With `part` leaves that `abstract_state` lacks are not read; it may be of plain dicts then.
         Raises CheckpointError.
         """
-        steps = self.steps
-        if not steps:
-            what = "holds no checkpoint" if self.directory.is_dir() else "does not exist"
-            raise CheckpointError(f"{self.directory} {what}: give the folder of a run that saved")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory} has no step {step}: restore one of {steps}")
         errors: list[CheckpointError] = []
-        for candidate in steps[::-1] if step is None else [step]:
+        with self._explain("the last save failed", _DISK):
+            self._finish()
+        for candidate in self._candidates(step):
             try:
-                state = self._read(candidate, steps, abstract_state, accept, part)
-                if not sound(state):
-                    raise _Unreadable(
-                        f"{self.directory}: step {candidate} is damaged (its parameters are not "
-                        f"finite, and such are never saved); {_cure(candidate, steps)}"
-                    )
+                state = self._read(candidate, abstract_state, accept, part)
+                self._must(candidate, wrong(candidate, state))
             except _Unreadable as error:
                 errors.append(error)
                 continue
             self.notes += [f"{error}" for error in errors]
             if errors:
                 self.notes.append(f"going on from step {candidate} instead")
+            if self.faults[candidate] is None:
+                self.notes.append(
+                    f"step {candidate} has no digests, since it is of an older version or its save "
+                    "was cut short: damage in it would not be noticed"
+                )
             self._current = candidate
             return candidate, state
         if len(errors) > 1:
@@ -142,6 +157,34 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"{first}; nor can the others be read: start again, or from a copy"
             )
         raise errors[0]
+
+    def verify(self, step: int | None = None) -> dict[int, str | None]:
+        """`faults`, with what `restore` needs: one process may ask for all, who take its answer."""
+        for candidate in self._candidates(step):
+            if not self._fault(candidate):
+                break
+        return self.faults
+
+    def _fault(self, step: int) -> str | None:
+        if step not in self.faults:
+            self.faults[step] = digests.fault(self.directory / str(step))
+        return self.faults[step]
+
+    def _must(self, step: int, wrong: str | None) -> None:
+        if wrong:
+            cure = _cure(step, self.steps)
+            raise _Unreadable(f"{self.directory}: step {step} is damaged ({wrong}); {cure}")
+
+    def _candidates(self, step: int | None) -> list[int]:
+        """The steps to try, in this order."""
+        steps = self.steps
+        if not steps:
+            what = "holds no checkpoint" if self.directory.is_dir() else "does not exist"
+            what += "".join(f" ({note})" for note in self.notes)
+            raise CheckpointError(f"{self.directory} {what}: give the folder of a run that saved")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory} has no step {step}: restore one of {steps}")
+        return steps[::-1] if step is None else [step]
 
     def abandon_later(self) -> list[int]:
         """Deletes the steps after the one last restored, and tells which these were.
@@ -158,74 +201,93 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def repair(self) -> None:
         """Clears what a killed run left half-written; for the one process that owns the folder.
 
-        A step whose metrics are damaged would keep all others from being opened: it loses them.
+        A step whose own description is damaged would keep Orbax from writing any other: it is moved
+        aside. Metrics, which older versions kept in each step, would too: they are emptied.
         """
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         for path in self.directory.glob("[0-9]*/metrics/metrics"):
             try:
-                json.loads(path.read_bytes())
+                reading.read_json(path)
             except ValueError:
                 files.replace_text(path, "{}")
-                step = path.parent.parent.name
-                self.notes.append(f"the metrics of step {step} were damaged: it is no longer best")
+        for step in self.steps:
+            folder = self.directory / str(step)
+            if wrong := digests.description_fault(folder):
+                aside = folder.rename(folder.with_name(f"damaged-{step}-{time.strftime('%H%M%S')}"))
+                self.notes.append(f"step {step} is damaged ({wrong}): it is now {aside}")
 
     def _read(
         self,
         step: int,
-        steps: list[int],
         abstract_state: Any,
         accept: Callable[..., object],
         part: bool,
     ) -> Any:
-        cure = _cure(step, steps)
+        self._must(step, self._fault(step))
+        cure, orbax, path = _cure(step, self.steps), orbax_calls.module(), self._place / str(step)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
-            self._manager.wait()
-            metadata = self._manager.metadata(step)
-        self.record = dict(metadata.custom_metadata or {})
+            metadata = orbax.metadata(path, "state")
+            self.record = dict(metadata.custom_metadata or {})
         accept(self.record)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
             saved = metadata.metadata
             if saved is not None:  # where the metadata is damaged, load says how
-                _compare(saved, abstract_state, self.directory, part)
-            context = _orbax().Context()
+                self._compare(saved, abstract_state, part)
+            context = orbax.Context()
             context.pytree.loading.partial_load = part
             with context:
-                return self._manager.load(step, abstract_state)
+                return orbax.load(path, abstract_state, checkpointable_name="state")
+
+    def _compare(self, saved: Any, abstract_state: Any, part: bool) -> None:
+        if wrong := leaves.differences(saved, abstract_state, part=part):
+            raise CheckpointError(
+                f"{self.directory} was saved with another model or optimizer: {len(wrong)} leaves "
+                f"differ, {'; '.join(wrong[:3])}. Resume with the settings of that run, or start a "
+                "new folder"
+            )
 
     def close(self) -> None:
         """Wait for the save in progress. Raises CheckpointError if it failed."""
-        if "_manager" in self.__dict__:
-            with self._explain("the last save failed", _DISK):
-                self._finish()
+        with self._explain("the last save failed", _DISK), self._stack:
+            self._finish()
+            if "_manager" in self.__dict__:
                 self._manager.close()
 
     def _finish(self) -> None:
-        """Waits for the save in progress; unasked, its answer keeps a thread and three files.
-
-        What went wrong in it the manager says at its next call.
-        """
+        """Waits for the save in progress and its digests."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            with contextlib.suppress(Exception):
-                saving.result()
+            saving[1].result()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     @functools.cached_property
+    def _place(self) -> Path:
+        return orbax_calls.plain(self.directory, self._stack)
+
+    @functools.cached_property
+    def _background(self) -> concurrent.futures.Executor:
+        return self._stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+
+    @functools.cached_property
     def _manager(self) -> Any:
-        training = _orbax().training
+        training = orbax_calls.module().training
         keep = training.preservation_policies
-        best = keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
-        with self._explain("cannot be opened", "move the damaged step's folder out of it"):
+        with self._explain("cannot be opened", "move what is damaged out of it"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _step_folders(self.directory)
             return training.Checkpointer(
-                self.directory,
+                self._place,
                 save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(
                     self._interval
                 ),
                 preservation_policy=keep.AnyPreservationPolicy(
-                    [keep.LatestN(self._keep_last), best]
+                    [keep.LatestN(self._keep_last), preservation.Best(self.losses)]
                 ),
             )
 
@@ -233,11 +295,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def _explain(
         self, what: str, cure: str, kind: type[CheckpointError] = CheckpointError
     ) -> Iterator[None]:
-        """Orbax's errors and logs tell of its handlers; the first of the chain is the cause."""
-        log = logging.getLogger("absl")
-        disabled, log.disabled = log.disabled, True
+        """Orbax's errors tell of its handlers; the first of the chain is the cause."""
         try:
-            yield
+            with orbax_calls.quiet():
+                yield
         except CheckpointError:
             raise
         except Exception as error:
@@ -246,46 +307,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 root = root.__cause__
             cause = f"{type(root).__name__}: {str(root).partition(chr(10))[0][:200]}"
             raise kind(f"{self.directory}: {what} ({cause}); {cure}") from root
-        finally:
-            log.disabled = disabled
+
+
+def _step_folders(folder: Path) -> set[int]:
+    """The steps with a folder. A link would lead writes elsewhere, a file would end in an error."""
+    found = [path for path in folder.iterdir() if path.name.isdecimal()]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
+            what = "a link" if path.is_symlink() else "a file"
+            raise CheckpointError(
+                f"{path} is {what} where the folder of a step should be: move it away, or put the "
+                "folder itself there"
+            )
+    return {int(path.name) for path in found if str(int(path.name)) == path.name}
 
 
 def _cure(step: int, steps: list[int]) -> str:
     others = [s for s in steps if s != step]
     return f"others are there: {others}, pick one by --step" if others else "it was the only one"
-
-
-def _orbax() -> Any:
-    """Imported late, since it takes half a second; under its stable name where it has one."""
-    try:
-        return importlib.import_module("orbax.checkpoint.v1")
-    except ModuleNotFoundError:
-        return importlib.import_module("orbax.checkpoint.experimental.v1")
-
-
-def _rank(metrics: Mapping[str, float]) -> float:
-    """What the best checkpoint has most of; a NaN would leave the order to chance."""
-    loss = metrics.get("loss", math.nan)
-    return -loss if math.isfinite(loss) else -math.inf
-
-
-def _compare(saved: Any, abstract_state: Any, directory: Path, part: bool) -> None:
-    """Orbax would cast a leaf of another dtype, and name no leaf of another shape."""
-    have, want = _leaves(saved), _leaves(abstract_state)
-    wrong = [
-        f"{name} is {have.get(name, 'absent')} on disk and {want.get(name, 'absent')} here"
-        for name in sorted(want if part else have | want)
-        if have.get(name) != want.get(name)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{directory} was saved with another model or optimizer: {len(wrong)} leaves differ, "
-            f"{'; '.join(wrong[:3])}. Resume with the settings of that run, or start a new folder"
-        )
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{[*leaf.shape]}"
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from models import PRESETS
-from train import config, distributed, signals
+from train import config, distributed, files, flags, share, signals
 from train.checkpoint import CheckpointError
 from train.distributed import DistributedConfig
 from train.optimizers import OPTIMIZERS
@@ -94,6 +94,8 @@ def _run(args: list[str]) -> None:
     if name in PARSES_ITSELF:
         _command(name)(args[1:])
     elif name in COMMANDS:
+        for word in args[1:2] if name == "sample" else args[1:]:  # a prompt may be an address
+            files.check_local(word.partition("=")[2] if word[:2] == "--" else word, "the path")
         tyro.cli(_command(name), args=args[1:], prog=f"python -m train {name}")
     else:
         from train import loop  # the heavier half
@@ -134,14 +136,18 @@ def parse_all(
         if arg.startswith("-"):
             break
         names.append(arg)
-    default = config.preset(*names)
+    default, note = share.fitted(config.preset(*names), args)
+    if note:
+        print(note, file=sys.stderr)
     if {"-h", "--help"} & set(args):
         print(usage())  # tyro would reflow it
+    prog = " ".join([prog, *names])
+    flags.check(args[len(names) :], {"": default, "distributed.": DistributedConfig()}, prog)
     words = tyro.cli(
         tyro.conf.AvoidSubcommands[_Words],
         args=args[len(names) :],
         default=_Words(default),
         description="",
-        prog=" ".join([prog, *names]),
+        prog=prog,
     )
     return words.config, words.distributed

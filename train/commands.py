@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from models import PRESETS, EncoderConfig, huggingface
-from train import config, distributed, loop, program, saved
+from train import config, convert, distributed, files, flags, loop, moved, program, saved
 from train import sample as sampling
+from train.data import DataConfig
 from train.distributed import DistributedConfig
 from train.mesh import MeshConfig
 
@@ -28,12 +28,16 @@ class Resume:
     """Train to this many steps instead; the learning rate follows the longer schedule."""
     step: int | None = None
     """Start from this checkpoint instead of the newest; later ones are deleted."""
+    warmup_steps: int | None = None
+    """Warm up over this many steps instead."""
     allow_changes: bool = False
     """Go on although config or data are not those of the checkpoint."""
     compile_cache: str | None = None
     """Folder of compiled programs; by default that of a new run."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How devices are arranged; by default as before."""
+    data: moved.Places = moved.STAYED
+    """Where the data is now, if it has moved."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
@@ -45,7 +49,9 @@ def resume(args: Sequence[str]) -> None:
         again.run,
         steps=again.steps,
         step=again.step,
+        warmup_steps=again.warmup_steps,
         mesh=again.mesh,
+        data=again.data,
         allow_changes=again.allow_changes,
         compile_cache=again.compile_cache,
     )
@@ -60,17 +66,26 @@ def parse_resume(args: Sequence[str]) -> Resume:
     folder = Path(args[0]) if args and not args[0].startswith("-") else None
     mesh = config.load(folder).mesh if folder else MeshConfig()
     default = Resume(run=tyro.MISSING, mesh=mesh)
+    flags.check(args, {"": default}, "python -m train resume")
     return tyro.cli(Resume, args=args, default=default, prog="python -m train resume")
 
 
-def evaluate(run: Folder, step: int | None = None) -> None:
+def evaluate(run: Folder, step: int | None = None, data: moved.Places = moved.STAYED) -> None:
     """Loss of a run on the whole held-out data.
 
     Args:
       run: folder of the run.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved.
     """
-    loaded = _load(run, step)
+    loaded = _load(run, step, data)
+    with moved.explained(loaded.run):
+        now = loaded.data().fingerprint
+    if loaded.fingerprint not in ("", now):
+        print(
+            f"the data is not what the run was trained on ({loaded.fingerprint} -> {now})",
+            file=sys.stderr,
+        )
     for name, value in loaded.evaluate(loaded.params).items():
         _say(f"{name.replace('_', ' ')}: {value:.4f}")
     _say(f"{run} at step {loaded.step}")
@@ -85,6 +100,7 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     step: int | None = None,
+    data: moved.Places = moved.STAYED,
 ) -> None:
     """Continue a prompt.
 
@@ -97,14 +113,16 @@ def sample(
       top_p: probability to draw from, that of the likeliest tokens which reach it.
       seed: of the draws.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved; of it the tokenizer is read.
     """
     how = sampling.Picking(temperature, top_k, top_p)
     how.check()
     if length < 0:
         raise ValueError(f"--length {length} is negative: it is the number of tokens to add.")
     sampling.check_seed(seed)
-    loaded = _load(run, step)
-    tokenizer = program.load_tokenizer(loaded.run)
+    loaded = _load(run, step, data)
+    with moved.explained(loaded.run):
+        tokenizer = program.load_tokenizer(loaded.run)
     tokens = sampling.sample(
         loaded.run.model,
         loaded.params,
@@ -118,57 +136,50 @@ def sample(
 
 
 def export(run: Folder, output: Folder, step: int | None = None) -> None:
-    """Write a run's model as a Hugging Face folder: `config.json` and `model.safetensors`.
+    """Write a run's model and tokenizer as a Hugging Face folder, which `transformers` loads.
 
     Args:
       run: folder of the run.
-      output: the folder to write; a model in it is replaced.
+      output: the folder to write; a model and a tokenizer in it are replaced.
       step: of a checkpoint; default the newest.
     """
+    files.check_local(output, "the folder to write")
     loaded = _load(run, step)
-    huggingface.save(loaded.params, loaded.run.model, output)
+    for note in convert.export(run, output, loaded):
+        print(note, file=sys.stderr)
     _say(f"{output} holds {run} at step {loaded.step}, for transformers' from_pretrained")
 
 
 def import_(
-    folder: Folder, run: Folder, optimizer: str = "adamw", tokenizer: str = "bytes"
+    folder: Folder,
+    run: Folder,
+    optimizer: str = "adamw",
+    tokenizer: str = "",
+    data: DataConfig = DataConfig(),  # noqa: B008
 ) -> None:
-    """Make a run, at step 0, of a language model in a Hugging Face folder.
+    """Make a run, at step 0, of a model in a Hugging Face folder, with its tokenizer.
 
-    `eval`, `sample`, `export` and `resume` take it. To train it with settings of your own, give
-    the folder to a new run: `python -m train MODEL OPTIMIZER --start-from FOLDER`, as for a
-    classifier, which needs its classes named.
+    `eval`, `sample`, `export` and `resume` take it. To train it with settings of your own, start a
+    new run from it: `python -m train MODEL OPTIMIZER --start-from RUN`.
 
     Args:
       folder: with `config.json` and `model.safetensors`, of GPT-2, Llama, Qwen3 or BERT.
       run: the folder to make.
       optimizer: that `resume` goes on with.
-      tokenizer: of the model's text, as for `--data.tokenizer`.
+      tokenizer: of the model's text, as for `--data.tokenizer`; by default that of the folder.
+      data: to train on and be judged by; a classifier needs a source. Its task is what the model
+        does, and its tokenizer is not used.
     """
-    model, _ = huggingface.load(folder)
-    if isinstance(model, EncoderConfig) and model.classes:
-        raise ValueError(
-            f"{folder} is a classifier: start a run of its data from it, with --data.task classify "
-            f"--model.classes {model.classes} --start-from {folder}."
-        )
-    family = huggingface.write_config(model)["model_type"]
-    base = next(name for name in PRESETS if name.startswith(family))
-    made = config.preset(base, optimizer)
-    made = dataclasses.replace(
-        made,
-        model=dataclasses.replace(model, scan_layers=made.model.scan_layers),
-        data=dataclasses.replace(made.data, tokenizer=tokenizer),
-        sequence_length=min(made.sequence_length, model.context),
-        start_from=str(folder),
-        run=dataclasses.replace(made.run, folder=str(run)),
-    )
-    loop.begin(made)
+    files.check_local(folder, "the model's folder")
+    if data.tokenizer != DataConfig.tokenizer:
+        raise ValueError(f"give the tokenizer as --tokenizer {data.tokenizer}.")
+    convert.begin(folder, run, optimizer, tokenizer, data)
     _say(f"{run} holds the model; go on with: {config.python()} -m train sample {run} 'PROMPT'")
 
 
-def _load(run: Path, step: int | None) -> saved.Saved:
+def _load(run: Path, step: int | None, data: moved.Places = moved.STAYED) -> saved.Saved:
     """A run's parameters; tells of checkpoints that were passed over, beside what is asked for."""
-    loaded = saved.load(run, step)
+    loaded = saved.load(run, step, data)
     for note in loaded.notes:
         print(note, file=sys.stderr)
     return loaded

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -13,60 +12,16 @@ from typing import Any, Literal
 import optax
 import tyro
 
-from models import PRESETS, DecoderConfig, EncoderConfig
-from train import files, profiling
+from models import PRESETS, DecoderConfig, EncoderConfig, reading
+from train import config_checks, files
 from train.data.config import DataConfig
 from train.mesh import MeshConfig
 from train.optimizers import OPTIMIZERS, Optimizer, name_of
 from train.presets import LARGE, TINY
+from train.run_config import RunConfig
 from train.sophia import SophiaG, SophiaH
 
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """What a run writes and shows; nothing here changes what it computes."""
-
-    folder: str = ""
-    """Where the run is kept; empty makes a new one, runs/MODEL-OPTIMIZER-DATE-TIME."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 400
-    """Steps between checkpoints; the last step always has one."""
-    checkpoint_minutes: float = 0.0
-    """Minutes after which there is a checkpoint, wherever the steps are; 0 counts steps alone."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept: the last few, and the best of those saved at an evaluation."""
-    sample_length: int = 400
-    """Characters of text sampled at the end; 0 for none."""
-    recompute_reference: bool = False
-    """First train AdamW with this budget and store what it reached in train/references.json."""
-    compile_cache: str = "~/.cache/sophia_optax/xla"
-    """Folder of compiled programs, for fast restarts; empty for none."""
-    quiet: bool = False
-    """Show no progress."""
-    max_bad_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite, after which a run gives up. Each of them
-    changes nothing, and the next takes the next batch."""
-    spike: float = 0.0
-    """Standard deviations above the mean of the last 50 logged losses from which a loss is called
-    a spike: shown, and counted in metrics.jsonl; 0 looks for none."""
-    profile: str = ""
-    """Steps to trace with the profiler of JAX, such as 10:15; empty traces none."""
-    tensorboard: bool = False
-    """Write event files for TensorBoard too, into the run's folder."""
-    wandb: str = ""
-    """Project at Weights & Biases that gets the metrics too; empty for none."""
-
-    def __post_init__(self):
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
-        if self.sample_length < 0:
-            raise ValueError(f"run.sample_length={self.sample_length} is negative; 0 samples none.")
-        for name in ("checkpoint_minutes", "spike"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
-        profiling.parse(self.profile)
+_WARMUP, _LONG_WARMUP = 100, 2000  # published with the large models: 2000 of 100,000 steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +59,15 @@ class Config:
     loss_chunk: int = 0
     """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
     is large, and one more product with it in three; 0 holds all."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate grows from 0 to its peak."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate grows from 0 to its peak; None for 100 (2000 for models
+    from 30 million parameters), or a tenth of --steps if that is less."""
     final_learning_rate: float = 0.05
     """Learning rate at the end of the cosine, as a share of the peak."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     evaluate_every: int = 200
-    """Steps between evaluations on the whole held-out text."""
+    """Steps between evaluations on held-out text; --run.evaluate-tokens says how much of it."""
     seed: int = 0
     """Of initial parameters, data order, and curvature samples."""
     start_from: str = ""
@@ -131,7 +87,7 @@ class Config:
             )
         if isinstance(self.optim, SophiaG | SophiaH):
             self.optim.estimator(1, self.batch_size, self.accumulation)
-        _check_numbers(dataclasses.asdict(self), "--")
+        config_checks.check_numbers(dataclasses.asdict(self), "--")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(
                 f"final_learning_rate={self.final_learning_rate} is a share of the peak: choose "
@@ -141,15 +97,17 @@ class Config:
             raise ValueError(f"loss_chunk={self.loss_chunk} is negative; 0 holds all positions.")
         if self.gradient_clip < 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} is negative; 0 turns it off.")
-        _check_task(self.data.task, self.model)
+        config_checks.check_task(self.data.task, self.model)
+        files.check_local(self.data.cache, "--data.cache")
+        files.check_local(self.start_from, "--start-from")
         if self.sequence_length > self.model.context:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is longer than the model's context of "
                 f"{self.model.context}; lower it or raise --model.context."
             )
-        if not 0 <= self.warmup_steps < self.steps:
+        if not 0 <= self.warmup < self.steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be at least 0 and less than "
+                f"warmup_steps={self.warmup} must be at least 0 and less than "
                 f"steps={self.steps}, or the learning rate never reaches its peak: give "
                 "--warmup-steps too, about a tenth of --steps."
             )
@@ -160,13 +118,23 @@ class Config:
         return f"{self.base}-{name_of(self.optim)}"
 
     @property
+    def warmup(self) -> int:
+        """`warmup_steps`, or what None stands for.
+
+        >>> preset("tiny").warmup, dataclasses.replace(preset("tiny"), steps=60).warmup
+        (100, 6)
+        """
+        usual = _LONG_WARMUP if self.base in LARGE else _WARMUP
+        return min(usual, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    @property
     def schedule(self) -> optax.Schedule:
         """Linear warm-up, then a cosine to `final_learning_rate` of the peak."""
         peak = self.optim.learning_rate
         return optax.warmup_cosine_decay_schedule(
-            0.0 if self.warmup_steps else peak,
+            0.0 if self.warmup else peak,
             peak,
-            self.warmup_steps,
+            self.warmup,
             self.steps,
             self.final_learning_rate * peak,
         )
@@ -175,35 +143,10 @@ class Config:
     def hash(self) -> str:
         """Changes with whatever can change the result, not with where it runs or is written."""
         fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh", "precision")}
+        fields["warmup_steps"] = self.warmup
         places = ("cache", "download", "tfds_folder")
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_numbers(fields: dict[str, Any], flag: str) -> None:
-    """What is no number would train to NaN, or diverge and be laid on the learning rate."""
-    for name, value in fields.items():
-        shown = flag + name.replace("_", "-")
-        if isinstance(value, dict):
-            _check_numbers(value, f"{shown}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{shown} {value} is not a finite number.")
-        elif name == "learning_rate" and value < 0:
-            raise ValueError(f"{shown} {value} is negative, which climbs the loss.")
-        elif (name == "b1" and not 0 <= value < 1) or (name == "b2" and not 0 <= value <= 1):
-            raise ValueError(f"{shown} {value} is no decay: choose at least 0 and less than 1.")
-
-
-def _check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
-    classes = getattr(model, "classes", 0)
-    encoder = isinstance(model, EncoderConfig)
-    if encoder != (task != "next-token") or (task == "classify") != bool(classes):
-        kind = f"an encoder for {classes} classes" if classes else "an encoder" * encoder
-        raise ValueError(
-            f"data.task={task} does not go with {kind or 'a decoder'}: decoders name the next "
-            "token, encoders hidden ones (--data.task masked), those with --model.classes above 0 "
-            "classes (--data.task classify)."
-        )
 
 
 def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
@@ -239,7 +182,6 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
         batch_size=480,
         sequence_length=min(1024, shape.context),
         loss_chunk=128,
-        warmup_steps=2000,
         evaluate_every=1000,
     )
 
@@ -247,15 +189,23 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
 def resolved(run: Config, platform: str) -> Config:
     """The config with the precision that it has on a platform, so that it stays when that changes.
 
+    What it starts from and its cache mean the same from any folder.
+
     >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
     ('bfloat16', 'float32')
     """
     dtype = run.precision
     if dtype == "auto":
         dtype = "bfloat16" if platform in ("gpu", "tpu") else run.model.dtype
-    return dataclasses.replace(
-        run, model=dataclasses.replace(run.model, dtype=dtype), precision=dtype
-    )
+    model = dataclasses.replace(run.model, dtype=dtype)
+    kept = dataclasses.replace(run.data, cache=_absolute(run.data.cache))
+    start = _absolute(run.start_from)
+    return dataclasses.replace(run, model=model, data=kept, precision=dtype, start_from=start)
+
+
+def _absolute(path: str) -> str:
+    """From the root on, or from home, which may be another on another machine."""
+    return path if path.startswith("~") or not path else str(Path(path).absolute())
 
 
 def python() -> str:
@@ -312,18 +262,25 @@ def to_json(config: Config) -> dict[str, Any]:
 def from_json(fields: dict[str, Any]) -> Config:
     """The inverse of `to_json`.
 
+    Raises:
+      KeyError, TypeError, AttributeError, ValueError: a field is missing, unknown or of another
+        type.
+
     >>> from_json(to_json(preset())) == preset()
     True
     """
     fields = dict(fields)
-    return Config(
-        model=type(PRESETS[fields["base"]])(**fields.pop("model")),
-        optim=OPTIMIZERS[fields.pop("optimizer")](**fields.pop("optim")),
-        data=DataConfig(**fields.pop("data")),
-        mesh=MeshConfig(**fields.pop("mesh")),
-        run=RunConfig(**fields.pop("run")),
-        **fields,
-    )
+    kinds = {
+        "model": type(PRESETS[fields["base"]]),
+        "optim": OPTIMIZERS[fields.pop("optimizer")],
+        "data": DataConfig,
+        "mesh": MeshConfig,
+        "run": RunConfig,
+    }
+    made = {
+        name: config_checks.make(kind, fields[name], f"{name}.") for name, kind in kinds.items()
+    }
+    return config_checks.make(Config, fields | made)
 
 
 def save(config: Config, folder: Path) -> None:
@@ -337,6 +294,7 @@ def load(folder: Path) -> Config:
     Raises:
       ValueError: the folder is missing, holds no run, or its `config.json` cannot be read.
     """
+    files.check_local(folder, "the run")
     path = folder / "config.json"
     if not path.is_file():
         what = "holds no config.json" if folder.is_dir() else "does not exist"
@@ -344,10 +302,11 @@ def load(folder: Path) -> Config:
             f"{folder} {what}: give the folder of a run, such as runs/tiny-sophia-g-..., which "
             "the last line of that run named."
         )
+    cure = "It was edited, cut short, or written by another version; restore it from a copy."
+    fields = reading.read_json(path)
     try:
-        return from_json(json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a run's config ({type(error).__name__}: {error}). It was "
-            "edited, cut short, or written by another version; restore it from a copy."
-        ) from error
+        run = from_json(fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read as a run's config ({what}). {cure}") from error
+    return dataclasses.replace(run, data=run.data.in_run(folder))

@@ -212,6 +212,11 @@ class Agreement:
             return (False,) * len(flags)
         return tuple(bool(x) for x in np.asarray(self._pending.popleft()))
 
+    def at_once(self, *flags: bool) -> tuple[bool, ...]:
+        """The flags of this call: the processes wait for each other."""
+        seen = [self(*flags) for _ in range(1 + late())]
+        return seen[-1]
+
 
 def _any(flags: Sequence[bool]) -> jax.Array:
     """bool[flags], on its way to every process."""

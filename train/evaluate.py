@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ def make_evaluate(
     sharding: jax.sharding.Sharding,
     *,
     whole_text: bool = True,
-) -> Callable[[Any], dict[str, float]]:
-    """A function from parameters to what they reach on the whole held-out data.
+) -> Callable[..., dict[str, float] | None]:
+    """A function from parameters to what they reach on the held-out data, by default all of it.
 
     Args:
       outputs: the model, of `train.loss.outputs_of`.
@@ -29,7 +28,9 @@ def make_evaluate(
 
     Returns:
       `params -> {"heldout_loss": nats a target, ...}`: with "accuracy" where targets are classes,
-      with "bits_per_byte" where they are all tokens of a text.
+      with "bits_per_byte" where they are all tokens of a text. `batches=n` reads only n batches,
+      evenly spaced and the same each time. `stopped()` is asked before each batch: where it is true
+      the result is None.
     """
 
     @jax.jit
@@ -44,9 +45,13 @@ def make_evaluate(
     def place(array):
         return data.to_mesh(lambda rows: array[rows], array.shape, sharding)
 
-    def evaluate(params) -> dict[str, float]:
+    def evaluate(
+        params, *, batches: int | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         total, late = np.zeros(()), np.zeros(())
-        for batch in loaded().heldout():
+        for batch in loaded().heldout(batches):
+            if stopped():
+                return None
             now = add_up(params, jax.tree.map(place, batch))
             # The host waits for the batch before: with more than 32 programs on their way, threads
             # of XLA on CPU wait for their turn that collectives of the earlier ones wait for.

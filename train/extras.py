@@ -1,7 +1,26 @@
 """Libraries of extras, imported when they are asked for."""
 
-import importlib
+import importlib.util
 from typing import Any
+
+_OURS = ("sophia_optax", "models", "train")
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Which extra has the trainer's library that is not installed; empty for a module of ours."""
+    if not error.name or error.name.split(".")[0] in _OURS:
+        return ""
+    return (
+        f"the trainer needs {error.name}, which is not installed: install the extra, pip install "
+        "-e '.[train]' in a clone or pip install 'sophia_optax[train]'."
+    )
+
+
+def check_installed(*modules: str) -> None:
+    """Raises ModuleNotFoundError now for a library that is imported late, as it is slow."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def need(module: str, extra: str, purpose: str) -> Any:

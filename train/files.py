@@ -1,33 +1,11 @@
-"""Files that are whole or absent, whenever the process is killed, and that stay in their folder."""
+"""Files that are whole or absent, and that stay in their folder."""
 
-import os
-import tempfile
-from collections.abc import Callable
+import re
 from pathlib import Path
 
+from models.writing import replace, replace_text, sync, sync_folder
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Puts what `write(temporary path)` makes in the place of `path`, at once.
-
-    A link at `path` is replaced, not followed: a run's folder that came from somewhere else
-    cannot make this write outside of it.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace_text(path: Path, text: str) -> None:
-    """`replace` by a text."""
-    replace(path, lambda temporary: temporary.write_text(text))
+__all__ = ["check_local", "inside", "replace", "replace_text", "sync", "sync_folder"]
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -45,12 +23,24 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_local(place: str | Path, name: str) -> None:
+    """Refuses an address such as gs://bucket/a, which would be taken for a path.
 
+    Args:
+      place: a path, or a source with its kinds; a `Path` has lost one of its two slashes.
+      name: what it was given as, to begin the message with.
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    Raises:
+      ValueError: it has an address in it.
+
+    >>> check_local("text:books/*.txt,bin:/data:0.5", "data.source")
+    """
+    found = re.search(r"([A-Za-z][A-Za-z0-9+.-]*)://", str(place))
+    if isinstance(place, Path):
+        found = found or re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(place))
+    if found:
+        raise ValueError(
+            f"{name} {place} is an address, not a path of this machine: mount the store (such as "
+            "with gcsfuse or s3fs) or copy the files here, and give their path"
+            f"{', without file://' if found[1].lower() == 'file' else ''}."
+        )

@@ -1,20 +1,31 @@
 """Operations of a model by hand: products of matrices alone, a multiply-add is two."""
 
+import re
+
 import models
 
 Model = models.DecoderConfig | models.EncoderConfig
-# Dense bfloat16 TFLOP/s of data sheets, by part of `device_kind`; the first that fits.
-PEAKS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "TPU v6": 918.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 197.0,
-    "TPU v4": 275.0,
+# Dense bfloat16 TFLOP/s of one JAX device, and how its `device_kind` reads; the first that fits.
+# NVIDIA's data sheets, where figures "with sparsity" are twice as large; for TPUs the tables of
+# docs.cloud.google.com/tpu/docs and the names of jax._src.tpu_info.
+_CHIPS = {
+    "A100": (312.0, "A100"),
+    "H100 PCIe": (756.0, "H100 PCIe"),
+    "H100 NVL": (835.0, "H100 NVL"),
+    "H100": (989.4, "H100"),
+    "H200 NVL": (835.0, "H200 NVL"),
+    "H200": (989.4, "G?H200"),
+    "B200": (2250.0, "B200"),
+    "GB200": (2500.0, "GB200"),
+    "B300": (2250.0, "B300"),
+    "GB300": (2500.0, "GB300"),
+    "TPU v4": (275.0, "TPU v4$"),
+    "TPU v5e": (197.0, "TPU v5 ?(lite|e)"),
+    "TPU v5p": (459.0, "TPU v5p?$"),
+    "TPU v6e": (918.0, "TPU v6 ?(lite|e)"),
+    "TPU7x": (2307.0 / 2, "TPU7x?"),  # Ironwood: each of a chip's two cores is a device
 }
+PEAKS = {name: peak for name, (peak, _) in _CHIPS.items()}
 
 
 def peak_flops(kind: str, given: float | None = None) -> float | None:
@@ -26,8 +37,10 @@ def peak_flops(kind: str, given: float | None = None) -> float | None:
 
     >>> peak_flops("NVIDIA A100-SXM4-80GB")
     312000000000000.0
+    >>> peak_flops("TPU v5 lite"), peak_flops("TPU v5")
+    (197000000000000.0, 459000000000000.0)
     """
-    known = (value for name, value in PEAKS.items() if name in kind)
+    known = (peak for peak, reads in _CHIPS.values() if re.search(rf"\b({reads})(?!\w)", kind))
     teraflops = given or next(known, None)
     return teraflops and 1e12 * teraflops
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -14,8 +16,10 @@ from train import (
     config,
     distributed,
     files,
+    judging,
     lock,
     metrics,
+    moved,
     profiling,
     program,
     record,
@@ -27,20 +31,16 @@ from train import (
     writers,
 )
 from train.config import Config, RunConfig
+from train.extras import check_installed
 from train.mesh import MeshConfig
 from train.meter import Health, Meter
 from train.optimizers import refresh_due
+from train.start import Start, restored
 from train.step import TrainState
 
+check_installed("orbax", "matplotlib")  # before hours of training, not at the first save or after
+
 History = list[dict[str, Any]]
-
-
-class _Start(NamedTuple):
-    """Where a run begins."""
-
-    state: TrainState
-    health: Health = Health()
-    notes: tuple[str, ...] = ()
 
 
 def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
@@ -65,6 +65,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
         KeyboardInterrupt, and ends a loop over runs.
     """
     run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         if run.run.recompute_reference:
             reference.recompute(run, folder, train)
@@ -72,7 +73,7 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
         programs = program.assemble(run)
         _read_data(programs)  # what cannot be read is no reason to compile
         with _checkpoints(run, folder) as checkpoints:
-            start = _Start(_initial(run, programs))
+            start = Start(_initial(run, programs))
             return _run(run, folder, programs, start, checkpoints, others)
 
 
@@ -83,6 +84,7 @@ def begin(run: Config) -> None:
       ValueError, CheckpointError, OSError: as in `train`.
     """
     run = config.resolved(run, jax.default_backend())
+    run = distributed.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
@@ -106,7 +108,8 @@ def _new(run: Config) -> Iterator[Path]:
 def _initial(run: Config, programs: program.Program) -> TrainState:
     state = programs.init()
     if run.start_from:
-        params = saved.start_from(Path(run.start_from), run, state.params)
+        names = programs.data().class_names
+        params = saved.start_from(Path(run.start_from).expanduser(), run, state.params, names)
         state = state._replace(params=params)
     return state
 
@@ -116,7 +119,9 @@ def resume(
     *,
     steps: int | None = None,
     step: int | None = None,
+    warmup_steps: int | None = None,
     mesh: MeshConfig | None = None,
+    data: moved.Places = moved.STAYED,
     allow_changes: bool = False,
     compile_cache: str | None = None,
 ) -> History:
@@ -128,7 +133,9 @@ def resume(
         which is higher where it is longer.
       step: start from this checkpoint, which ends the later ones; default the newest that can be
         read, and the beginning where the run was stopped before its first.
+      warmup_steps: other than before.
       mesh: other than before.
+      data: where the data is now, if it has moved. It must be the same data.
       allow_changes: go on although config or data are not those of the checkpoint.
       compile_cache: as in `RunConfig`; a run's folder may come from elsewhere, and must not say
         where compiled programs are taken from.
@@ -143,17 +150,30 @@ def resume(
       FloatingPointError, OSError, Stopped: as in `train`.
     """
     folder = Path(folder)
-    run = config.load(folder)
-    run = dataclasses.replace(run, steps=run.steps if steps is None else steps)
-    run = dataclasses.replace(run, mesh=mesh or run.mesh)
+    run = moved.placed(config.load(folder), data)
+    run = dataclasses.replace(
+        run,
+        steps=run.steps if steps is None else steps,
+        warmup_steps=run.warmup_steps if warmup_steps is None else warmup_steps,
+        mesh=mesh or run.mesh,
+    )
     asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
     distributed.check_same(_shared(run) | asked)
     with _owned(folder):
         program.use_compile_cache(_cache(run.run, compile_cache))
         programs = program.assemble(run)
-        _read_data(programs)
+        with moved.explained(run):
+            _read_data(programs)
         with _checkpoints(run, folder) as checkpoints:
-            start = _restored(run, folder, programs, checkpoints, step, allow_changes)
+            start = restored(
+                run,
+                folder,
+                programs,
+                checkpoints,
+                lambda: _initial(run, programs),
+                step=step,
+                allow_changes=allow_changes,
+            )
             return _run(run, folder, programs, start, checkpoints)
 
 
@@ -205,124 +225,70 @@ def _checkpoints(run: Config, folder: Path) -> checkpoint.Checkpoints:
     )
 
 
-def _restored(
-    run: Config,
-    folder: Path,
-    programs: program.Program,
-    checkpoints: checkpoint.Checkpoints,
-    step: int | None,
-    allow_changes: bool,
-) -> _Start:
-    """The state to go on from, and what to say about it."""
-    notes: list[str] = []
-
-    def accept(saved: Any) -> None:
-        now = config.to_json(run)
-        notes[:] = record.check(
-            saved, now, programs.data().fingerprint, allow_changes=allow_changes
-        )
-
-    distributed.on_main(checkpoints.repair)
-    if step is None:
-        again = distributed.on_main(lambda: _begin_again(run, folder, checkpoints))
-        if said := distributed.from_main(again or ""):
-            return _Start(_initial(run, programs), notes=(said,))
-    done, state = distributed.on_all(
-        lambda: checkpoints.restore(
-            programs.abstract,
-            step,
-            accept=accept,
-            sound=lambda state: saver.finite_here(state.params),
-        )
-    )
-    distributed.check_same(
-        {"checkpoint": done},
-        "Some cannot read the newest: see that all can, or name an older one with --step.",
-    )
-    if run.steps < done:
-        raise ValueError(
-            f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
-            "more, or start from an older one with --step."
-        )
-    health = Health(**checkpoints.record.get("health", {}))
-    notes = [*checkpoints.notes, *notes]
-    if step is not None and (later := checkpoints.abandon_later()):
-        notes.append(f"going on from step {step}: the later checkpoints, {later}, are deleted")
-    if done == run.steps:
-        notes.append(f"step {done} was the last: nothing is left to train")
-    return _Start(state, health, tuple(notes))
-
-
-def _begin_again(run: Config, folder: Path, checkpoints: checkpoint.Checkpoints) -> str:
-    """Clears the way for a run that was killed before its first checkpoint, and says so.
-
-    Its metrics are kept under another name: should the checkpoints have been deleted, they are all
-    that is left. Says nothing where there is a checkpoint, or there must have been one: the second
-    save waits for the end of the first, and metrics are written before both.
-    """
-    if checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir()):
-        return ""
-    path, said = folder / metrics.FILE, "no checkpoint yet: starting from step 0"
-    rows = metrics.read_history(folder) if path.exists() else []
-    if not rows:
-        return said
-    if max(row["step"] for row in rows) > 2 * run.run.checkpoint_every:
-        return ""
-    aside = path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
-    path.rename(aside)
-    return f"{said}; the metrics up to step {rows[-1]['step']} are now in {aside}"
-
-
 def _run(
     run: Config,
     folder: Path,
     programs: program.Program,
-    start: _Start,
+    start: Start,
     checkpoints: checkpoint.Checkpoints,
     others: Sequence[writers.Writer] = (),
 ) -> History:
     """Trains from `start` to the last step, or until a signal, then reports."""
+    with signals.stopping() as stop:
+        state, ended = _steps(run, folder, programs, start, checkpoints, others, stop)
+        history = metrics.read_history(folder) if distributed.is_main() else []
+        report.finish(run, folder, history, programs, state, ended=ended, stop=stop)
+    if not ended:
+        raise signals.Stopped(folder, int(state.step))
+    return history
+
+
+def _steps(
+    run: Config,
+    folder: Path,
+    programs: program.Program,
+    start: Start,
+    checkpoints: checkpoint.Checkpoints,
+    others: Sequence[writers.Writer],
+    stop: threading.Event,
+) -> tuple[TrainState, bool]:
+    """The state when it was saved last, and whether nothing is left to do."""
     state, first = start.state, int(start.state.step)
-    done, stopped, agree = first, False, distributed.Agreement()
+    done, agree = first, distributed.Agreement()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(signals.stopping())
         log = distributed.on_main(lambda: stack.enter_context(_log(run, folder, first, others)))
         log = log or stack.enter_context(metrics.RunLog(folder, run.steps, silent=True))
         for note in start.notes:
             log.print(note)
-        step = _compiled(run, programs, range(first, run.steps), start.health.owed, log)
+        told = lambda: agree.at_once(stop.is_set(), False)[0]  # noqa: E731
+        step = _compiled(run, programs, range(first, run.steps), start.health.owed, log, told)
         # Only now: a run that does not compile leaves its folder free.
         distributed.on_main(lambda: config.save(run, folder))
         meter = Meter(run, log, first, start.health)
         keep = saver.Saver(run, programs, checkpoints, meter)
+        judge = judging.Judge(run, programs, checkpoints, meter, stop)
         shown = run.run.profile if distributed.is_main() else ""
         trace = stack.enter_context(profiling.profiler(shown, folder / "profile", log.print))
         trace(first, state)
+        stopped = told() or not judge.unless_judged(first, state.params)
+        if stopped or first == run.steps:  # the schedule may be a new one
+            keep.save(first, state, last=True)
         while done < run.steps and not stopped:
             refresh = _refresh(run, done, meter.health)
             state, measured = step[refresh](state, programs.batch(done))
-            done, heldout = done + 1, {}
+            done += 1
             meter.report(done, measured, refresh is True)
             trace(done, measured)
-            if done % run.evaluate_every == 0 or done == run.steps:
-                meter.flush()
-                evaluated = programs.evaluate(state.params)
-                log.evaluate(done, evaluated)
-                heldout = {"loss": evaluated["heldout_loss"]}
-                meter.restart(done)
             stopped, overdue = agree(stop.is_set(), keep.overdue())
-            last = stopped or done == run.steps
-            keep.save(done, state, heldout, overdue=overdue, last=last)
+            keep.save(done, state, overdue=overdue, last=stopped or done == run.steps)
+            # Saved first: an evaluation may take longer than a process that is told to stop has.
+            if not stopped and not judge.if_due(done, state.params):
+                stopped = True
+                keep.save(done, state, last=True)
         if stopped:
             log.print(f"stopping: waiting until step {done} is saved")
-        if first == run.steps:  # nothing to do, but that the schedule may be a new one
-            keep.save(done, state, {}, last=True)
         checkpoints.close()  # what is said to be saved is; a first signal does not end it
-    history = metrics.read_history(folder) if distributed.is_main() else []
-    report.finish(run, folder, history, programs, state)
-    if done < run.steps:
-        raise signals.Stopped(folder, done)
-    return history
+    return state, not stopped
 
 
 def _log(run: Config, folder: Path, first: int, others: Sequence[writers.Writer]) -> metrics.RunLog:
@@ -341,13 +307,23 @@ def _refresh(run: Config, step: int, health: Health) -> bool | None:
 
 
 def _compiled(
-    run: Config, programs: program.Program, steps: range, owed: bool, log: metrics.RunLog
+    run: Config,
+    programs: program.Program,
+    steps: range,
+    owed: bool,
+    log: metrics.RunLog,
+    told: Callable[[], bool],
 ) -> dict[bool | None, Any]:
-    """The programs that these steps need, by `refresh`: what does not compile fails before them."""
+    """The programs that these steps need, by `refresh`: what does not compile fails before them.
+
+    Where the run is `told` to stop, those that are left are not compiled.
+    """
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
     due = [_refresh(run, step, Health(owed=owed and step == steps.start)) for step in steps]
     for refresh in dict.fromkeys(due):
+        if told():
+            break
         with log.compiling(names[refresh]):
             compiled[refresh] = programs.compile(refresh)
     return compiled

@@ -38,7 +38,10 @@ class Meter:
 
     def restart(self, step: int) -> None:
         """Starts the clock at a step: what came before is not counted as training."""
-        self.since, self.clock = step, time.perf_counter()
+        self._restart(step, time.perf_counter())
+
+    def _restart(self, step: int, now: float) -> None:
+        self.since, self.clock = step, now
 
     def report(self, step: int, measured: Mapping[str, jax.Array], sampled: bool) -> None:
         """Takes the metrics of a step, still on their way.
@@ -79,8 +82,9 @@ class Meter:
 
     def _record(self, step: int, measured: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
+        now = time.perf_counter()  # what follows may wait for the next step, whose time it is
         del values["skipped"]
-        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        seconds = max(now - self.clock, 1e-9)
         tokens = (step - self.since) * self.run.batch_size * self.run.sequence_length
         # The optimizer counts the steps before this one that were not left out.
         counted = step - 1 - self.health.skipped + (self.health.in_a_row > 0)
@@ -95,7 +99,7 @@ class Meter:
             steps = model_flops(self.run.model, self.run.batch_size, self.run.sequence_length)
             values["mfu"] = (step - self.since) * steps / seconds / self.peak
         self.log.train(step, values)
-        self.restart(step)
+        self._restart(step, now)
 
 
 class Spikes:

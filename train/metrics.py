@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from models import reading
 from train import files
 from train.writers import Writer
 
@@ -192,7 +193,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: a line before the last is not JSON.
+        ValueError: a line is not a row; of the last one only if it is JSON.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -275,15 +276,28 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines()
+    """The rows of a file; a last line that was torn is left out."""
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = reading.parse_json(line, where)
+        except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: delete the line") from error
+                raise ValueError(f"{where} is not JSON: delete the line") from error
+            continue
+        if not _is_row(row):
+            raise ValueError(f"{where} is not a step with its metrics: delete the line")
+        rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """An object with a step, all else a number or null."""
+    if not isinstance(row, dict) or any(isinstance(v, str | list | dict) for v in row.values()):
+        return False
+    return isinstance(row.get("step"), int) and row["step"] >= 0
 
 
 def _progress(console: Console, *, shown: bool) -> Progress:

@@ -6,15 +6,14 @@ the run's programs compiled for as many fake CPU devices, and never run.
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from train import hlo, memory, traffic
-from train.config import Config
+from train import hlo, memory, traffic, xla_flags
+from train.config import Config, resolved
 from train.flops import model_flops
 from train.hlo import Collective
 from train.mesh import row_devices
@@ -23,8 +22,6 @@ from train.program import Program, assemble
 from train.sophia import SophiaG, SophiaH
 from train.work import curvature_flops, step_flops
 
-# For speed alone: what a program needs is decided before code is made of it.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 NAMES = {False: "plain", True: "curvature", None: "every step"}
 
 
@@ -83,7 +80,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     """What a run needs on so many devices, which need not exist.
 
     Args:
-      run: its config.
+      run: its config. Precision "auto" is planned as on CPU.
       devices: their number; 0 for the fewest that the mesh needs.
       compile: also compile the programs, and read what XLA says of them.
 
@@ -96,6 +93,7 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
     (119104, 952844)
     """
+    run = resolved(run, "cpu")
     least = max(run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1), 1)
     program = assemble(run, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
@@ -128,7 +126,8 @@ def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compil
 def compiled(program: Program, refresh: bool | None) -> Compiled:
     """What XLA says of a program: its memory, operations and collectives, on one device."""
     start = time.perf_counter()
-    executable = program.compile(refresh)
+    # For speed alone: what a program needs is decided before code is made of it.
+    executable = program.compile(refresh, options=xla_flags.known(xla_flags.QUICK))
     seconds = time.perf_counter() - start
     used = executable.memory_analysis()
     new = used.output_size_in_bytes - used.alias_size_in_bytes
@@ -162,7 +161,6 @@ def fake_devices(number: int) -> list[Any]:
             ) from None
         return found[:number]
     jax.config.update("jax_platforms", "cpu")  # a plan takes no memory of a GPU
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
     return jax.devices("cpu")
 
 

@@ -40,10 +40,14 @@ def command(args: Sequence[str]) -> None:
     if known.help:
         print(HELP)
         return
-    figures = plan(
-        parse(words, "python -m train plan"), devices=known.devices, compile=known.compile
-    )
-    show(figures, Console(), known.peak_tflops)
+    run, console = parse(words, "python -m train plan"), Console()
+    figures = plan(run, devices=known.devices, compile=known.compile)
+    show(figures, console, known.peak_tflops)
+    if run.precision == "auto" and run.model.dtype != "bfloat16":
+        console.print(
+            f"These are figures in {run.model.dtype}; on GPU and TPU a run is in bfloat16 unless "
+            "told otherwise: add --precision bfloat16."
+        )
 
 
 def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,7 +31,7 @@ class Program(NamedTuple):
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
     compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
-    evaluate: Any  # params -> dict of floats
+    evaluate: Any  # params, of `evaluate.make_evaluate` -> dict of floats, or None
     data: Callable[[], data.Data]  # read at the first call, with its errors
     batch: Any  # step number -> Batch on the mesh
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
@@ -76,6 +77,8 @@ class Trained(NamedTuple):
     """What is to be known of a config whose parameters are there and are not trained."""
 
     params: Any  # ShapeDtypeStruct with sharding, for each parameter
+    step: Any  # the same, of the number of steps done
+    data: Callable[[], data.Data]  # read at the first call, with its errors
     evaluate: Any  # params -> dict of floats
 
 
@@ -95,7 +98,24 @@ def assemble_trained(run: Config) -> Trained:
         mesh.parameter_shardings(placed, model.specs),
     )
     outputs = loss.outputs_of(model, run.loss_chunk)
-    return Trained(params, _evaluate(run, placed, outputs, _loaded(run, rows)))
+    whole = NamedSharding(placed, P())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    loaded = _loaded(run, rows)
+    return Trained(params, step, loaded, _evaluate(run, placed, outputs, loaded))
+
+
+def settled(run: Config) -> Config:
+    """The config as it is recorded, so that it means the same from any folder and without its data.
+
+    Paths of the data start at the root. A bin: source brings its tokenizer, and a vocabulary that
+    the model has no rows for is made to fit: nobody has named the tokenizer, or the size for it.
+    """
+    chosen = data.settled(run.data)
+    if run.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
+        return dataclasses.replace(run, data=chosen)
+    size = max(run.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)
+    model = dataclasses.replace(run.model, vocab_size=size)
+    return dataclasses.replace(run, data=chosen, model=model)
 
 
 def use_compile_cache(folder: str) -> None:
@@ -220,7 +240,7 @@ def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
 
 def _evaluate(
     run: Config, placed: Mesh, outputs: loss.Outputs, loaded: Callable[[], data.Data]
-) -> Callable[[Any], dict[str, float]]:
+) -> Callable[..., dict[str, float] | None]:
     return evaluate.make_evaluate(
         functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
         loaded,
@@ -229,8 +249,8 @@ def _evaluate(
     )
 
 
-def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None):
-    return step.lower(state, batch, refresh=refresh).compile()
+def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | None, options=None):
+    return step.lower(state, batch, refresh=refresh).compile(compiler_options=options)
 
 
 def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) -> models.Functional:

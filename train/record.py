@@ -8,6 +8,10 @@ from typing import Any
 LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "flax", "numpy")
 FREE = ("run", "mesh", "steps", "base")
 """Fields of a config that may differ on resume: where it runs, what it writes, how long."""
+PLACES = ("source", "heldout_source", "tokenizer", "cache", "download", "tfds_folder")
+"""Fields of its data that may: whether it is the same data the fingerprint says."""
+TOLD = ("warmup_steps",)
+"""Fields that may, and of which is told; --warmup-steps of `resume` changes it."""
 
 
 def make(step: int, config: Mapping[str, Any], fingerprint: str, health: Any) -> dict[str, Any]:
@@ -55,8 +59,9 @@ def check(
     """
     if not saved:
         return ["the checkpoint does not say which config it was saved with: not compared"]
-    before, now = ({k: v for k, v in c.items() if k not in FREE} for c in (saved["config"], config))
-    wrong = differences(before, now)
+    before, now = (_fixed(c) for c in (saved["config"], config))
+    changed = differences(before, now)
+    wrong = [line for line in changed if not line.startswith(TOLD)]
     if saved["fingerprint"] != fingerprint:
         wrong.append(f"data {saved['fingerprint'] or 'unknown'} -> {fingerprint or 'unknown'}")
     if wrong and not allow_changes:
@@ -64,9 +69,15 @@ def check(
             f"the run's config or data are not those of its checkpoint of step {saved['step']}: "
             f"{'; '.join(wrong)}. Put back what was changed, or go on with --allow-changes."
         )
-    notes = [f"changed since the checkpoint: {line}" for line in wrong]
+    notes = [f"changed since the checkpoint: {line}" for line in dict.fromkeys(changed + wrong)]
     newer = differences(saved["versions"], versions())
     return notes + [f"another version since the checkpoint: {line}" for line in newer]
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in config.items() if name not in FREE}
+    data = dict(fields.get("data", {}))
+    return fields | {"data": {name: value for name, value in data.items() if name not in PLACES}}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train import config, distributed
+from models import reading
+from train import config, distributed, files
 from train.config import Config
 
-PATH = Path(__file__).parent / "references.json"
+SHIPPED = Path(__file__).parent / "references.json"
+"""Never written to by a run."""
+OWN = Path("~/.cache/sophia_optax/references.json")
+"""Where `recompute` stores; what is here comes before what is shipped."""
 
 
 class Reference(NamedTuple):
@@ -30,13 +34,23 @@ def twin(run: Config) -> Config:
     return dataclasses.replace(run, optim=config.preset(run.base, "adamw").optim, accumulation=1)
 
 
+def is_twin(run: Config) -> bool:
+    """Whether a run is its own reference."""
+    return dataclasses.replace(run, accumulation=1).hash == twin(run).hash
+
+
 def find(run: Config) -> Reference | None:
-    """The stored result for a run's budget; else a stale one for its model; else None."""
+    """The stored result for a run's budget; else a stale one for its model; else None.
+
+    Raises:
+      ValueError: `OWN` cannot be read.
+    """
     stored, wanted = _stored(), twin(run).hash
-    if wanted in stored:
-        return Reference(**stored[wanted], stale=False)
-    others = [fields for fields in stored.values() if fields["model"] == run.base]
-    return Reference(**others[-1], stale=True) if others else None
+    with reading.fields_of(OWN):
+        if wanted in stored:
+            return Reference(**stored[wanted], stale=False)
+        others = [fields for fields in stored.values() if fields["model"] == run.base]
+        return Reference(**others[-1], stale=True) if others else None
 
 
 def recompute(run: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]) -> None:
@@ -49,17 +63,21 @@ def recompute(run: Config, folder: Path, train: Callable[[Config], list[dict[str
 
 def _store(adamw: Config, history: list[dict[str, Any]]) -> None:
     evaluated = [row for row in history if "heldout_loss" in row]
-    stored = _stored() | {
-        adamw.hash: {
-            "model": adamw.base,
-            "command": config.command(adamw),
-            "bits_per_byte": evaluated[-1].get("bits_per_byte"),
-            "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
-        }
+    fields = {
+        "model": adamw.base,
+        "command": config.command(adamw),
+        "bits_per_byte": evaluated[-1].get("bits_per_byte"),
+        "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
     }
-    PATH.write_text(json.dumps(stored, indent=1) + "\n")
+    own = OWN.expanduser()
+    own.parent.mkdir(parents=True, exist_ok=True)
+    files.replace_text(own, json.dumps(_read(own) | {adamw.hash: fields}, indent=1) + "\n")
 
 
 def _stored() -> dict[str, dict[str, Any]]:
     """Config hash -> fields of a `Reference`."""
-    return json.loads(PATH.read_text()) if PATH.exists() else {}
+    return _read(SHIPPED) | _read(OWN.expanduser())
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return reading.read_json(path) if path.exists() else {}

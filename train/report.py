@@ -1,6 +1,8 @@
 """The end of a run: a figure, a sample, the comparison, and what to do next."""
 
+import functools
 import shlex
+import threading
 from pathlib import Path
 
 from rich.console import Console
@@ -16,21 +18,35 @@ PROMPT = "HAMLET.\n"
 
 
 def finish(
-    run: Config, folder: Path, history: list[dict], programs: Program, state: TrainState
+    run: Config,
+    folder: Path,
+    history: list[dict],
+    programs: Program,
+    state: TrainState,
+    *,
+    ended: bool,
+    stop: threading.Event,
 ) -> None:
     """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command.
 
     All processes call it, since all hold parts of the model that the sample is drawn from.
+
+    Args:
+      run: the config.
+      folder: of the run.
+      history: the rows of its metrics.
+      programs: of `run`.
+      state: after the last step that was done.
+      ended: nothing is left to do.
+      stop: the sample is left out where this is set.
     """
-    step, text = int(state.step), ""
     wanted = run.run.sample_length and not run.run.quiet and run.data.task == "next-token"
-    if wanted and step == run.steps:
-        text = _sample(run, programs, state)
+    text = _sample(run, programs, state, stop) if wanted and ended else ""
     if distributed.is_main():
-        _write(run, folder, history, step, text)
+        _write(run, folder, history, text, "" if ended else f"stopped at step {int(state.step)}")
 
 
-def _write(run: Config, folder: Path, history: list[dict], step: int, text: str) -> None:
+def _write(run: Config, folder: Path, history: list[dict], text: str, stopped: str) -> None:
     baseline = reference.find(run)
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
@@ -42,10 +58,13 @@ def _write(run: Config, folder: Path, history: list[dict], step: int, text: str)
     if text:
         files.replace_text(folder / "sample.txt", text)
         console.print(Panel(Text(text), title="sample", title_align="left"))
-    console.print(f"[bold]{_result(run, history)}[/bold]", highlight=False)
-    console.print(_comparison(run, baseline), highlight=False, soft_wrap=True)
-    console.print(f"curves: {folder / 'loss.png'}", highlight=False, soft_wrap=True)
-    console.print(_next(run, folder, step), soft_wrap=True, highlight=False, markup=False)
+    # Paths and commands as they are: square brackets in them are no markup.
+    plain = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    plain(_result(run, history), style="bold")
+    if compared := _comparison(run, baseline, stopped):
+        plain(compared)
+    plain(f"curves: {folder / 'loss.png'}")
+    plain(_next(run, folder, stopped))
 
 
 def _unit(run: Config) -> str:
@@ -54,26 +73,33 @@ def _unit(run: Config) -> str:
     return {"masked": f"hidden {token}", "classify": "row"}.get(run.data.task, token)
 
 
-def _next(run: Config, folder: Path, step: int) -> str:
+def _next(run: Config, folder: Path, stopped: str) -> str:
     """What to do next; the last line is a command and nothing else."""
     command = f"{config.python()} -m train resume {shlex.quote(str(folder))}"
-    if step < run.steps:
-        return f"stopped at step {step} of {run.steps}, which is saved; go on:\n{command}"
+    if stopped:
+        return f"{stopped} of {run.steps}, which is saved; go on:\n{command}"
     why = "to train longer (on a longer schedule, so the learning rate rises again):"
     return f"{why}\n{command} --steps {2 * run.steps}"
 
 
-def _sample(run: Config, programs: Program, state: TrainState) -> str:
-    data = programs.data()
+def _sample(run: Config, programs: Program, state: TrainState, stop: threading.Event) -> str:
+    """The text; empty where a process was told to stop."""
+    data, agree, flags = programs.data(), distributed.Agreement(), [False]
+
+    def stopped() -> bool:
+        flags[:] = agree(stop.is_set())
+        return flags[0]
+
     tokens = sample.sample(
         run.model,
         state.params,
-        data.encode(PROMPT),
+        data.prompt(PROMPT),
         length=run.run.sample_length,
         tokens=data.vocab_size,
         seed=run.seed,
+        stopped=stopped,
     )
-    return data.decode(tokens)
+    return "" if flags[0] else data.decode(tokens)
 
 
 def _result(run: Config, history: list[dict]) -> str:
@@ -89,16 +115,17 @@ def _result(run: Config, history: list[dict]) -> str:
     for name, form in figures.items():
         if name in last:
             return f"{run.name}: {form.format(last[name], nats)} after {last['step']} steps"
-    return f"{run.name}: {nats} a hidden token of held-out text after {last['step']} steps"
+    return f"{run.name}: {nats} a {_unit(run)} of held-out text after {last['step']} steps"
 
 
-def _comparison(run: Config, baseline: reference.Reference | None) -> str:
-    if baseline is None:
-        again = f"{config.command(run)} --run.recompute-reference"
-        return f"AdamW with the same budget: not known; to find out: {again}"
-    if baseline.stale:
-        again = f"{config.command(run)} --run.recompute-reference"
-        return f"AdamW: what is stored belongs to another config; to find out: {again}"
-    bits, nats = baseline.bits_per_byte, baseline.heldout[-1][1]
-    reached = f"{nats:.3f} nats" if bits is None else f"{bits:.3f} bits a byte"
-    return f"AdamW with the same budget: {reached} ({baseline.command})"
+def _comparison(run: Config, baseline: reference.Reference | None, stopped: str) -> str:
+    """What AdamW reached; how to find out is offered at the end of another optimizer's run."""
+    if baseline and not baseline.stale:
+        bits, nats = baseline.bits_per_byte, baseline.heldout[-1][1]
+        reached = f"{nats:.3f} nats" if bits is None else f"{bits:.3f} bits a byte"
+        return f"AdamW with the same budget: {reached} ({baseline.command})"
+    if stopped or reference.is_twin(run):
+        return ""
+    again = f"{config.command(run)} --run.recompute-reference"
+    known = "what is stored belongs to another config" if baseline else "not known"
+    return f"AdamW with the same budget: {known}; to find out: {again}"

@@ -71,6 +71,7 @@ def sample(
     how: Picking | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Continues a prompt, token by token, each of which costs one position.
 
@@ -84,6 +85,7 @@ def sample(
       how: to pick; default `Picking()`.
       tokens: the first that may be drawn, which the tokenizer knows; default all of the model's.
       seed: of the draws, from 0 to 2^32 - 1.
+      stopped: asked whenever the context is full; if true, the text ends there.
 
     Returns:
       int32[S + length], the prompt and what follows it.
@@ -102,7 +104,7 @@ def sample(
     if not len(text):
         raise ValueError("the prompt is empty: the model needs a token to start from.")
     end = len(text) + length
-    while len(text) < end:
+    while len(text) < end and not stopped():
         half = max(config.context // 2, 1)
         window = text if len(text) < config.context else text[-half:]
         steps = min(config.context - len(window) + 1, end - len(text))

@@ -1,6 +1,5 @@
 """A run that was saved, or a model from elsewhere, as parameters to go on from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,10 @@ import numpy as np
 
 import models
 from models import huggingface
-from train import checkpoint, config, program, saver
+from models.reading import read_json
+from train import checkpoint, classes, config, moved, program, saver
 from train.config import Config
-from train.data import tokenizers
+from train.data import Data, tokenizers
 
 Model = models.DecoderConfig | models.EncoderConfig
 
@@ -22,37 +22,42 @@ class Saved(NamedTuple):
     """A run as it was at one of its checkpoints."""
 
     run: Config
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
     step: int
     params: Any
     notes: tuple[str, ...]  # of checkpoints that could not be read
+    data: Callable[[], Data]
+    fingerprint: str  # of the data that it was trained on, as far as known
 
 
-def load(folder: Path, step: int | None = None) -> Saved:
+def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYED) -> Saved:
     """The parameters of a run, and these alone, sharded over the devices that are here.
 
     Args:
       folder: of the run.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved.
 
     Raises:
       ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = config.load(folder)
+    run = moved.placed(config.load(folder), data)
     programs = program.assemble_trained(run)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
         done, state = checkpoints.restore(
-            {"params": programs.params},
+            {"params": programs.params, "step": programs.step},
             step,
-            sound=lambda state: saver.finite_here(state["params"]),
+            wrong=saver.wrong_here,
             part=True,
         )
-    return Saved(run, programs.evaluate, done, state["params"], tuple(checkpoints.notes))
+    fingerprint = checkpoints.record.get("fingerprint", "")
+    notes, params = tuple(checkpoints.notes), state["params"]
+    return Saved(run, programs.evaluate, done, params, notes, programs.data, fingerprint)
 
 
-def start_from(path: Path, run: Config, fresh: Any) -> Any:
+def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
     """Parameters of another run, or of a Hugging Face folder, in the place of fresh ones.
 
     Args:
@@ -61,11 +66,18 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
         vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
         for another task or other classes, stays fresh as a whole.
       fresh: parameters of `run`, on its mesh.
+      class_names: of the data of `run`. The classes of a Hugging Face folder are put in their
+        order, by name; other names are other classes.
 
     Raises:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
         reads other tokens.
     """
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"--start-from {path} {what}: give the folder of a run, or one that transformers saved."
+        )
     if _is_run(path):
         if not (path / "checkpoints").is_dir():
             raise ValueError(
@@ -77,6 +89,8 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
         params = _padded(there.params, there.run.model, run.model)
     else:
         params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
+        if class_names:
+            params = _in_order(params, class_names, huggingface.read_notes(path).class_names)
     params = models.unstack_blocks(params)
     params = models.stack_blocks(params) if run.model.scan_layers else params
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
@@ -84,10 +98,17 @@ def start_from(path: Path, run: Config, fresh: Any) -> Any:
     return _replace(path, fresh, params)
 
 
+def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Any:
+    """A classifier with our numbers of its classes; without a head where they are other classes."""
+    if not theirs or "out" not in params.get("head", {}):
+        return params
+    numbers = classes.order(ours, theirs)
+    return {**params, "head": {}} if numbers is None else classes.permuted(params, numbers)
+
+
 def _is_run(path: Path) -> bool:
     """By `config.json`, which a model of Hugging Face's has too."""
-    shown = path / "config.json"
-    return shown.is_file() and "optimizer" in json.loads(shown.read_text())
+    return "optimizer" in read_json(path / "config.json")
 
 
 def _check_tokenizer(path: Path, there: Config, run: Config) -> None:

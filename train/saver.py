@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train import checkpoint, config, distributed, program, record
+from train import checkpoint, config, distributed, leaves, program, record
 from train.config import Config
 from train.meter import Meter
 from train.step import TrainState
@@ -35,7 +35,6 @@ class Saver:
         self,
         step: int,
         state: TrainState,
-        heldout: dict[str, float],
         *,
         overdue: bool = False,
         last: bool = False,
@@ -43,22 +42,22 @@ class Saver:
         """Saves a state that is due, after the metrics that led to it.
 
         Raises:
-          FloatingPointError: parameters are not finite. Such a state must never push a good one
-            out, and no later step can mend it.
+          FloatingPointError: parameters, or what the optimizer keeps, are not finite. Such a state
+            must never push a good one out, and no later step can mend it.
         """
         due = step % self.run.run.checkpoint_every == 0
         if not (due or (overdue and step > self.stale) or last):
             return
         self.meter.flush()
-        if not bool(_finite(state.params)):
+        if bad := _not_finite(state):
             raise FloatingPointError(
-                f"parameters are not finite at step {step}, which is not saved. Lower "
+                f"{bad} is not finite at step {step}, which is not saved. Lower "
                 f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
             )
         self.meter.log.sync()
         settings, health = config.to_json(self.run), self.meter.health
         beside = record.make(step, settings, self.programs.data().fingerprint, health)
-        self.checkpoints.save(step, state, metrics=heldout or None, record=beside, force=True)
+        self.checkpoints.save(step, state, record=beside, force=True)
         self.clock, self.stale = time.perf_counter(), step + distributed.late()
 
     def _kept(self) -> str:
@@ -66,12 +65,35 @@ class Saver:
         return "nothing was saved yet" if latest is None else f"step {latest} is kept"
 
 
-def finite_here(params: Any) -> bool:
-    """Whether what this process holds of the parameters is finite; it waits for no other."""
-    shards = (s for x in jax.tree.leaves(params) for s in x.addressable_shards)
-    return all(bool(_finite(s.data)) for s in shards if s.replica_id == 0)
+def wrong_here(step: int, state: Any) -> str:
+    """What is wrong with this process's part of the state of a step; it waits for no other.
+
+    Args:
+      step: that the checkpoint is named after.
+      state: `TrainState`, or a dict of some of its fields.
+    """
+    found = int(state["step"] if isinstance(state, dict) else state.step)
+    if found != step:
+        return f"it holds the state of step {found}"
+    shards = {
+        name: [s.data for s in x.addressable_shards if s.replica_id == 0]
+        for name, x in leaves.floats(state).items()
+    }
+    bad = [name for name, data in shards.items() if not all(map(_finite, data))]
+    return f"{bad[0]} is not finite, and such are never saved" if bad else ""
+
+
+def _not_finite(state: TrainState) -> str:
+    """The name of an array that is not; no optimizer keeps infinite values on purpose."""
+    floats = leaves.floats(state)
+    bad = [name for name, sound in _all_finite(floats).items() if not bool(sound)]
+    return bad[0] if bad else ""
 
 
 @jax.jit
-def _finite(params: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.all(jnp.isfinite(x)) for name, x in arrays.items()}
+
+
+def _finite(array: jax.Array) -> bool:
+    return bool(_all_finite({"": array})[""])

@@ -1,8 +1,10 @@
 """Sophia-G and Sophia-H on the command line: what they sample, and of which rows."""
 
+import contextlib
 import dataclasses
+import itertools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import optax
 
@@ -111,6 +113,34 @@ class _Sophia:
                 f"divide into {groups} groups; lower --optim.groups, or set it to 0."
             )
         return groups
+
+    def fitted(self, batch_size: int, accumulation: int = 1, *, regroup: bool = True) -> Self:
+        """The same optimizer with the nearest share into which the rows can be cut.
+
+        Args:
+          batch_size: rows of the batch.
+          accumulation: micro-batches of the batch.
+          regroup: whether each row may be taken apart, where no share near suits `groups`; that
+            counts as much as a share twice as large.
+
+        Returns:
+          The optimizer itself if its own share suits, or none does.
+        """
+        own = round(1 / self.batch_fraction)
+
+        def distance(n: int, groups: int) -> float:
+            return abs(math.log(n / own)) + (groups != self.groups) * math.log(2)
+
+        forms = itertools.product(
+            range(1, min(8 * own, batch_size) + 1), {self.groups, 0} if regroup else {self.groups}
+        )
+        for n, groups in sorted(forms, key=lambda form: distance(*form)):
+            share = self.batch_fraction if n == own else 1 / n
+            form = dataclasses.replace(self, batch_fraction=share, groups=groups)
+            with contextlib.suppress(ValueError):
+                form.groups_of(batch_size, accumulation)
+                return form
+        return self
 
     def _make(self, learning_rate: optax.Schedule, seed: int, estimator: sophia_optax.Estimator):
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Sophia)}

@@ -2,7 +2,7 @@
 
 from train.data.config import DataConfig
 from train.data.embedded import Corpus, decode, encode, shakespeare
-from train.data.loading import load
+from train.data.loading import load, settled
 from train.data.placement import to_mesh
 from train.data.rows import Data, batch_shapes
 from train.data.windows import batch, heldout_batches
@@ -17,6 +17,7 @@ __all__ = [
     "encode",
     "heldout_batches",
     "load",
+    "settled",
     "shakespeare",
     "to_mesh",
 ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.batch import Batch
-from train.data import sources
+from train.data import sources, storage
 from train.data.config import DataConfig
 from train.data.documents import documents
 from train.data.parts import held_out
@@ -42,7 +42,8 @@ def read(source: str, tokenizer: Tokenizer, config: DataConfig) -> tuple[Example
         for *texts, label in documents(shard, config, (*fields, config.label_field), skipped):
             raw = "\n".join(texts).encode()
             side = split[held_out(raw, config.heldout_fraction)]
-            side.texts.append([tokenizer.encode(text).astype(tokenizer.dtype) for text in texts])
+            tokens = [tokenizer.encode(text) for text in texts]
+            side.texts.append([storage.narrow(t, tokenizer.dtype, str(shard.path)) for t in tokens])
             side.labels.append(_label(label, source))
             side.sizes.append(len(raw))
     if not split[0].labels or (config.heldout_fraction and not split[1].labels):
@@ -66,11 +67,13 @@ def _label(value: Any, source: str) -> str:
 def class_names(labels: Sequence[str]) -> tuple[str, ...]:
     """The classes in their order: as numbers if all are numbers, else as words.
 
-    >>> class_names(["10", "9", "9"])
-    ('9', '10')
+    Labels that are one number, such as "1" and "01", are classes of their own, by their spelling.
+
+    >>> class_names(["10", "9", "9", "09"])
+    ('09', '9', '10')
     """
     try:
-        return tuple(sorted(set(labels), key=int))
+        return tuple(sorted(set(labels), key=lambda label: (int(label), label)))
     except ValueError:
         return tuple(sorted(set(labels)))
 

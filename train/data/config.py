@@ -1,7 +1,13 @@
 """What a run is trained on, in plain fields."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
+
+from train.files import check_local
+
+PRETRAINED = "pretrained"
+"""Folder in a run that was imported: the tokenizer of its source, special tokens, class names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +20,12 @@ class DataConfig:
 
     source: str = "embedded"
     """embedded; text:, jsonl:, csv:, tsv: or parquet: and a file or glob; bin: and a folder that
-    `prepare` made; tfds:NAME[/CONFIG][:SPLIT]; or several with weights: bin:a:0.7,bin:b:0.3."""
+    `prepare` made, or files of ids alone; tfds:NAME[/CONFIG][:SPLIT]; or several with weights:
+    bin:a:0.7,bin:b:0.3. A path that exists is taken literally, brackets and stars included."""
     tokenizer: str = "bytes"
     """bytes, or a path: a folder with GPT-2's vocab.bpe and encoder.json, a tokenizer.json, or a
-    WordPiece vocab.txt."""
+    WordPiece vocab.txt. A bin: folder brings its own; of ids alone it is ids:N, N the largest and
+    one."""
     task: Literal["next-token", "masked", "classify"] = "next-token"
     """Name the next token, the hidden tokens, or the class of a row."""
     heldout_fraction: float = 0.05
@@ -43,7 +51,8 @@ class DataConfig:
     document_limit: int = 256 * 2**20
     """Bytes of the longest line, cell or document that is read; a longer one is broken."""
     headerless: Literal["", "uint16", "uint32"] = ""
-    """Take bin: files without a header, as nanoGPT writes them, as tokens of this type."""
+    """Take bin: files without a header, as nanoGPT writes them, as tokens of this type; by
+    default as uint16, or as uint32 if every second uint16 is the high half of an id."""
     download: bool = False
     """Let tfds: fetch and prepare a data set that is not there."""
     tfds_folder: str = "~/tensorflow_datasets"
@@ -52,6 +61,8 @@ class DataConfig:
     """Where the tokens of sources other than bin: are kept."""
 
     def __post_init__(self):
+        for name in ("source", "heldout_source", "tokenizer", "tfds_folder", "cache"):
+            check_local(getattr(self, name), f"data.{name}")
         low = self.heldout_fraction >= 0 if self.heldout_source else self.heldout_fraction > 0
         if not (low and self.heldout_fraction < 1):
             raise ValueError(
@@ -66,3 +77,10 @@ class DataConfig:
             raise ValueError(f"data.document_limit={self.document_limit} must be at least 1 byte.")
         if self.task == "classify" and self.segments:
             raise ValueError("data.segments packs rows of text; task=classify has one a row.")
+
+    def in_run(self, folder: Path) -> "DataConfig":
+        """With the tokenizer that an imported run brings along, wherever its folder is now."""
+        named, own = Path(self.tokenizer), folder / PRETRAINED
+        if named.name != PRETRAINED or named.is_dir() or not own.is_dir():
+            return self
+        return dataclasses.replace(self, tokenizer=str(own.resolve()))

@@ -1,15 +1,15 @@
 """The documents of a source, in order, and what may be wrong with them."""
 
-import glob
 import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.data import readers
+from train.data import places, readers
 from train.data.config import DataConfig
-from train.data.readers import Broken, Record, Shard
+from train.data.opening import Broken
+from train.data.readers import Record, Shard
 
 
 def documents(
@@ -47,18 +47,18 @@ def documents(
 
 
 def shards(kind: str, pattern: str) -> list[Shard]:
-    """The files of a glob, by name.
+    """The files of a path or glob, by name.
 
     Raises:
       ValueError: there are none.
     """
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    files = [Path(name) for name in found if Path(name).is_file()]
+    files = places.files_of(pattern)
     if not files:
-        what = "is a folder" if Path(pattern).expanduser().is_dir() else "matches no file"
+        place = places.absolute(pattern)
+        what = "is a folder" if Path(place).is_dir() else "matches no file"
         raise ValueError(
             f"{kind}:{pattern} {what}: give a file or a glob in quotes, such as "
-            f"'{kind}:folder/**/*.{'txt' if kind == 'text' else kind}'."
+            f"'{kind}:folder/**/*.{'txt' if kind == 'text' else kind}'. Looked for {place}."
         )
     return [Shard(kind, path) for path in files]
 

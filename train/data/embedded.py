@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train.data import storage
+
 HELDOUT_FRACTION = 0.05
 _TEXT = Path(__file__).parent.parent / "texts" / "shakespeare.txt.xz"
 
@@ -48,7 +50,7 @@ def encode(text: str) -> np.ndarray:
     >>> encode("hé")
     array([104, 195, 169], dtype=int32)
     """
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return storage.narrow(np.frombuffer(text.encode(), np.uint8), np.int32, "bytes")
 
 
 def decode(tokens: np.ndarray) -> str:
@@ -66,4 +68,4 @@ def decode(tokens: np.ndarray) -> str:
             f"tokens reach from {tokens.min()} to {tokens.max()}, bytes from 0 to 255: sample from "
             "the first 256 logits, or decode with the tokenizer that the model was trained on"
         )
-    return tokens.astype(np.uint8).tobytes().decode(errors="replace")
+    return storage.narrow(tokens, np.uint8, "tokens").tobytes().decode(errors="replace")

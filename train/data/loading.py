@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data import classify, masked, mixture, packing, sources, tokenizers
+from train.data import classify, masked, mixture, packing, places, sources, tokenizers
 from train.data.config import DataConfig
 from train.data.rows import Data, Rows
 from train.data.sources import Tokens
@@ -41,12 +41,49 @@ def load(config: DataConfig, *, batch_size: int, sequence_length: int, seed: int
             f"batch_size={batch_size} and sequence_length={sequence_length} must be at least 1, "
             f"and seed={seed} not negative."
         )
+    config = settled(config)
     if config.heldout_source:
         config = dataclasses.replace(config, heldout_fraction=0.0)
     tokenizer = tokenizers.load(config.tokenizer)
     parts = mixture.parse(config.source)
+    if config.segments and not tokenizer.is_text:
+        raise ValueError(
+            f"data.segments needs the token that ends a document, which ids alone do not state: "
+            f"name the tokenizer of {config.source}, --data.tokenizer."
+        )
     make = _classify if config.task == "classify" else _of_text
     return make(config, parts, tokenizer, batch_size, sequence_length, seed)
+
+
+def settled(config: DataConfig) -> DataConfig:
+    """The config as it is recorded: its paths mean the same from any folder, and of a bin: source
+    that brings its own tokenizer that is named.
+
+    A tokenizer other than bytes, the default, stays: what does not go with it is refused later.
+
+    Raises:
+      ValueError: a source is none, or its header cannot be read.
+
+    >>> settled(DataConfig(source="text:/a/*.txt")).tokenizer
+    'bytes'
+    """
+    tokenizer = config.tokenizer
+    if tokenizer == "bytes":
+        found = [sources.tokenizer_of(source, config) for source, _ in mixture.parse(config.source)]
+        ids = [int(name[4:]) for name in found if name.startswith("ids:")]
+        if ids and config.heldout_source:
+            judge = sources.tokenizer_of(config.heldout_source, config)
+            ids += [int(judge[4:])] * judge.startswith("ids:")
+        named = next((name for name in found if name and not name.startswith("ids:")), "")
+        tokenizer = named or (f"ids:{max(ids)}" if ids else tokenizer)
+    elif Path(tokenizer).expanduser().exists():
+        tokenizer = places.absolute(tokenizer)
+    return dataclasses.replace(
+        config,
+        source=sources.absolute(config.source),
+        heldout_source=sources.absolute(config.heldout_source),
+        tokenizer=tokenizer,
+    )
 
 
 def _of_text(
@@ -96,12 +133,9 @@ def _open(source: str, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     if kind == "embedded":
         return sources.embedded_tokens(tokenizer, config)
     if kind == "bin":
-        folder = Path(rest).expanduser()
-        tokens = sources.open_tokens(folder, tokenizer, config)
-        again = "prepare it with a higher --data.heldout-fraction"  # which it keeps
-        return tokens._replace(cure=again) if folder.is_dir() else tokens
+        return sources.open_tokens(Path(places.absolute(rest)), tokenizer, config)
     found = sources.open_tokens(_prepared(source, tokenizer, config), tokenizer, config)
-    return found._replace(where=source, judge=source)
+    return found._replace(where=source, judge=source, cure=Tokens._field_defaults["cure"])
 
 
 def _prepared(source: str, tokenizer: Tokenizer, config: DataConfig) -> Path:
@@ -117,10 +151,12 @@ def _judge(tokens: Tokens) -> Tokens:
     return tokens if len(tokens.heldout) else tokens._replace(heldout=tokens.train)
 
 
-def _bytes_per_token(judges: list[Tokens]) -> float:
+def _bytes_per_token(judges: list[Tokens]) -> float | None:
     sizes = np.array([len(part.heldout) for part in judges], np.float64)
-    ratios = np.array([part.bytes_per_token for part in judges])
-    return float(sizes @ ratios / max(1.0, sizes.sum()))
+    ratios = [part.bytes_per_token for part in judges if part.bytes_per_token is not None]
+    if len(ratios) < len(judges):
+        return None
+    return float(sizes @ np.array(ratios) / max(1.0, sizes.sum()))
 
 
 def _classify(
@@ -146,7 +182,7 @@ def _classify(
         batch_size,
         tokenizer,
         sum(heldout.sizes) / max(1, tokens),
-        fingerprint(tokenizer, classify.identity(train, heldout)),
+        fingerprint(tokenizer, classify.identity(train, heldout), *names),
         names,
     )
 

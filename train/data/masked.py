@@ -3,7 +3,8 @@
 import numpy as np
 
 from train.batch import Batch
-from train.data.packing import check_tokens, segments_of, windows_of
+from train.data import storage
+from train.data.packing import checked, segments_of, windows_of
 from train.data.rows import Rows
 from train.data.sources import Tokens
 from train.data.tokenizers import Tokenizer
@@ -46,8 +47,10 @@ def masked_rows(
     length = sequence_length - 2 * framed
     train, heldout = windows_of(tokens, length, 0, seed)
 
-    def rows(tokens_NxL: np.ndarray, number_N: np.ndarray, seed: int, where: str) -> Batch:
-        check_tokens(tokens_NxL, tokenizer.vocab_size, where)
+    def rows(
+        tokens_NxL: np.ndarray, number_N: np.ndarray, seed: int, where: str, part: np.ndarray
+    ) -> Batch:
+        tokens_NxL = checked(tokens_NxL, tokenizer.vocab_size, where, part)
         if framed:
             tokens_NxL = np.pad(tokens_NxL, [(0, 0), (1, 1)])
             tokens_NxL[:, 0], tokens_NxL[:, -1] = tokenizer.begin, tokenizer.end
@@ -56,8 +59,10 @@ def masked_rows(
         return Batch(inputs, tokens_NxL, weights, numbers)
 
     return Rows(
-        lambda number_N: rows(train.shuffled(number_N), number_N, seed, tokens.where),
-        lambda index_N: rows(heldout.in_order(index_N), index_N, _HELDOUT_SEED, tokens.judge),
+        lambda number_N: rows(train.shuffled(number_N), number_N, seed, tokens.where, tokens.train),
+        lambda index_N: rows(
+            heldout.in_order(index_N), index_N, _HELDOUT_SEED, tokens.judge, tokens.heldout
+        ),
         heldout.count,
     )
 
@@ -81,7 +86,8 @@ def hide(
     choose, kind = ((bits_Nx3xT[:, i] >> 11) * 2.0**-53 for i in range(2))
     special = [t for t in (tokenizer.begin, tokenizer.end, tokenizer.pad) if t is not None]
     chosen = (choose < rate) & ~np.isin(tokens_NxT, special)
-    random = (bits_Nx3xT[:, 2] % np.uint64(tokenizer.vocab_size)).astype(np.int32)
+    random = bits_Nx3xT[:, 2] % np.uint64(tokenizer.vocab_size)
+    random = storage.narrow(random, np.int32, tokenizer.name)
     hidden = np.where(kind < 0.8, np.int32(mask), np.where(kind < 0.9, random, tokens_NxT))
     return np.where(chosen, hidden, tokens_NxT), chosen.astype(np.float32)
 

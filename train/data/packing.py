@@ -3,7 +3,7 @@
 import numpy as np
 
 from train.batch import Batch, next_tokens
-from train.data import sources
+from train.data import sources, storage
 from train.data.rows import Rows
 from train.data.sources import Tokens
 from train.data.windows import Windows
@@ -27,9 +27,8 @@ def next_token_rows(
     """
     train, heldout = windows_of(tokens, sequence_length, 1, seed)
 
-    def row(tokens_BxT1: np.ndarray, where: str) -> Batch:
-        check_tokens(tokens_BxT1, vocab_size, where)
-        rows = next_tokens(tokens_BxT1)
+    def row(tokens_BxT1: np.ndarray, where: str, part: np.ndarray) -> Batch:
+        rows = next_tokens(checked(tokens_BxT1, vocab_size, where, part))
         if end is None:
             return rows
         ends_BxT = rows.inputs == end
@@ -38,13 +37,15 @@ def next_token_rows(
         )
 
     def weighted(index_N: np.ndarray) -> Batch:
-        rows = row(heldout.in_order(index_N), tokens.judge)
+        rows = row(heldout.in_order(index_N), tokens.judge, tokens.heldout)
         if rows.weights is not None:
             return rows
         return rows._replace(weights=np.ones(rows.targets.shape, np.float32))
 
     return Rows(
-        lambda number_N: row(train.shuffled(number_N), tokens.where), weighted, heldout.count
+        lambda number_N: row(train.shuffled(number_N), tokens.where, tokens.train),
+        weighted,
+        heldout.count,
     )
 
 
@@ -73,8 +74,18 @@ def windows_of(tokens: Tokens, stride: int, extra: int, seed: int) -> tuple[Wind
     return found[0], found[1]
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raises a ValueError on a token that the model has no row for; JAX would read another's."""
-    if tokens.size and (tokens.max() >= vocab_size or tokens.min() < 0):
-        worst = tokens.max() if tokens.max() >= vocab_size else tokens.min()
-        raise ValueError(sources.outside(int(worst), vocab_size, where))
+def checked(tokens: np.ndarray, vocab_size: int, where: str, part: np.ndarray) -> np.ndarray:
+    """Tokens as int32, each of which the model has a row for; JAX would read a wrong one.
+
+    Args:
+      tokens: of a batch.
+      vocab_size: each must be below it.
+      where: the place that they are from, for the message.
+      part: the tokens that the batch was cut from, in which the first wrong one is looked for.
+
+    Raises:
+      ValueError: a token is outside the vocabulary; the message names it and its place.
+    """
+    if tokens.size and tokens.max() >= vocab_size:
+        raise ValueError(sources.outside(part, vocab_size, where))
+    return storage.narrow(tokens, np.int32, where)

@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from train import files
-from train.data import sources
+from train.data import sources, storage
 from train.data.config import DataConfig
 from train.data.documents import documents
 from train.data.readers import Shard
@@ -32,19 +33,44 @@ def write(
     """Tokens of one file, in a train and a held-out file, and their counts in a third."""
     count: dict[str, Any] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in _SPLITS}
     skipped: list[str] = []
+    found = documents(shard, data, fields, skipped)
+    train, heldout = (stem.with_suffix(f".{split}") for split in _SPLITS)
+    # Both are on the disk before the counts, which mark them as done.
+    files.replace(
+        train,
+        lambda first: files.replace(
+            heldout,
+            lambda second: _write(found, tokenizer, data, (first, second), count, tick),
+        ),
+    )
+    count["skipped"] = {"count": len(skipped), "first": skipped[:5]}
+    files.replace_text(stem.with_suffix(".json"), json.dumps(count))
+    return count
+
+
+def _write(
+    found: Iterator[tuple[str, ...]],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    paths: tuple[Path, Path],
+    count: dict[str, Any],
+    tick: Callable[[int], None],
+) -> None:
     waiting: dict[str, list[np.ndarray]] = {split: [] for split in _SPLITS}
     end = np.array([tokenizer.end])
     with contextlib.ExitStack() as stack:
-        file = {s: stack.enter_context(stem.with_suffix(f".{s}").open("wb")) for s in _SPLITS}
+        opened = [stack.enter_context(path.open("wb")) for path in paths]
+        file = dict(zip(_SPLITS, opened, strict=True))
 
         def flush() -> None:
             for split in _SPLITS:
                 if waiting[split]:
-                    file[split].write(np.concatenate(waiting[split]).astype(tokenizer.dtype).data)
+                    tokens = np.concatenate(waiting[split])
+                    file[split].write(storage.narrow(tokens, tokenizer.dtype, tokenizer.name).data)
                     waiting[split].clear()
 
         held = 0
-        for values in documents(shard, data, fields, skipped):
+        for values in found:
             text = "\n".join(values)
             raw = text.encode()
             split = _SPLITS[held_out(raw, data.heldout_fraction)]
@@ -59,9 +85,6 @@ def write(
                 held = 0
         flush()
         tick(held)
-    count["skipped"] = {"count": len(skipped), "first": skipped[:5]}
-    files.replace_text(stem.with_suffix(".json"), json.dumps(count))
-    return count
 
 
 def held_out(raw: bytes, fraction: float) -> bool:
@@ -121,20 +144,29 @@ def merge(
 
 
 def _join(pieces: list[Path], target: Path) -> None:
-    with target.open("wb") as out:
-        for path in pieces:
-            with path.open("rb") as part:
-                shutil.copyfileobj(part, out, 2**22)
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as out:
+            for path in pieces:
+                with path.open("rb") as part:
+                    shutil.copyfileobj(part, out, 2**22)
+
+    files.replace(target, write)
 
 
 def _cut_tail(output: Path, splits: dict[str, Any], dtype: np.dtype, fraction: float) -> None:
     """Moves the end of train.bin; bytes are shared out in proportion to tokens."""
     whole, total = splits["train"], splits["train"]["tokens"]
     tail = round(fraction * total)
-    with (output / "train.bin").open("r+b") as file:
-        file.seek((total - tail) * dtype.itemsize)
-        (output / "heldout.bin").write_bytes(file.read())
-        file.truncate((total - tail) * dtype.itemsize)
+    first, path = (total - tail) * dtype.itemsize, output / "train.bin"
+
+    def write(temporary: Path) -> None:
+        with path.open("rb") as source, temporary.open("wb") as out:
+            source.seek(first)
+            shutil.copyfileobj(source, out, 2**22)
+
+    files.replace(output / "heldout.bin", write)
+    os.truncate(path, first)
+    files.sync(path)
     for split, tokens in (("train", total - tail), ("heldout", tail)):
         size = whole["bytes"] * tokens / total
         splits[split] = {"tokens": tokens, "bytes": size, "documents": whole["documents"]}
@@ -149,6 +181,21 @@ def _inspect(path: Path, dtype: np.dtype) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "largest": largest}
 
 
-def done(stem: Path) -> dict[str, Any] | None:
-    path = stem.with_suffix(".json")
-    return json.loads(path.read_text()) if path.exists() else None
+def done(stem: Path, dtype: np.dtype) -> dict[str, Any] | None:
+    """The counts of a part that was written whole; None for one that is to be written."""
+    from models.reading import read_json  # late: models need more libraries
+
+    try:
+        count = read_json(stem.with_suffix(".json"))
+        sizes = [stem.with_suffix(f".{split}").stat().st_size for split in _SPLITS]
+        kept = [count[split]["tokens"] * dtype.itemsize for split in _SPLITS]
+        whole = all(
+            type(number) is int
+            for counted in (*(count[split] for split in _SPLITS), {"n": count["skipped"]["count"]})
+            for number in counted.values()
+        )
+        lines = count["skipped"]["first"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    shown = isinstance(lines, list) and all(isinstance(line, str) for line in lines)
+    return count if whole and shown and sizes == kept else None

@@ -18,9 +18,11 @@ from train import files, lock
 from train.data import parts, sources, tokenizers
 from train.data.config import DataConfig
 from train.data.documents import documents
-from train.data.readers import Broken, Shard
+from train.data.opening import Broken
+from train.data.readers import Shard
 from train.data.tokenizers import Tokenizer
 from train.extras import need
+from train.files import check_local
 
 
 def prepare(
@@ -50,6 +52,7 @@ def prepare(
     """
     if workers < 0:
         raise ValueError(f"--workers {workers} is negative; 0 takes one a processor.")
+    check_local(output, "-o")
     tokenizer = tokenizers.load(data.tokenizer)
     shards, fields = sources.shards(source, data)
     request = request_hash(shards, fields, tokenizer, data)
@@ -64,7 +67,7 @@ def prepare(
             shutil.rmtree(output / "parts")
         elif header["request"] != request:
             raise ValueError(
-                f"{output} holds {header['source']}, prepared otherwise or from other files; "
+                f"{output} holds {header.get('source')}, prepared otherwise or from other files; "
                 "choose another folder or remove it."
             )
         console.print(_summary(output, header))
@@ -83,7 +86,7 @@ def _prepare(
 ) -> dict[str, Any]:
     folder, start = output / "parts", time.perf_counter()
     _claim(folder, request)
-    counts = [parts.done(folder / f"{i:05}") for i in range(len(shards))]
+    counts = [parts.done(folder / f"{i:05}", tokenizer.dtype) for i in range(len(shards))]
     todo = [i for i, count in enumerate(counts) if count is None]
     stop = threading.Event()
     with _progress(console) as progress, ThreadPoolExecutor(workers or cpu_count()) as pool:
@@ -122,13 +125,15 @@ def request_hash(
         (s.kind, str(s.path.resolve()), (t := s.path.stat()).st_size, t.st_mtime_ns) for s in shards
     ]
     how = (data.heldout_fraction, data.separator, data.broken, data.document_limit)
-    return hashlib.sha256(json.dumps([states, fields, tokenizer.hash, how]).encode()).hexdigest()
+    rules = [tokenizer.rules] * (tokenizer.rules > 1)
+    stated = json.dumps([states, fields, tokenizer.hash, how, *rules])
+    return hashlib.sha256(stated.encode()).hexdigest()
 
 
 def _claim(folder: Path, request: str) -> None:
     folder.mkdir(exist_ok=True)
     mark = folder / "request"
-    if mark.exists() and mark.read_text() != request:
+    if mark.exists() and mark.read_bytes() != request.encode():
         raise ValueError(
             f"{folder.parent} holds an unfinished preparation of other files or in another way; "
             "repeat that command, choose another folder, or remove this one."
@@ -158,10 +163,10 @@ def _report_skipped(skipped: dict[str, Any], console: Console) -> None:
 def _summary(output: Path, header: dict[str, Any]) -> str:
     tokens = sum(split["tokens"] for split in header["splits"].values())
     size = sum(split["bytes"] for split in header["splits"].values())
-    seconds = max(header["seconds"], 1e-9)
+    seconds = max(header.get("seconds", 0), 1e-9)
     return (
-        f"{output}: {tokens:,} tokens, {size / tokens:.2f} bytes each, "
-        f"{header['splits']['heldout']['tokens']:,} held out ({header['heldout']}); "
+        f"{output}: {tokens:,} tokens, {size / max(1, tokens):.2f} bytes each, "
+        f"{header['splits']['heldout']['tokens']:,} held out ({header.get('heldout')}); "
         f"{tokens / seconds / 1e6:.2f}M tokens/s, {size / seconds / 1e6:.1f} MB/s"
     )
 
@@ -188,6 +193,7 @@ def train_tokenizer(
     Raises:
       ValueError: no documents, or broken ones.
     """
+    check_local(output, "-o")
     if output.suffix != ".json":
         raise ValueError(f"output={output} must end in .json, such as tokenizer.json.")
     library = need("tokenizers", "data", "training a tokenizer")

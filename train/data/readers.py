@@ -4,27 +4,17 @@ Files are read in pieces: a line, a CSV row, or a batch of one Parquet row group
 Parquet only the columns that are asked for.
 """
 
-import bz2
-import codecs
 import csv
 import functools
-import gzip
 import itertools
 import json
-import lzma
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from train.data.config import DataConfig
-from train.extras import need
-
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_ROW_GROUP_LIMIT = 2**32  # bytes of a column that are unpacked at a time
-
-
-class Broken(ValueError):
-    """Data that cannot be read; the message begins with file and line."""
+from train.data.opening import Broken, open_bytes
 
 
 class Shard(NamedTuple):
@@ -42,15 +32,6 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """A file, unpacked if its name says that it is packed; an empty one is refused."""
-    if path.stat().st_size == 0:
-        raise Broken(f"{path} is empty")
-    if path.suffix in (".zst", ".zip", ".lz4"):
-        raise Broken(f"{path}: {path.suffix} cannot be read; unpack it, or pack it with gzip")
-    return _OPEN.get(path.suffix, open)(path, "rb")
-
-
 def decode_utf8(raw: bytes | bytearray, where: str) -> str:
     """The text of bytes.
 
@@ -61,8 +42,8 @@ def decode_utf8(raw: bytes | bytearray, where: str) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise Broken(
-            f"{where}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert it, as "
-            "by iconv -f LATIN1 -t UTF-8"
+            f"{where}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert it from "
+            "the encoding that it has, as by iconv -f LATIN1 -t UTF-8 for Latin-1"
         ) from error
 
 
@@ -74,7 +55,7 @@ def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator
                 yield raw
                 continue
             try:
-                text = decode_utf8(raw, where).removeprefix("\ufeff")
+                text = decode_utf8(raw, where)
             except Broken as fault:
                 yield fault
                 continue
@@ -131,7 +112,7 @@ def _lines(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes | 
         if not line:
             return
         if len(line) <= config.document_limit:
-            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield line
             continue
         yield Broken(f"{path}, line {number}: a line of {limit(config)}")
         while line and not line.endswith(b"\n"):
@@ -142,9 +123,8 @@ def _table(
     shard: Shard, config: DataConfig, fields: tuple[str, ...], **dialect: Any
 ) -> Iterator[Record | Broken]:
     del fields
-    csv.field_size_limit(
-        config.document_limit
-    )  # lines are limited one by one, a cell may have many
+    # Lines are limited one by one, but a cell may have many of them.
+    csv.field_size_limit(min(config.document_limit, sys.maxsize))
     names: list[str] = []
     faults: list[Broken] = []
     with open_bytes(shard.path) as file:
@@ -202,37 +182,9 @@ def _rows(rows: Any, path: Path, faults: list[Broken]) -> Iterator[list[str] | B
 def _parquet(
     shard: Shard, config: DataConfig, fields: tuple[str, ...]
 ) -> Iterator[Record | Broken]:
-    arrow = need("pyarrow", "data", "a Parquet file")
-    parquet = need("pyarrow.parquet", "data", "a Parquet file")
-    open_bytes(shard.path).close()
-    try:
-        with parquet.ParquetFile(shard.path) as file:
-            there = file.schema_arrow.names
-            columns = list(dict.fromkeys(fields))
-            if missing := [field for field in columns if field not in there]:
-                raise Broken(
-                    f"{shard.path}: no column {missing[0]!r}; there are {', '.join(there)}"
-                )
-            for group in range(file.num_row_groups):
-                _check_group(file.metadata.row_group(group), columns, shard.path, group)
-                row = 0
-                for batch in file.iter_batches(256, [group], columns):
-                    for values in batch.to_pylist():
-                        where = f"{shard.path}, row group {group}, row {row}"
-                        yield Record(where, values)
-                        row += 1
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise Broken(f"{shard.path}: not a whole Parquet file ({error})") from error
+    from train.data import parquet  # late: it needs an extra
 
-
-def _check_group(group: Any, columns: list[str], path: Path, number: int) -> None:
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
-    if size > _ROW_GROUP_LIMIT:
-        raise Broken(
-            f"{path}, row group {number}: {size} bytes unpacked, more than {_ROW_GROUP_LIMIT}; "
-            "write it again with smaller row groups"
-        )
+    return parquet.records(shard, config, fields)
 
 
 def _tfds(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:

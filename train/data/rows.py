@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from train.batch import Batch
+from train.data import storage
 from train.data.config import DataConfig
 from train.data.tokenizers import Tokenizer
 
@@ -29,8 +30,8 @@ class Data:
     rows: Rows
     batch_size: int
     tokenizer: Tokenizer
-    bytes_per_token: float
-    """UTF-8 bytes of the held-out text a token, for bits a byte."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of the held-out text a token, for bits a byte; None where the text is unknown."""
     fingerprint: str
     """Hash of the tokenizer and of the tokens: a run that is resumed must find the same. Of token
     files it takes in what their header states, their lengths and 64 pieces of each; a change of
@@ -49,7 +50,13 @@ class Data:
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, int32[T]."""
-        return np.asarray(self.tokenizer.encode(text), np.int32)
+        return storage.narrow(self.tokenizer.encode(text), np.int32, self.tokenizer.name)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The tokens of a text to go on from, int32[S]; of ids alone the first held-out ones."""
+        if self.tokenizer.is_text:
+            return self.encode(text)
+        return self.rows.heldout(np.zeros(1, np.int64)).inputs[0, :8]
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of tokens [T]."""
@@ -66,11 +73,14 @@ class Data:
             raise ValueError(f"step={step} must not be negative: count from 0")
         return self.rows.train(step * self.batch_size + np.arange(self.batch_size)[rows])
 
-    def heldout(self) -> Iterator[Batch]:
+    def heldout(self, batches: int | None = None) -> Iterator[Batch]:
         """All held-out rows, once and in order, in batches of one shape; rows of zeros, of weight
-        0, fill the last.
+        0, fill the last. With `batches` that many of these at most, evenly spaced.
         """
-        for first in range(0, self.rows.heldout_count, self.batch_size):
+        starts = np.arange(0, self.rows.heldout_count, self.batch_size)
+        if batches is not None and batches < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, batches).round().astype(int)]
+        for first in map(int, starts):
             index_N = np.arange(first, min(first + self.batch_size, self.rows.heldout_count))
             missing = self.batch_size - len(index_N)
             yield Batch(*(_fill(leaf, missing) for leaf in self.rows.heldout(index_N)))

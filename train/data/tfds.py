@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.data import readers
 from train.data.config import DataConfig
-from train.data.readers import Broken, Record, Shard
+from train.data.opening import Broken, open_plain
+from train.data.readers import Record, Shard
 from train.extras import need
 
 TEXT = {
@@ -67,7 +67,7 @@ def text_field(name: str) -> str:
 
 def records(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
     """The examples of a file."""
-    readers.open_bytes(shard.path).close()
+    open_plain(shard.path).close()
     packed = _tfrecord if ".tfrecord" in shard.path.name else _array_record
     for number, raw in enumerate(packed(shard.path, config.document_limit)):
         where = f"{shard.path}, example {number}"
@@ -125,7 +125,7 @@ def _download(name: str, folder: Path) -> Any:
 def _tfrecord(path: Path, limit: int) -> Iterator[bytes]:
     # Each record: its length (uint64), a checksum of it, the bytes, a checksum of them. Checksums
     # are not verified: that needs TensorFlow or a table walk a byte.
-    with readers.open_bytes(path) as file:
+    with open_plain(path) as file:
         number = 0
         while head := file.read(12):
             (length,) = struct.unpack("<Q", head[:8]) if len(head) == 12 else (limit + 1,)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from train.data import storage
+
 
 def batch(
     tokens: np.ndarray,
@@ -47,7 +49,8 @@ def batch(
     if seed < 0 or step < 0:
         raise ValueError(f"seed={seed} and step={step} must not be negative: count from 0")
     row_B = step * batch_size + np.arange(batch_size)[rows]
-    return _gather(tokens, _starts(row_B, len(tokens), sequence_length, seed), sequence_length + 1)
+    start_B = _starts(row_B, len(tokens), sequence_length, seed)
+    return storage.narrow(_gather(tokens, start_B, sequence_length + 1), np.int32, "tokens")
 
 
 def heldout_batches(
@@ -79,7 +82,8 @@ def heldout_batches(
             real = _gather(tokens, start_W[first : first + batch_size], sequence_length + 1)
             missing = batch_size - len(real)
             weight_B = np.repeat(np.array([1, 0], np.float32), [len(real), missing])
-            yield np.pad(real, [(0, missing), (0, 0)]), weight_B
+            rows = storage.narrow(real, np.int32, "tokens")
+            yield np.pad(rows, [(0, missing), (0, 0)]), weight_B
 
     return batches()
 
@@ -105,7 +109,7 @@ class Windows:
         self.count = (len(tokens) - extra) // stride
 
     def shuffled(self, row_N: np.ndarray) -> np.ndarray:
-        """Rows of the endless list, int32 [N, stride + extra]; see `batch`."""
+        """Rows of the endless list, [N, stride + extra] of the text's type; see `batch`."""
         length = len(self._tokens)
         start_N = _starts(row_N, length, self._stride, self._seed, self._extra, self._epoch)
         return _gather(self._tokens, start_N, self._stride + self._extra)
@@ -147,7 +151,7 @@ def _starts(
 
 
 def _gather(tokens: np.ndarray, start_B: np.ndarray, length: int) -> np.ndarray:
-    return tokens[start_B[:, None] + np.arange(length)].astype(np.int32)
+    return tokens[start_B[:, None] + np.arange(length)]
 
 
 def _check(tokens: np.ndarray, batch_size: int, sequence_length: int, extra: int = 1) -> None:

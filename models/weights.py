@@ -1,0 +1,163 @@
+"""The safetensors files of a model's folder: which of them are the model, and their arrays."""
+
+import re
+import reprlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from models import safetensors
+from models.reading import read_json
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_LONGEST_NAME = 255  # bytes, of most file systems
+
+
+class Stored(NamedTuple):
+    """An array that is mapped from a file."""
+
+    array: np.ndarray
+    file: Path
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """The tensors of a model, by name; only headers are read.
+
+    With `model.safetensors.index.json` each tensor is taken from the file that it names, and no
+    other file counts, not even a `model.safetensors`. (`transformers` would take that one: where
+    both are there and differ, one is left over from another save.) Without an index
+    `model.safetensors` counts, as in `transformers`, and without that the numbered parts.
+
+    Raises:
+      ValueError: there is none, or they are not one whole model.
+    """
+    if (folder / INDEX).is_file():
+        return _by_index(folder)
+    if (folder / WHOLE).is_file():
+        return _tensors(inside(folder, WHOLE))
+    found: dict[str, Stored] = {}
+    for file in _parts(folder):
+        for name, tensor in _tensors(file).items():
+            if name in found:
+                raise ValueError(
+                    f"{file} and {found[name].file} both have the tensor {name!r:.80}: they are of "
+                    f"two saves. Remove the older, or fetch {INDEX}, which says what belongs."
+                )
+            found[name] = tensor
+    return found
+
+
+def check(name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+    """A tensor has floats, and the shape that its model gives it.
+
+    Raises:
+      ValueError: it has not; no data is read.
+    """
+    array, file = tensor
+    if array.shape != shape:
+        raise ValueError(
+            f"{file} does not fit its config.json: {name} is {array.shape}, not {shape}. Take both "
+            "files from one source."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{file} has {name} as {array.dtype}, but weights are floats: load the quantized model "
+            "with transformers, dequantize it, and save it again."
+        )
+
+
+def floats(name: str, tensor: Stored) -> np.ndarray:
+    """The values of a tensor as float32, in memory.
+
+    Raises:
+      ValueError: one of them is not finite.
+    """
+    with np.errstate(over="ignore"):  # float64 beyond float32, which the next line finds
+        array = np.array(tensor.array, np.float32)
+    if not (finite := np.isfinite(array)).all():
+        raise ValueError(
+            f"{tensor.file} has {array.size - np.count_nonzero(finite)} numbers that are not "
+            f"finite in float32, in {name} {array.shape}: the file is damaged or its training "
+            "diverged. Fetch it again, or take an earlier save."
+        )
+    return array
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, which must lie in the folder, or in the store of Hugging Face's cache.
+
+    The cache's folders, `snapshots/COMMIT`, are links into `blobs` beside `snapshots`.
+
+    Raises:
+      ValueError: it does not.
+    """
+    path, home = folder / name, folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    plain = name.isprintable() and len(name.encode()) <= _LONGEST_NAME
+    plain = plain and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not (plain and any(path.resolve().is_relative_to(home) for home in homes)):
+        raise ValueError(
+            f"{folder} names the file {name!r:.80}, which leads out of the folder or is no name: "
+            "copy the file into the folder, and write its name there."
+        )
+    return path
+
+
+def _tensors(file: Path) -> dict[str, Stored]:
+    return {name: Stored(array, file) for name, array in safetensors.read(file).items()}
+
+
+def _by_index(folder: Path) -> dict[str, Stored]:
+    index = inside(folder, INDEX)
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{index} has no weight_map of tensors to files: fetch it again.")
+    if wrong := [file for file in named.values() if not isinstance(file, str)]:
+        raise ValueError(f"{index} has {reprlib.repr(wrong[0])} for a file's name: fetch it again.")
+    files = {}
+    for file in sorted(set(named.values())):
+        path = inside(folder, file)
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} lacks {file!r:.80}, which {INDEX} names: fetch it, or if the index is "
+                "of an older save, remove that."
+            )
+        files[file] = _tensors(path)
+    for tensor, file in named.items():
+        if tensor not in files[file]:
+            raise ValueError(
+                f"{index} says that {tensor!r:.80} is in {file!r:.80}, which lacks it: the files "
+                "are of two saves. Take all from one."
+            )
+    return {tensor: files[file][tensor] for tensor, file in named.items()}
+
+
+def _parts(folder: Path) -> list[Path]:
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    matches = [match for match in map(PART.fullmatch, names) if match]
+    if not matches:
+        others = f" (there is {names[0]!r:.80})" if names else ""
+        raise ValueError(
+            f"{folder} has no {WHOLE}{others}: fetch it, or where there is only a pickle such as "
+            "pytorch_model.bin, load that with transformers and save it again."
+        )
+    other = next((m for m in matches if m.group(1, 3) != matches[0].group(1, 3)), None)
+    if other:
+        raise ValueError(
+            f"{folder} has parts of two saves, {matches[0][0]} and {other[0]}, and no {INDEX}: "
+            "fetch the index, or remove the parts of the older save."
+        )
+    stem, total = matches[0].group(1, 3)
+    have, count = {int(match[2]) for match in matches}, int(total)
+    if have != set(range(1, count + 1)):
+        absent = [number for number in range(1, count + 1) if number not in have]
+        first = f"{stem}-{absent[0] if absent else 0:05}-of-{total}.safetensors"
+        raise ValueError(
+            f"{folder} has {len(have)} parts of {count}, {'without' if absent else 'and'} {first}: "
+            f"fetch all parts of the model, and {INDEX}."
+        )
+    return [inside(folder, match[0]) for match in matches]

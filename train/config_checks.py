@@ -1,0 +1,73 @@
+"""What no config may hold, whatever else it says."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from models import DecoderConfig, EncoderConfig
+
+T = TypeVar("T")
+
+
+def check_numbers(fields: dict[str, Any], flag: str) -> None:
+    """What is no number would train to NaN, or diverge and be laid on the learning rate."""
+    for name, value in fields.items():
+        shown = flag + name.replace("_", "-")
+        if isinstance(value, dict):
+            check_numbers(value, f"{shown}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{shown} {value} is not a finite number.")
+        elif name == "learning_rate" and value < 0:
+            raise ValueError(f"{shown} {value} is negative, which climbs the loss.")
+        elif (name == "b1" and not 0 <= value < 1) or (name == "b2" and not 0 <= value <= 1):
+            raise ValueError(f"{shown} {value} is no decay: choose at least 0 and less than 1.")
+
+
+def check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
+    """A decoder names the next token, an encoder hidden ones or classes."""
+    classes = getattr(model, "classes", 0)
+    encoder = isinstance(model, EncoderConfig)
+    if encoder != (task != "next-token") or (task == "classify") != bool(classes):
+        kind = f"an encoder for {classes} classes" if classes else "an encoder" * encoder
+        raise ValueError(
+            f"data.task={task} does not go with {kind or 'a decoder'}: decoders name the next "
+            "token, encoders hidden ones (--data.task masked), those with --model.classes above 0 "
+            "classes (--data.task classify)."
+        )
+
+
+def make(kind: type[T], fields: Mapping[str, Any], name: str = "") -> T:
+    """A dataclass of plain JSON values.
+
+    Args:
+      kind: the dataclass.
+      fields: its fields; those that are dataclasses are made already.
+      name: of the dataclass, before the names of its fields in messages.
+
+    Raises:
+      TypeError, AttributeError, ValueError: a field is unknown, or not of its type.
+    """
+    kinds = typing.get_type_hints(kind)
+    for field, value in fields.items():
+        if dataclasses.is_dataclass(value) or field not in kinds:
+            continue
+        if not _fits(value, kinds[field]):
+            raise TypeError(f"{name}{field} is {value!r:.40}, which is not what it should be")
+    return kind(**fields)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as JSON has it, is of a field's type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (list, tuple) if origin is tuple else origin or kind)

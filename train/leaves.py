@@ -1,0 +1,41 @@
+"""The leaves of a state by name, and how those of two states differ."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def differences(saved: Any, wanted: Any, *, part: bool = False) -> list[str]:
+    """Leaves of other names, dtypes or shapes, in words.
+
+    Orbax would cast a leaf of another dtype, and name no leaf of another shape.
+
+    Args:
+      saved: what is on disk, of leaves with a dtype and a shape.
+      wanted: what it is to be read as.
+      part: leaves that `wanted` lacks are not looked at.
+    """
+    have, want = _kinds(saved), _kinds(wanted)
+    return [
+        f"{name} is {have.get(name, 'absent')} on disk and {want.get(name, 'absent')} here"
+        for name in sorted(want if part else have | want)
+        if have.get(name) != want.get(name)
+    ]
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Names such as params/tokens/embedding -> leaves."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def floats(tree: Any) -> dict[str, jax.Array]:
+    """Those that may hold what is not finite."""
+    return {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+
+def _kinds(tree: Any) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{[*leaf.shape]}" for name, leaf in named(tree).items()}
