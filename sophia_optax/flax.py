@@ -12,7 +12,8 @@ try:
     from flax.training import train_state
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"sophia_optax.flax needs Flax, and {error.name!r} is not installed: pip install flax."
+        f"sophia_optax.flax needs Flax, and {error.name!r} is not installed: pip install flax.",
+        name=error.name,
     ) from error
 
 __all__ = ["TrainState", "of_params"]

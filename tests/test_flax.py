@@ -1,5 +1,6 @@
 """Flax models under our optimizers: dropout and batch normalisation, NNX and Linen."""
 
+import functools
 import subprocess
 import sys
 
@@ -129,6 +130,31 @@ def test_a_mask_of_dropout_is_the_one_that_the_model_draws_next():
     function = of_params(logits, model)
     assert_close(function(nnx.state(model, nnx.Param), BATCH), nnx.clone(model)(X), rtol=1e-5)
     assert_close(function(variables(model, nnx.Param), BATCH), model(X), rtol=1e-5)
+
+
+def test_a_key_of_the_inputs_gives_each_group_a_mask_of_its_own():
+    """The sample is then the mean over groups, each by a mask from its own key."""
+    model = Model(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+
+    def reseeded(model, batch):
+        nnx.reseed(model, default=batch["key"])
+        return model(batch["x"])
+
+    @jax.jit
+    def samples(params):
+        forward = of_params(reseeded, model)
+        batch = {"x": X, "key": KEY}
+        ours = gauss_newton_bartlett(groups=2)(KEY, params, None, logits_fn=forward, inputs=batch)
+        sample = functools.partial(gauss_newton_bartlett(), logits_fn=forward)
+        numbers, keys = jnp.arange(16), jax.random.split(KEY, 2)
+        parts = [
+            sample(KEY, params, None, inputs={"x": X[g], "key": key}, row_numbers=numbers[g])
+            for g, key in ((slice(0, 8), keys[0]), (slice(8, 16), keys[1]))
+        ]
+        return ours, jax.tree.map(lambda *x: sum(x) / 2, *parts)
+
+    assert_close(*samples(params), rtol=1e-4, atol=1e-7)
 
 
 def averages_by_hand(groups):
