@@ -12,19 +12,20 @@ import pytest
 
 import models
 import sophia_optax
+import sophia_optax.flax
 import train
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     f"{package.__name__}.{name}": getattr(package, name)
-    for package in (sophia_optax, models, train)
+    for package in (sophia_optax, sophia_optax.flax, models, train)
     for name in package.__all__
 }
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 CLASSES = [name for name, value in PUBLIC.items() if inspect.isclass(value)]
 # Runs take minutes, `preset` makes a Config, and an Estimator is called by the library alone.
 WITHOUT_EXAMPLE = {"train.train", "train.resume"}
-WITHOUT_SOURCE = {"sophia_optax.diagnostics"}
+WITHOUT_SOURCE = {"sophia_optax.diagnostics", "sophia_optax.flax.of_params"}
 
 
 def definition(name):
@@ -121,6 +122,25 @@ def test_the_recipes_run():
     assert tried > 15 and not failed
 
 
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", ["docs/recipes.md", "docs/wrappers.md"])
+def test_links_to_headings_lead_to_one(name):
+    for page, mark in re.findall(r"\]\(([\w.]*)#([^)]*)\)", (ROOT / name).read_text()):
+        text = (ROOT / "docs" / page if page else ROOT / name).read_text()
+        assert mark in map(anchor, re.findall(r"^## (.*)$", text, re.MULTILINE)), mark
+
+
+def test_the_table_of_contents_of_the_recipes_lists_each_in_its_order():
+    text = (ROOT / "docs/recipes.md").read_text()
+    listed = re.findall(r"^  - \[(.*)\]\(#(.*)\)$", text, re.MULTILINE)
+    assert [title for title, _ in listed] == re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert all(target == anchor(title) for title, target in listed)
+
+
 def test_the_readme_example_runs_for_both_optimizers(capsys):
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     exec(compile(block, "README.md", "exec"), {})
@@ -134,6 +154,7 @@ def test_the_readme_example_runs_for_both_optimizers(capsys):
         "README.md",
         "docs/conventions.md",
         "docs/recipes.md",
+        "docs/wrappers.md",
         "docs/breakages.md",
         "docs/api.md",
         "LOG.md",
@@ -142,7 +163,8 @@ def test_the_readme_example_runs_for_both_optimizers(capsys):
 )
 def test_links_to_files_lead_somewhere(name):
     path = ROOT / name
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+    prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
         assert "://" in target or (path.parent / target).exists(), target
 
 

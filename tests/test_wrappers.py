@@ -33,6 +33,8 @@ from contract import (
 from flax import nnx
 from flax.training.train_state import TrainState
 
+from sophia_optax import flax
+
 with warnings.catch_warnings():  # its import warns of its own deprecations
     warnings.simplefilter("ignore")
     import orbax.checkpoint.experimental.v1 as orbax
@@ -240,15 +242,6 @@ def test_nnx_optimizer_passes_the_extra_arguments_on(opt):
     assert_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), opt.plain[0], **opt.tolerance)
 
 
-class PassingOn(TrainState):
-    """As in docs/recipes.md."""
-
-    def apply_gradients(self, *, grads, **extra):
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state)
-
-
 def by_train_state(kind, tx, **extra):
     """(parameters, state) after one step from the start."""
     state = kind.create(apply_fn=None, params=start(), tx=tx)
@@ -260,7 +253,7 @@ def by_train_state(kind, tx, **extra):
 def test_train_state_passes_the_extra_arguments_on_if_told_how(opt):
     def program():
         _, value = gradient(start())
-        ours = by_train_state(PassingOn, opt(), **value, **EXTRA)
+        ours = by_train_state(flax.TrainState, opt(), **value, **EXTRA)
         return ours, step(opt(), start(), opt().init(start()))
 
     assert_close(*jit(program)(), **opt.tolerance)
