@@ -143,9 +143,11 @@ def nonzero(name: str, value: Any, reason: str) -> None:
         raise ValueError(f"{name}=0: {reason}")
 
 
-def given(owner: str, name: str, value: Any, cure: str) -> None:
+def given(owner: str, name: str, value: Any, cure: str) -> Any:
+    """The value, which must be one."""
     if value is None:
         raise ValueError(f"{owner} needs `{name}`, which was not passed. {cure}")
+    return value
 
 
 def unmasked(owner: str, params: optax.Params) -> None:

@@ -146,12 +146,13 @@ def gradient_pass(
         outputs_of = _outputs_of(model, inputs, numbers)
         true_loss = _true_loss(model.loss_fn, inputs, weights, model.has_aux)
 
-        def loss(params):
+        def objective(params):
             outputs, state = outputs_of(params)
             loss, (weight, aux) = true_loss(outputs)
             return loss, (weight, aux, state)
 
-        (loss, (weight, aux, state)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        value, gradient = jax.value_and_grad(objective, has_aux=True)(params)
+        loss, (weight, aux, state) = value
         return (loss, weight, jax.tree.map(widen, gradient)), (aux, state)
 
     return forward

@@ -15,7 +15,7 @@ AxisName = str | tuple[str, ...] | None
 
 def varies_over(x: Any) -> frozenset[Any]:
     """Manual axes over which an array, or its shape, differs; JAX has spelt this in three ways."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     if getattr(kind, "vma", None) is not None:
         return kind.vma
     kind = getattr(kind, "manual_axis_type", None)

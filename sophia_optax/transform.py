@@ -137,13 +137,13 @@ def hessian_estimate(
         def absorb(state):
             sample = hessian
             if sample is None:
-                _checks.given(
+                take: Any = _checks.given(
                     "hessian_estimate(None)",
                     "hessian",
                     estimator,
-                    "Pass a sample, or an estimator.",
+                    "Pass a sample, or give an estimator in the place of None.",
                 )
-                sample = estimator(key, params, updates, axis_name=axis_name, **extra)
+                sample = take(key, params, updates, axis_name=axis_name, **extra)
             by_coordinate = every_update and refresh is None and hessian is None
             return _absorb(state, sample, decay, _rounding_key(key), by_coordinate)
 
