@@ -39,7 +39,9 @@ def _decay_and_rate(
     _checks.finite(**{name: x for name, x in numbers.items() if not callable(x)})
     decay = optax.add_decayed_weights(weight_decay, mask)
     if isinstance(weight_decay, int | float) and weight_decay == 0:  # params are not needed then
-        decay = optax.GradientTransformation(decay.init, lambda u, state, params=None: (u, state))
+        decay = optax.GradientTransformation(
+            decay.init, lambda updates, state, params=None: (updates, state)
+        )
     return decay, optax.scale_by_learning_rate(learning_rate)
 
 
