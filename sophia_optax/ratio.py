@@ -304,7 +304,8 @@ def _nonfinite_leaves(momentum_state: Any) -> jax.Array:
     write an array.
     """
     leaves = [x for x in jax.tree.leaves(momentum_state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    spoilt = [~jnp.isfinite(jnp.sum(x - x)) for x in leaves]
+    kept = [widen(jax.lax.optimization_barrier(x)) for x in leaves]  # else written once more
+    spoilt = [~jnp.isfinite(jnp.sum(x - x)) for x in kept]
     return sum((x.astype(jnp.int32) for x in spoilt), jnp.zeros([], jnp.int32))
 
 
