@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 
-from sophia_optax import diagnostics, hutchinson, sophia_h
+from sophia_optax import diagnostics, flax, hutchinson, sophia_h
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "breakages.md"
 
@@ -277,6 +277,8 @@ def test_shard_map():
 
     np.testing.assert_allclose(curvature(theirs(b2=0.0), "nu"), 8 * exact, rtol=1e-5)
     np.testing.assert_allclose(curvature(ours(b2=0.0, axis_name="data"), "h"), exact, rtol=1e-5)
+    with pytest.raises(ValueError, match="Pass `axis_name='data'`"):
+        curvature(ours(b2=0.0), "h")
 
 
 def test_printing(capsys):
@@ -304,6 +306,9 @@ def test_train_state():
         apply(theirs())
     with pytest.raises(ValueError, match=r"needs `obj_fn`, which was not passed. Pass `obj_fn="):
         apply(ours())
+    state = flax.TrainState.create(apply_fn=None, params=TREE, tx=ours())
+    state = state.apply_gradients(grads=TREE, obj_fn=squares)
+    assert optax.tree.get(state.opt_state, "accepted") == 1
 
 
 class Module(nnx.Module):
@@ -323,6 +328,7 @@ def test_nnx():
         with pytest.raises(TypeError, match="'State' object is not callable"):
             optimizer.update(model, params, obj_fn=lambda model: model().loss())
         optimizer.update(model, params, obj_fn=lambda p: nnx.merge(graph, p).loss())
+    optimizer.update(model, params, obj_fn=flax.of_params(lambda model: model.loss(), model))
 
 
 def test_the_page_has_a_row_for_each():
