@@ -16,6 +16,7 @@ from contract import (
     accepted,
     all_finite,
     assert_close,
+    every_factory,
     every_optimizer,
     gradient,
     jit,
@@ -130,7 +131,7 @@ def test_no_rank_is_promoted(opt):
     assert types(updates) == types(params)
 
 
-@every_optimizer
+@every_factory
 def test_debug_nans_finds_none(opt):
     """No NaN on the way either, at a refresh, between two, and where coordinates are dead."""
     tx, params = opt(learning_rate=0.1), start()
@@ -152,7 +153,7 @@ def test_leaves_that_are_no_real_numbers_are_refused_by_name(opt, dtype):
         opt().init(params)
 
 
-@every_optimizer
+@every_factory
 def test_a_number_of_python_is_a_parameter(opt):
     tx, x = opt(), 0.5
     extra = classifier(lambda p, x: jnp.concatenate([p * x, 1 - x], 1))
@@ -170,7 +171,7 @@ def _of_x(function):
     return lambda params, inputs: function(params["x"], inputs)
 
 
-@every_optimizer
+@every_factory
 def test_none_in_the_gradient_is_none_in_the_update(opt):
     """As `optax.adamw` has it; the others move as if the gradient there were 0."""
     tx, params = opt(learning_rate=0.1), start()
@@ -195,7 +196,7 @@ def two_devices():
         yield mesh
 
 
-@every_optimizer
+@every_factory
 @pytest.mark.parametrize("box", ["linen", "nnx"])
 def test_boxes_with_names_of_mesh_axes_are_kept_where_the_names_fit(opt, box, two_devices):
     """Flax finds the sharding of a whole state by them: a name for each axis of the array."""
@@ -335,7 +336,7 @@ def test_eight_devices_equal_one(opt):
     assert_close((params, state), opt.plain, **opt.tolerance)
 
 
-@every_optimizer
+@every_factory
 @pytest.mark.parametrize("named", [True, False], ids=["jax.set_mesh", "by the arrays"])
 def test_eight_devices_of_explicit_axes_equal_one(opt, named):
     """Axes are explicit by default; nothing is asked of the user."""
@@ -349,7 +350,7 @@ def test_eight_devices_of_explicit_axes_equal_one(opt, named):
     assert_close((params, state), opt.plain, **opt.tolerance)
 
 
-@every_optimizer
+@every_factory
 def test_parameters_sharded_over_explicit_axes_equal_one_device(opt):
     """Where the gradient and the sample come from outside: a model would name shardings itself."""
     P, mesh = PartitionSpec, mesh_of(2, AxisType.Explicit)
