@@ -109,7 +109,8 @@ def gauss_newton_bartlett(
       `axis_name` each shard groups its own rows and draws apart, and squares and B are summed over
       the shards. If nothing is counted (B = 0) the sample is not finite and `hessian_estimate`
       rejects it. Batch normalisation by the statistics of a group needs groups of many rows: of a
-        single row it normalises to 0, and h is 0 (docs/recipes.md).
+      single row it normalises to 0, and h is 0 (docs/recipes.md). Under `jax.vmap` over hundreds of
+      keys jaxlib 0.10.2 on CPU computes layer norm wrongly: take `num_samples` or `jax.lax.map`.
 
     Raises:
       ValueError: an argument is out of range; neither function is passed; `groups` or
