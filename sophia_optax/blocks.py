@@ -23,7 +23,7 @@ from sophia_optax.inverse_root import (
     normalised_root,
 )
 from sophia_optax.numerics import accumulation_dtype, cast_to_step, widen
-from sophia_optax.sharding import spec_of, with_auto_axes
+from sophia_optax.sharding import spec_of, varying_like, with_auto_axes
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
@@ -96,7 +96,7 @@ class _Tiles:
         tiles = jax.eval_shape(self.cut, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
         shape, dtype, sharding = (*tiles[:-1], self.b), accumulation_dtype(x), _sharding(x)
         if sharding is None:
-            return jnp.zeros(shape, dtype)
+            return varying_like(jnp.zeros(shape, dtype), x)
         *batch, row, column = (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
         row, column = (column, row) if self.transposed else (row, column)
         R, S = tiles[-4:-2]
