@@ -12,7 +12,7 @@ from jax.core import Tracer
 from sophia_optax.numerics import accumulation_dtype
 
 
-def _number(value: Any) -> float | None:
+def known_number(value: Any) -> float | None:
     """A number that is known now; None for traced values (`inject_hyperparams`) and schedules."""
     if isinstance(value, int | float | np.number):
         return float(value)
@@ -20,9 +20,26 @@ def _number(value: Any) -> float | None:
     return float(value) if known and value.ndim == 0 else None
 
 
+def _takes_numbers(name: str, value: Any) -> None:
+    """Refuses what can be no number: a schedule, None, a string."""
+    if callable(value):
+        raise TypeError(
+            f"{name} is a function, but only learning_rate and weight_decay take schedules. Wrap "
+            f"the optimizer: `optax.inject_hyperparams(...)(..., {name}=schedule)`."
+        )
+    real_number(name, value)
+
+
+def real_number(name: str, value: Any) -> None:
+    """Refuses None and strings."""
+    if value is None or isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is no number.")
+
+
 def in_range(name: str, value: Any, low: float, high: float, *, open_high: bool = False) -> None:
     """Refuses a number outside the range, or NaN."""
-    number = _number(value)
+    _takes_numbers(name, value)
+    number = known_number(value)
     if number is None:
         return
     if not (low <= number < high if open_high else low <= number <= high):
@@ -33,14 +50,14 @@ def in_range(name: str, value: Any, low: float, high: float, *, open_high: bool 
 def finite(**values: Any) -> None:
     """Refuses numbers that are NaN or infinite."""
     for name, value in values.items():
-        number = _number(value)
+        number = known_number(value)
         if number is not None and not math.isfinite(number):
             raise ValueError(f"{name}={value} is not finite: training would end in NaN.")
 
 
 def positive(name: str, value: Any) -> None:
     """Refuses a number that is not above 0 and finite."""
-    number = _number(value)
+    number = known_number(value)
     if number is not None and not 0 < number < math.inf:
         raise ValueError(f"{name}={value} must be above 0 and finite.")
 
@@ -61,7 +78,7 @@ def decays_in_leaves(params: optax.Params, **values: Any) -> None:
 
 
 def _below_one(name: str, value: Any, dtype: jnp.dtype, where: str) -> None:
-    number = _number(value)
+    number = known_number(value)
     if number is not None and not np.asarray(number).astype(dtype) < 1:
         raise ValueError(
             f"{name}={value} is 1 in {dtype.name}{where}: an average with it never moves, and its "
@@ -75,12 +92,21 @@ def _named(path: Any) -> str:
 
 
 def real_leaves(owner: str, params: optax.Params) -> None:
-    """Refuses leaves that are no real floating-point numbers, by name."""
+    """Refuses leaves that are no real floating-point numbers of 2 bytes or more, by name."""
     for path, x in jax.tree.leaves_with_path(params):
-        dtype = jnp.result_type(x)
-        if jnp.issubdtype(dtype, jnp.floating):
+        try:
+            dtype = jnp.result_type(x)
+            kind = dtype.name
+        except TypeError:  # no array: a string, a function
+            dtype, kind = None, f"a {type(x).__name__}"
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
             continue
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            cure = (
+                "Steps are lost in so few bits: keep the parameter as bfloat16 or float32, and "
+                "cast it in the model."
+            )
+        elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             cure = (
                 "Keep its real and imaginary parts as two real leaves, and join them in the model "
                 "by `jax.lax.complex`; where the optimizer reads nothing but the gradient, "
@@ -91,7 +117,19 @@ def real_leaves(owner: str, params: optax.Params) -> None:
                 "It cannot be trained, and weight decay would change it: keep it out of params "
                 "(close over it in the model), or put None in its place."
             )
-        raise ValueError(f"{owner}: {_named(path)} is {jnp.dtype(dtype).name}. {cure}")
+        raise ValueError(f"{owner}: {_named(path)} is {kind}. {cure}")
+
+
+def real_sample(sample: Any) -> None:
+    """Refuses a sample whose cast to real numbers would drop a part."""
+    for path, x in jax.tree.leaves_with_path(sample):
+        dtype = jax.typeof(x).dtype
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+            where = jax.tree_util.keystr(path) or "its root"
+            raise ValueError(
+                f"the curvature sample is {dtype.name} at {where}, but a diagonal of curvature is "
+                "real. Take its real part first."
+            )
 
 
 def momentum_dtype(name: str, dtype: Any) -> None:
@@ -132,14 +170,15 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def positive_integer(name: str, value: Any, cure: str = "") -> None:
     """Refuses a number that is not an integer of at least 1."""
-    number = _number(value)
+    _takes_numbers(name, value)
+    number = known_number(value)
     if number is not None and not (number >= 1 and number.is_integer()):
         raise ValueError(f"{name}={value} must be an integer of at least 1. {cure}".rstrip())
 
 
 def nonzero(name: str, value: Any, reason: str) -> None:
     """Refuses a number that is zero."""
-    if _number(value) == 0:
+    if known_number(value) == 0:
         raise ValueError(f"{name}=0: {reason}")
 
 

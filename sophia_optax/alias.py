@@ -36,7 +36,10 @@ def _decay_and_rate(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Decoupled decay, then the learning rate: the last two links of every optimizer here."""
     numbers = {"weight_decay": weight_decay, "learning_rate": learning_rate}
-    _checks.finite(**{name: x for name, x in numbers.items() if not callable(x)})
+    for name, x in numbers.items():
+        if not callable(x):  # optax takes a rate of None for +1: a step uphill
+            _checks.real_number(name, x)
+            _checks.finite(**{name: x})
     decay = optax.add_decayed_weights(weight_decay, mask)
     if isinstance(weight_decay, int | float) and weight_decay == 0:  # params are not needed then
         decay = optax.GradientTransformation(

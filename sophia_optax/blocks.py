@@ -23,7 +23,7 @@ from sophia_optax.inverse_root import (
     normalised_root,
 )
 from sophia_optax.numerics import accumulation_dtype, cast_to_step, widen
-from sophia_optax.sharding import spec_of, with_auto_axes
+from sophia_optax.sharding import spec_of, varying_like, with_auto_axes
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
@@ -96,7 +96,7 @@ class _Tiles:
         tiles = jax.eval_shape(self.cut, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
         shape, dtype, sharding = (*tiles[:-1], self.b), accumulation_dtype(x), _sharding(x)
         if sharding is None:
-            return jnp.zeros(shape, dtype)
+            return varying_like(jnp.zeros(shape, dtype), x)
         *batch, row, column = (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
         row, column = (column, row) if self.transposed else (row, column)
         R, S = tiles[-4:-2]
@@ -329,50 +329,58 @@ def scale_by_blocks(
             root=() if every_update else _unboxed(params, Z),
         )
 
-    def average(count, cut, g, ahead, C):
-        numbers = isinstance(cut, _Numbers)
-        S = cut.sample(ahead if rows and not numbers else g, mean=rows)
-        if drops(cut):
-            return jnp.where(cut.finite(S), S, 0)
-        decay = b2_numbers if rows and numbers else b2
-        weight = 1 - jnp.asarray(decay, C.dtype)
-        weight = weight / _mass(decay, count, C.dtype) if rows else weight
-        return jnp.where(cut.finite(S), (1 - weight) * C + weight * S, C)
+    def computing(b1, b2, eps, b2_numbers, update_interval, rms, due):
+        def average(count, cut, g, ahead, C):
+            numbers = isinstance(cut, _Numbers)
+            S = cut.sample(ahead if rows and not numbers else g, mean=rows)
+            if drops(cut):
+                return jnp.where(cut.finite(S), S, 0)
+            decay = b2_numbers if rows and numbers else b2
+            weight = 1 - jnp.asarray(decay, C.dtype)
+            weight = weight / _mass(decay, count, C.dtype) if rows else weight
+            return jnp.where(cut.finite(S), (1 - weight) * C + weight * S, C)
 
-    def norm_and_ridge(cut, C):
-        norm = cut.norm(C)
-        ridge = cut.relative(eps, norm) if rows else jnp.asarray(eps, norm.dtype)
-        return norm, floored(ridge, norm, cut.b)
+        def norm_and_ridge(cut, C):
+            norm = cut.norm(C)
+            ridge = cut.relative(eps, norm) if rows else jnp.asarray(eps, norm.dtype)
+            return norm, floored(ridge, norm, cut.b)
 
-    def direction(count, g, m):
-        b, ahead = jnp.asarray(b1, m.dtype), optax.safe_increment(count)
-        mass, next_mass = (_mass(b, n, b.dtype) if rows else 1 for n in (count, ahead))
-        return b * m / next_mass + (1 - b) * g / mass if nesterov else m / mass
+        def direction(count, g, m):
+            b, ahead = jnp.asarray(b1, m.dtype), optax.safe_increment(count)
+            mass, next_mass = (_mass(b, n, b.dtype) if rows else 1 for n in (count, ahead))
+            return b * m / next_mass + (1 - b) * g / mass if nesterov else m / mass
 
-    def compute(cuts, due, grads, old_mu, C, Z, count):
-        """(directions, momentum, C, roots), of leaves."""
-        grads = [widen(g) for g in grads]
-        mu = [_decayed(b1, g, m) for g, m in zip(grads, old_mu, strict=True)]
-        out = [direction(count, g, m) for g, m in zip(grads, mu, strict=True)]
-        C = [average(count, *x) for x in zip(cuts, grads, out, C, strict=True)]
+        def compute(cuts, grads, old_mu, C, Z, count):
+            """(directions, momentum, C, roots), of leaves."""
+            grads = [widen(g) for g in grads]
+            mu = [_decayed(b1, g, m) for g, m in zip(grads, old_mu, strict=True)]
+            out = [direction(count, g, m) for g, m in zip(grads, mu, strict=True)]
+            C = [average(count, *x) for x in zip(cuts, grads, out, C, strict=True)]
 
-        def roots():
-            return [cut.root(C, *norm_and_ridge(cut, C)) for cut, C in zip(cuts, C, strict=True)]
+            def roots():
+                return [
+                    cut.root(C, *norm_and_ridge(cut, C)) for cut, C in zip(cuts, C, strict=True)
+                ]
 
-        def whiten(cut, m, C, Z):
-            norm, ridge = norm_and_ridge(cut, C)
-            # A block that has seen nothing, or only what overflows, stays where it is.
-            scale = jnp.where(norm > 0, jax.lax.rsqrt(norm + ridge), 0)
-            return cut.apply(Z * scale, m, rms)
+            def whiten(cut, m, C, Z):
+                norm, ridge = norm_and_ridge(cut, C)
+                # A block that has seen nothing, or only what overflows, stays where it is.
+                scale = jnp.where(norm > 0, jax.lax.rsqrt(norm + ridge), 0)
+                return cut.apply(Z * scale, m, rms)
 
-        if due is None:
-            due = (count - 1) % jnp.asarray(update_interval, jnp.int32) == 0
-        if isinstance(due, bool):
-            Z = roots() if due else Z
-        else:
-            Z = jax.lax.cond(due, roots, lambda: Z)
-        out = [whiten(*x) for x in zip(cuts, out, C, Z, strict=True)]
-        return out, optax.tree.cast_like(mu, old_mu), kept(cuts, C), [] if every_update else Z
+            now = due
+            if now is None:
+                now = (count - 1) % jnp.asarray(update_interval, jnp.int32) == 0
+            if isinstance(now, bool):
+                Z = roots() if now else Z
+            else:
+                Z = jax.lax.cond(now, roots, lambda: Z)
+            out = [whiten(*x) for x in zip(cuts, out, C, Z, strict=True)]
+            return out, optax.tree.cast_like(mu, old_mu), kept(cuts, C), [] if every_update else Z
+
+        return compute
+
+    numbers = (b1, b2, eps, b2_numbers, update_interval, rms)
 
     @none_left_alone
     def update(updates, state, params=None, *, refresh=None, **unused):
@@ -382,8 +390,15 @@ def scale_by_blocks(
         leaves, structures = zip(*map(jax.tree.flatten, old), strict=True)
         specs = tuple(jax.tree.map(spec_of, list(x)) for x in leaves)
         due = True if every_update else refresh_due(refresh, None)
-        function = functools.partial(compute, jax.tree.leaves(cuts_of(updates)), due)
-        new = with_auto_axes(function, *leaves, count, specs=specs)
+        cuts, given = jax.tree.leaves(cuts_of(updates)), (*numbers, due)
+        traced = [x for x in given if isinstance(x, jax.Array)]
+
+        def function(traced, *arrays):  # what is closed over would keep its explicit axes
+            rest = iter(traced)
+            here = [next(rest) if isinstance(x, jax.Array) else x for x in given]
+            return computing(*here)(cuts, *arrays)
+
+        new = with_auto_axes(function, traced, *leaves, count, specs=specs)
         out, *rest = (s.unflatten(x) for s, x in zip(structures, new, strict=True))
         return cast_to_step(out, updates, params), ScaleByBlocksState(count, *rest)
 

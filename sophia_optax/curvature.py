@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import _checks
-from sophia_optax.sharding import AxisName, Tree, varying
+from sophia_optax.sharding import AxisName, Tree, varying, varying_like
 
 _MISSING: Any = object()
 
@@ -137,5 +137,5 @@ def check_params(owner: str, params: optax.Params) -> None:
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that lie as what is added to them does, on explicit axes."""
-    return jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding)
+    """Zeros that lie as what is added to them does, on explicit and on manual axes."""
+    return varying_like(jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding), shape)

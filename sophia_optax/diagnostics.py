@@ -108,20 +108,25 @@ def diagnostics(
 
 
 def _scalars(state: Any, points: tuple[float, ...] | None) -> dict[str, jax.Array]:
-    fields = {name: getattr(state, field) for name, field in _FIELDS[type(state)].items()}
+    if isinstance(state, ClipByRatioState) and isinstance(state.clipped, tuple):
+        return {}  # statistics are off
+    fields = {name: _bare(getattr(state, field)) for name, field in _FIELDS[type(state)].items()}
     if isinstance(state, ClipByRatioState):
-        if isinstance(state.clipped, tuple):  # statistics are off
-            return {}
-        live = state.floored < 1
-        clipped = jnp.where(live, state.clipped, jnp.nan)
+        clipped = jnp.where(_bare(state.floored) < 1, _bare(state.clipped), jnp.nan)
         return {"clipped_fraction": clipped, "win_rate": 1 - clipped} | {
             name: x for name, x in fields.items() if name != "clipped_fraction"
         }
     if isinstance(state, HessianEstimateState) and points is not None:
-        norm, values = _norm_and_quantiles(state.h, state.mass, points)
+        norm, values = _norm_and_quantiles(state.h, _bare(state.mass), points)
         fields["hessian_norm"] = norm
         fields |= {f"hessian_quantile_{q:g}": x for q, x in zip(points, values, strict=True)}
     return fields
+
+
+def _bare(scalar: Any) -> jax.Array:
+    """The scalar in the box that `nnx.Optimizer` puts around each."""
+    (leaf,) = jax.tree.leaves(scalar)
+    return leaf
 
 
 def _states(opt_state: optax.OptState) -> list[tuple[str, Any]]:

@@ -34,6 +34,7 @@ from sophia_optax.sharding import (
     across,
     check_named,
     explicit_mesh,
+    manual_axes,
     mean_over_shards,
     varying,
 )
@@ -151,8 +152,9 @@ def gauss_newton_bartlett(
         """(sums over groups of `Pass.true`, (auxiliary output, state), h)."""
         if axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        # JAX gives vmap no way to spread groups over explicit axes.
-        side_by_side = 1 if axis_name or explicit_mesh(rows) else shards
+        # JAX gives vmap no way to spread groups over explicit axes, nor to sum them in manual ones.
+        alone = axis_name or manual_axes() or explicit_mesh(rows)
+        side_by_side = 1 if alone else shards
         beside = SIDE_BY_SIDE if side_by_side > 1 else None
 
         def group(rows, counts):
@@ -223,10 +225,11 @@ def gauss_newton_bartlett(
         rows = sampled_rows(inputs, weights, row_numbers, groups, batch_fraction)
         here = varying(params, axis_name)
         over_all = model
-        if spmd_axis_name is not None and not axis_name:
+        manual = axis_name or manual_axes()
+        if spmd_axis_name is not None and not manual:
             over_all = model._replace(logits_fn=spread(logits_fn, shards, spmd_axis_name))
         plain = gradient_pass(over_all)
-        if groups % shards and not axis_name:
+        if groups % shards and not manual:
             # The rows that a shared pass leaves need not divide over the places.
             check_stride(batch_size((inputs, weights)), stride)
             true, (aux, model_state) = plain(here, (inputs, weights, row_numbers))

@@ -51,7 +51,7 @@ class Pass(NamedTuple):
 def check_variance(likelihood: str, variance: Any) -> None:
     """Refuses a variance that is not above 0, or that the likelihood has no use for."""
     _checks.positive("variance", variance)
-    if likelihood != "gaussian" and not (isinstance(variance, int | float) and variance == 1):
+    if likelihood != "gaussian" and not (_checks.known_number(variance) == 1):
         raise ValueError(
             f"variance={variance} belongs to likelihood='gaussian', not {likelihood!r}."
         )
@@ -131,7 +131,7 @@ def _cotangent(
         losses = jax.vmap(SAMPLED_LOSSES[likelihood])(keys, widen(outputs))
         roots, count = _roots(weights, losses.shape, losses.dtype)
         # A unit normal residual over sqrt(variance) is the gradient, whatever the variance.
-        return jnp.sum(roots * losses) / math.sqrt(variance), count
+        return jnp.sum(roots * losses) / jnp.sqrt(jnp.asarray(variance, losses.dtype)), count
 
     return jax.grad(sampled_loss, has_aux=True)(outputs)
 
@@ -213,7 +213,7 @@ def _check_outputs(outputs: Any, likelihood: str, numbers: jax.Array | None) -> 
             f"first, but it returned {shapes}. Drop auxiliary outputs; keep the batch axis apart. "
             "(`value_grad_and_hessian(estimator, has_state=True)` takes a new state beside it.)"
         )
-    if len(shapes) < rank or (likelihood == "categorical" and shapes[-1] == 1):
+    if len(shapes) < rank or (likelihood == "categorical" and shapes[-1] < 2):
         raise ValueError(_WITHOUT_CLASSES[likelihood].format(shapes))
 
 

@@ -99,6 +99,7 @@ def trust_region(
     _checks.one_of("loss_correction", loss_correction, ("seen", "steps"))
     _checks.decays(b1=b1)
     if not callable(learning_rate):
+        _checks.real_number("learning_rate", learning_rate)
         _checks.finite(learning_rate=learning_rate)
     _checks.in_range("gamma", gamma, 0, 1, open_high=True)
     _checks.in_range("eps", eps, 0, float("inf"), open_high=True)

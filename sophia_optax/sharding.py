@@ -22,6 +22,11 @@ def varies_over(x: Any) -> frozenset[Any]:
     return frozenset() if kind is None else kind.varying
 
 
+def manual_axes() -> tuple[Any, ...]:
+    """Axes of the `shard_map` or `pmap` that this is traced in."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def varying(tree: Tree, axis_name: AxisName) -> Tree:
     """Marks a tree as differing over shards: else `grad` inside `shard_map` sums over them."""
     if not axis_name:
@@ -67,13 +72,17 @@ def check_named(owner: str, of_batch: Any, params: Tree, axis_name: AxisName) ->
 
     Raises:
       ValueError: `of_batch` differs over another axis, or JAX cannot tell and none was named;
-        parameters differ over a named axis.
+        parameters differ over a named axis; runs of their own share a parameter.
     """
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if not manual or axis_name == ():
+    manual = manual_axes()
+    if not manual:
+        return
+    split = set().union(*map(varies_over, jax.tree.leaves(of_batch)))
+    if axis_name == ():
+        _check_own_runs(owner, split, params)
         return
     named = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
-    missing = set().union(*map(varies_over, jax.tree.leaves(of_batch))) - named
+    missing = split - named
     untracked = axis_name is None and not any(varies_over(jax.lax.axis_index(a)) for a in manual)
     if missing or untracked:
         axes = sorted(missing) or list(manual)
@@ -90,6 +99,19 @@ def check_named(owner: str, of_batch: Any, params: Tree, axis_name: AxisName) ->
             f"{owner}: `params` differ over the axis {sorted(mixed)} that `axis_name` names, so an "
             "average over it would mix parameters. Pass `update` the parameters that are the same "
             "on all shards, or make the sample outside `jax.shard_map` and pass it as `hessian=`."
+        )
+
+
+def _check_own_runs(owner: str, split: set[Any], params: Tree) -> None:
+    """Refuses parameters that are one for all shards: their gradient is a sum over the shards."""
+    shared = set().union(*[split - varies_over(x) for x in jax.tree.leaves(params)])
+    if shared:
+        axes = tuple(sorted(shared))
+        raise ValueError(
+            f"{owner}: `axis_name=()` says that each shard is a run of its own, but some of "
+            f"`params` are the same over {axes}, so JAX would sum their gradient and curvature "
+            "over the shards. Mark them first, before `init` and the gradient: "
+            f"`jax.lax.pcast(params, {axes}, to='varying')`."
         )
 
 

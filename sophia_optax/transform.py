@@ -10,6 +10,7 @@ import optax
 
 from sophia_optax import _checks
 from sophia_optax.curvature import Estimator, check_estimator
+from sophia_optax.holes import none_left_alone
 from sophia_optax.numerics import accumulation_dtype, widen, widest
 from sophia_optax.sharding import AxisName, varying_like
 
@@ -129,6 +130,7 @@ def hessian_estimate(
             zero_leaves=zero(),
         )
 
+    @none_left_alone
     def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         if hessian is not None:
@@ -190,6 +192,7 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         d = jnp.asarray(decay, x.dtype)
         return d * h.astype(x.dtype) + (1 - d) * x
 
+    _checks.real_sample(sample)
     # Cast before the test: a float64 sample can be finite where its float32 is not.
     sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
     zero_leaves, nothing = state.zero_leaves, jnp.asarray(False)

@@ -114,3 +114,50 @@ def test_which_blocks_need_a_gather(names, block_size, kept, gathers):
     text = update.lower(params, jax.eval_shape(tx.init, params), params).compile().as_text()
     assert ("all-gather" in text) == gathers
     assert "all-to-all" not in text and "collective-permute" not in text
+
+
+@pytest.mark.parametrize("arguments", [{"b2": 0.0}, {"b2": 0.9}, {"b2": 0.9, "form": "tiles"}])
+@pytest.mark.parametrize("update_interval", [1, 3])
+def test_parameters_that_differ_per_shard_keep_their_state_in_a_scan(arguments, update_interval):
+    """Each shard of a `shard_map` whitens its own rows; the state is made inside."""
+    tx = scale_by_blocks(block_size=2, update_interval=update_interval, **arguments)
+    gradients = jax.random.normal(jax.random.key(0), (4, 16, 8))
+
+    def steps(gradients):
+        def step(state, g):
+            out, state = tx.update(g, state, g)
+            return state, out
+
+        return jax.lax.scan(step, tx.init(gradients[0]), gradients)[1]
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = PartitionSpec(None, "d")
+    out = jax.jit(jax.shard_map(steps, mesh=mesh, in_specs=rows, out_specs=rows))(gradients)
+    alone = [jax.jit(steps)(part) for part in jnp.split(gradients, 8, axis=1)]
+    assert_close(out, jnp.concatenate(alone, axis=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("refresh", [None, True])
+def test_traced_numbers_are_taken_on_explicit_axes(refresh):
+    """Closed over, they kept the explicit axes of the mesh in code where these are Auto."""
+    tx = optax.inject_hyperparams(
+        orthosoph,
+        static_args=("block_size", "block_mask", "weight_decay_mask"),
+        hyperparam_dtype=jnp.float32,
+    )(0.1, b2=0.9, block_size=2, update_interval=2)
+    params = jax.random.normal(jax.random.key(0), (8, 16))
+
+    @jax.jit
+    def steps(params, refresh):
+        state = tx.init(params)
+        for _ in range(3):
+            step, state = tx.update(params, state, params, refresh=refresh)
+            params = optax.apply_updates(params, step)
+        return params
+
+    refresh = None if refresh is None else jnp.asarray(refresh)
+    alone = steps(params, refresh)
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)):
+        laid = jax.device_put(params, PartitionSpec("data", "model"))
+        assert_close(steps(laid, refresh), alone, rtol=1e-4, atol=1e-5)

@@ -176,3 +176,58 @@ def test_with_weight_decay_they_are_asked_for(factory):
     tx = factory(0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match="params"):
         tx.update(GRADS, tx.init(PARAMS), hessian=GRADS, value=1.0)
+
+
+@every_factory
+@pytest.mark.parametrize(
+    ("leaf", "kind"),
+    [
+        (jax.random.key(0), "key<fry>"),
+        (jnp.ones(2, jnp.float8_e4m3fn), "float8_e4m3fn"),
+        ("x", "a str"),
+    ],
+)
+def test_a_leaf_that_cannot_be_averaged_is_named(factory, leaf, kind):
+    with pytest.raises(ValueError, match=rf"params\['a'\] is {kind}\. "):
+        factory(0.1).init({"a": leaf, "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("name", ["b1", "gamma", "eps", "clip_threshold", "update_interval"])
+def test_a_schedule_in_the_place_of_a_number_names_the_wrapper(name):
+    with pytest.raises(TypeError, match=f"{name} is a function.*inject_hyperparams"):
+        sophia_h(0.1, **{name: lambda count: 0.5})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "b1", "gamma", "weight_decay"])
+@pytest.mark.parametrize("value", [None, "x"])
+def test_what_is_no_number_is_refused(name, value):
+    """To optax a learning rate of None is no scaling: steps of length 1, uphill."""
+    with pytest.raises(TypeError, match="is no number"):
+        sophia_h(**{"learning_rate": 0.1, name: value})
+
+
+def test_a_complex_sample_is_refused():
+    """Before, its imaginary part was dropped."""
+    tx, params = sophia_h(0.1), {"w": jnp.ones(2)}
+    sample = {"w": jnp.array([1 + 1j, 2])}
+    with pytest.raises(ValueError, match=r"complex64 at \['w'\]"):
+        tx.update(params, tx.init(params), params, hessian=sample)
+
+
+def test_a_variance_may_be_traced_or_an_array():
+    """It stood under a square root of Python."""
+    x, params = jnp.ones((4, 2)), jnp.ones((2, 3))
+
+    def sample(variance):
+        gnb = gauss_newton_bartlett(likelihood="gaussian", variance=variance)
+        return gnb(jax.random.key(0), params, None, logits_fn=lambda w: x @ w)
+
+    np.testing.assert_allclose(jax.jit(sample)(4.0), sample(1.0) / 4, rtol=1e-6)
+    gauss_newton_bartlett(variance=jnp.float32(1))
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_softmax_over_less_than_two_classes_is_refused(classes):
+    x, params = jnp.ones((4, 2)), jnp.ones((2, classes))
+    with pytest.raises(ValueError, match="bernoulli"):
+        gauss_newton_bartlett()(jax.random.key(0), params, None, logits_fn=lambda w: x @ w)

@@ -15,7 +15,14 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sophia_optax import gauss_newton_bartlett, hutchinson, sophia_g, sophia_h
+from sophia_optax import (
+    diagnostics,
+    gauss_newton_bartlett,
+    hutchinson,
+    soaa,
+    sophia_g,
+    sophia_h,
+)
 from sophia_optax import value_grad_and_hessian as shared
 from sophia_optax.flax import TrainState, of_params
 
@@ -333,3 +340,16 @@ def test_without_flax_the_error_says_what_to_install():
     code = "import sys; sys.modules['flax'] = None; import sophia_optax.flax"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "sophia_optax.flax needs Flax" in result.stderr and "pip install flax" in result.stderr
+
+
+@pytest.mark.parametrize("tx", [sophia_h(0.1), soaa(0.1, total_steps=10)], ids=["sophia_h", "soaa"])
+def test_diagnostics_read_the_state_of_an_nnx_optimizer(tx):
+    """Each scalar is in a box of its own there."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads, params = nnx.state(model, nnx.Param), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    optimizer.update(model, grads, hessian=grads, value=1.0)
+    _, state = tx.update(params, tx.init(params), params, hessian=params, value=1.0)
+    have, want = (diagnostics(x, quantiles=0.5) for x in (optimizer.opt_state, state))
+    assert have.keys() == want.keys()
+    np.testing.assert_allclose([*have.values()], [*want.values()], rtol=1e-6)

@@ -120,6 +120,44 @@ def test_a_run_of_its_own_on_each_shard_says_so():
 
 
 @every_sampler
+def test_runs_of_their_own_that_share_parameters_are_refused(name):
+    """Before, curvature was the sum over all shards: 8 times too large."""
+
+    def sample(params, x):
+        return norm_of_sample(OPTIMIZERS[name](0.1, axis_name=()), params, x)
+
+    def marked(params, x):
+        return sample(jax.lax.pcast(params, ("d",), to="varying"), x)[None]
+
+    with pytest.raises(ValueError, match=r"jax.lax.pcast\(params, \('d',\), to='varying'\)"):
+        over(("d",), sample, PARAMS, X)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    runs = jax.shard_map(marked, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    alone = [norm_of_sample(OPTIMIZERS[name](0.1), PARAMS, X[i : i + 1]) for i in range(8)]
+    np.testing.assert_allclose(jit(runs)(PARAMS, X), jnp.stack(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_groups_of_a_run_of_its_own_run_one_after_the_other(shards):
+    """Side by side their sums ended in a bare AssertionError."""
+    x = jnp.tile(X, (4, 1))
+
+    def sample(shards):
+        estimator = gauss_newton_bartlett(groups=4, shards=shards)
+        return lambda params, x: norm_of_sample(
+            sophia_g(0.1, estimator=estimator, axis_name=()), params, x
+        )[None]
+
+    def own_runs(params, x):
+        return sample(shards)(jax.lax.pcast(params, ("d",), to="varying"), x)
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    runs = jax.shard_map(own_runs, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    alone = [sample(1)(PARAMS, x[4 * i : 4 * i + 4])[0] for i in range(8)]
+    np.testing.assert_allclose(jit(runs)(PARAMS, x), jnp.stack(alone), rtol=1e-5)
+
+
+@every_sampler
 def test_parameters_that_differ_over_a_named_axis_are_refused(name):
     def sample(params, x):
         params = jax.lax.pcast(params, "d", to="varying")

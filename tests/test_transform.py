@@ -205,3 +205,11 @@ def test_traced_arguments_pass():
         state = run(0.75, k, 3)
         assert state.accepted == accepted
         np.testing.assert_allclose(state.mass, 1 - 0.75**accepted)
+
+
+def test_alone_its_output_is_none_where_the_gradient_is():
+    tx = hessian_estimate(squared_gradient(), update_interval=1)
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    h, _ = tx.update({"a": 2 * jnp.ones(2), "b": None}, tx.init(params), params)
+    assert h["b"] is None
+    np.testing.assert_allclose(h["a"], 4, rtol=1e-6)
