@@ -304,13 +304,14 @@ def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch
 
 
 def test_the_embedded_text_needs_no_extra():
+    """But Flax, which brings rich."""
     import subprocess
     import sys
     from pathlib import Path
 
     code = (
         "import sys; sys.modules.update(dict.fromkeys("
-        "['pyarrow','tiktoken','tokenizers','tensorflow_datasets','tyro','rich']));"
+        "['pyarrow','tiktoken','tokenizers','tensorflow_datasets','tyro']));"
         "from train.data import DataConfig, load;"
         "load(DataConfig(), batch_size=2, sequence_length=8, seed=0).batch(0)"
     )

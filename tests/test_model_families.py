@@ -279,9 +279,12 @@ def test_forward_over_reverse_is_reverse_over_reverse(name):
     forward = jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (vector,))[1])(params)
     reverse = jax.jit(jax.grad(slope))(params)
     leaves = zip(jax.tree.leaves_with_path(forward), jax.tree.leaves(reverse), strict=True)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(reverse))
     for (path, one), other in leaves:
         scale = float(jnp.abs(other).max())
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * max(scale, 1e-2))
+        # What cancels to 0 keeps rounding errors of the size of what cancelled.
+        noise = 10 * jnp.finfo(jnp.float32).eps * largest
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=max(1e-4 * scale, noise))
         # A key bias adds the same to all scores of a query, which the softmax ignores.
         assert (scale > 1e-4) == (path[-1].key != "key_bias"), path
 
