@@ -120,15 +120,15 @@ def real_leaves(owner: str, params: optax.Params) -> None:
         raise ValueError(f"{owner}: {_named(path)} is {kind}. {cure}")
 
 
-def real_sample(sample: Any) -> None:
-    """Refuses a sample whose cast to real numbers would drop a part."""
-    for path, x in jax.tree.leaves_with_path(sample):
+def real_numbers(what: str, tree: Any) -> None:
+    """Refuses numbers of which real parameters would drop a part."""
+    for path, x in jax.tree.leaves_with_path(tree):
         dtype = jax.typeof(x).dtype
         if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
             where = jax.tree_util.keystr(path) or "its root"
             raise ValueError(
-                f"the curvature sample is {dtype.name} at {where}, but a diagonal of curvature is "
-                "real. Take its real part first."
+                f"{what} is {dtype.name} at {where}, but parameters are real here, and so is what "
+                "they are updated with. Take its real part first."
             )
 
 

@@ -385,6 +385,7 @@ def scale_by_blocks(
     @none_left_alone
     def update(updates, state, params=None, *, refresh=None, **unused):
         del unused
+        _checks.real_numbers("the gradient", updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         old = (updates, state.mu, state.curvature, state.root)
         leaves, structures = zip(*map(jax.tree.flatten, old), strict=True)

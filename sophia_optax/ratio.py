@@ -239,6 +239,7 @@ def clip_by_ratio(
 
     @none_left_alone
     def update(updates, state, params=None, *, radius=None, **extra):
+        _checks.real_numbers("the gradient", updates)
         m, momentum_state = momentum.update(updates, state.momentum, params, **extra)
         told = extra | {"momentum": m}
         h, curvature_state = curvature.update(updates, state.curvature, params, **told)

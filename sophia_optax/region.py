@@ -141,6 +141,7 @@ def trust_region(
         return jnp.where(first, state.radius, resize(state, expected - value)), loss, mass
 
     def update(updates, state, params=None, *, value=None, **extra):
+        _checks.real_numbers("the gradient", updates)
         dtype = state.radius.dtype
         loss = _scalar(value, dtype)
         seen = jnp.isfinite(loss)

@@ -192,7 +192,7 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         d = jnp.asarray(decay, x.dtype)
         return d * h.astype(x.dtype) + (1 - d) * x
 
-    _checks.real_sample(sample)
+    _checks.real_numbers("the curvature sample", sample)
     # Cast before the test: a float64 sample can be finite where its float32 is not.
     sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
     zero_leaves, nothing = state.zero_leaves, jnp.asarray(False)

@@ -231,3 +231,11 @@ def test_a_softmax_over_less_than_two_classes_is_refused(classes):
     x, params = jnp.ones((4, 2)), jnp.ones((2, classes))
     with pytest.raises(ValueError, match="bernoulli"):
         gauss_newton_bartlett()(jax.random.key(0), params, None, logits_fn=lambda w: x @ w)
+
+
+@every_factory
+def test_a_complex_gradient_of_real_parameters_is_refused(factory):
+    """Its imaginary part would be dropped, or make the step complex."""
+    tx, grads = factory(0.1), jax.tree.map(lambda g: g * (1 + 1j), GRADS)
+    with pytest.raises(ValueError, match="the gradient is complex64 at"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, hessian=GRADS, value=1.0)
