@@ -75,6 +75,10 @@ def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
     assert read(out / "config.json").items() >= ids.items()
     run.rename(tmp_path / "moved")
     assert program.load_tokenizer(config.load(tmp_path / "moved")).hash == loaded.hash
+    other = run / "pretrained"  # of another run, which has taken the place
+    other.mkdir(parents=True)
+    byte_pairs(280).save(str(other / "tokenizer.json"))
+    assert program.load_tokenizer(config.load(tmp_path / "moved")).hash == loaded.hash
 
 
 def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):

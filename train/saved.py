@@ -81,8 +81,8 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
     if _is_run(path):
         if not (path / "checkpoints").is_dir():
             raise ValueError(
-                f"{path} has no checkpoint yet: resume it first with {config.python()} -m train "
-                f"resume {path}, or start from another."
+                f"{path} has no checkpoint yet: resume it first with {config.call('resume', path)}, "
+                "or start from another."
             )
         there = load(path)
         _check_tokenizer(path, there.run, run)
