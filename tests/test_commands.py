@@ -272,5 +272,5 @@ def test_ids_alone_have_no_tokenizer_that_can_be_lost(tmp_path):
     np.arange(3, dtype=np.uint16).tofile(tmp_path / "ids.bin")
     source = DataConfig(source=f"bin:{tmp_path / 'ids.bin'}", tokenizer="ids:3")
     run = dataclasses.replace(preset(), data=source)
-    with pytest.raises(ValueError, match="^too short$"), moved.explained(run):
+    with pytest.raises(ValueError, match=r"^too short$"), moved.explained(run):
         raise ValueError("too short")

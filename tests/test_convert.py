@@ -301,6 +301,10 @@ def test_a_new_run_has_the_classes_of_a_folder_by_name(classifier, tmp_path):
         loop.begin(start)
         found = logits(model, saved.load(tmp_path / name).params)
         assert np.allclose(found, before[[2, 0, 1]], rtol=1e-5) == same, name
+    shown = dataclasses.replace(start.run, folder=str(tmp_path / "again"))
+    loop.begin(dataclasses.replace(start, start_from=str(tmp_path / "a"), run=shown))
+    found = logits(model, saved.load(tmp_path / "again").params)  # of a run with other names, too
+    assert not np.allclose(found, before[[2, 0, 1]], rtol=1e-5)
     cli.main(["export", str(tmp_path / "a"), str(tmp_path / "out")])
     assert huggingface.read_notes(tmp_path / "out").class_names == ("bad", "good", "so-so")
 
