@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 AttentionName = Literal["xla", "cudnn"]
 DtypeName = Literal["float32", "bfloat16"]
 RematName = Literal["none", "dots", "full"]
+LARGEST = 2**31 - 1  # sizes are int32 on devices
+MOST_LAYERS = 2**12  # each is traced, which takes milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +178,8 @@ def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...
         size, least = getattr(config, name), 0 if name in derived else 1
         if size < least:
             raise ValueError(f"{name} is {size}, but counts something: set it to {least} or more.")
+        if size > (most := MOST_LAYERS if name == "layers" else LARGEST):
+            raise ValueError(f"{name} is {size}, beyond any model: set it to {most} at most.")
     if not getattr(config, "head_dim", 0) and config.width % config.heads:
         raise ValueError(
             f"width {config.width} cannot be cut into {config.heads} heads of equal width: choose "

@@ -4,14 +4,13 @@ import dataclasses
 import reprlib
 from typing import Any
 
-from models.config import DecoderConfig, EncoderConfig
+from models.config import LARGEST, MOST_LAYERS, DecoderConfig, EncoderConfig
 from models.families import FAMILIES, Family
 
 OPTIONAL = ("kv_heads", "head_dim", "rope_theta", "tied", "attention_layer_scale")
 """Fields that older files lack; `ffn_width` is one in GPT-2's."""
 ARITHMETIC = ("attention", "dtype", "vocab_multiple", "scan_layers", "remat")
 """Fields that are no part of a file: how to compute is up to who loads it."""
-_LARGEST = 2**31 - 1  # sizes are int32 on devices
 _MOST_CLASSES = 2**20  # that names are made up for
 
 
@@ -181,16 +180,16 @@ def _value(fields: dict[str, Any], key: str, field: str, family: Family) -> Any:
     value = fields.get(key)
     if value is None and (field in OPTIONAL or key == "n_inner"):
         return default
-    kind = type(default)
-    right = type(value) is bool if kind is bool else _is(kind, value)
+    kind, most = type(default), MOST_LAYERS if field == "layers" else LARGEST
+    right = type(value) is bool if kind is bool else _is(kind, value, most)
     if not right:
         raise ValueError(
             f"{key}={reprlib.repr(value)}: it needs a value of type {kind.__name__}, and none "
-            f"that is negative or above {_LARGEST}."
+            f"that is negative or above {most}."
         )
     return kind(value)
 
 
-def _is(kind: type, value: Any) -> bool:
+def _is(kind: type, value: Any, most: int) -> bool:
     """Whether a JSON value is a number of a kind: floats that are whole are ints too."""
-    return type(value) in (int, float) and 0 <= value <= _LARGEST and kind(value) == value
+    return type(value) in (int, float) and 0 <= value <= most and kind(value) == value

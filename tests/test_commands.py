@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import PRESETS, DecoderConfig, huggingface
-from train import cli, commands, loop, program, saved
+from train import cli, commands, loop, moved, program, saved
 from train.config import RunConfig, load, preset
 from train.data import DataConfig
 from train.mesh import MeshConfig
@@ -189,7 +190,7 @@ def test_a_run_is_used_from_another_folder_and_its_data_may_move(tmp_path, monke
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     cli.main(["eval", str(folder)])
-    moved = (tmp_path / "text.txt").rename(elsewhere / "moved.txt")
+    there = (tmp_path / "text.txt").rename(elsewhere / "moved.txt")
     before = str(tmp_path / "text.txt")
     for words in (["eval", str(folder)], ["resume", str(folder)]):
         with pytest.raises(SystemExit, match=rf"Nothing is at {before}: .* --data.source text:NEW"):
@@ -199,8 +200,8 @@ def test_a_run_is_used_from_another_folder_and_its_data_may_move(tmp_path, monke
     assert "not what the run was trained on" not in capsys.readouterr().err
     again = ["--compile-cache", "", "--data.source", "text:moved.txt"]
     cli.main(["resume", str(folder), "--steps", "3", *again])
-    assert load(folder).data.source == f"text:{moved}"
-    moved.write_text("nor to be " * 900)
+    assert load(folder).data.source == f"text:{there}"
+    there.write_text("nor to be " * 900)
     cli.main(["eval", str(folder)])
     assert "the data is not what the run was trained on" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"data .* -> .* go on with --allow-changes"):
@@ -235,3 +236,41 @@ def test_a_folder_to_start_from_whose_config_makes_no_sense_is_named(text, tmp_p
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json (is not JSON|holds)"):
         saved.start_from(tmp_path, load(run), None)
+
+
+def test_a_folder_of_tokens_that_moved_brings_its_tokenizer(tmp_path, monkeypatch, capsys):
+    """For every command that reads it; what is given is kept in paths from the root on."""
+    for old in ("text.txt", "old"):
+        assert not (tmp_path / old).exists()
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not " * 900)
+    cli.main(["train-tokenizer", "text:text.txt", "-o", "tok.json", "--vocab-size", "270"])
+    cli.main(["prepare", "text:text.txt", "-o", "old/bin", "--data.tokenizer", "tok.json"])
+    words = "tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --steps 2 --run.quiet"
+    words += " --batch-size 8 --sequence-length 16 --data.source bin:old/bin"
+    cli.main([*words.split(), "--model.vocab-size", "270", "--run.folder", "run"])
+    Path("old").rename("new")
+    lost = re.escape(f"Nothing is at {tmp_path / 'old/bin'}")
+    for command in ("eval run", "sample run to", "export run out", "resume run"):
+        with pytest.raises(SystemExit, match=rf"{lost}: .* --data.source bin:NEW\."):
+            cli.main(command.split())
+    there = ["--data.source", "bin:new/bin"]
+    cli.main(["eval", "run", *there])
+    cli.main(["sample", "run", "to", "--length", "2", *there])
+    cli.main(["export", "run", "out", *there])
+    assert (
+        len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) == 266
+    )  # there are no more
+    cli.main(["resume", "run", "--steps", "3", *there, "--data.tokenizer", "tok.json"])
+    assert load(Path("run")).data.tokenizer == str(tmp_path / "tok.json")
+    Path("tok.json").unlink()
+    with pytest.raises(SystemExit, match=r"Nothing is at .*tok.json: .* --data.tokenizer NEW\."):
+        cli.main(["eval", "run"])
+
+
+def test_ids_alone_have_no_tokenizer_that_can_be_lost(tmp_path):
+    np.arange(3, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    source = DataConfig(source=f"bin:{tmp_path / 'ids.bin'}", tokenizer="ids:3")
+    run = dataclasses.replace(preset(), data=source)
+    with pytest.raises(ValueError, match=r"^too short$"), moved.explained(run):
+        raise ValueError("too short")

@@ -75,6 +75,10 @@ def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
     assert read(out / "config.json").items() >= ids.items()
     run.rename(tmp_path / "moved")
     assert program.load_tokenizer(config.load(tmp_path / "moved")).hash == loaded.hash
+    other = run / "pretrained"  # of another run, which has taken the place
+    other.mkdir(parents=True)
+    byte_pairs(280).save(str(other / "tokenizer.json"))
+    assert program.load_tokenizer(config.load(tmp_path / "moved")).hash == loaded.hash
 
 
 def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):
@@ -297,6 +301,10 @@ def test_a_new_run_has_the_classes_of_a_folder_by_name(classifier, tmp_path):
         loop.begin(start)
         found = logits(model, saved.load(tmp_path / name).params)
         assert np.allclose(found, before[[2, 0, 1]], rtol=1e-5) == same, name
+    shown = dataclasses.replace(start.run, folder=str(tmp_path / "again"))
+    loop.begin(dataclasses.replace(start, start_from=str(tmp_path / "a"), run=shown))
+    found = logits(model, saved.load(tmp_path / "again").params)  # of a run with other names, too
+    assert not np.allclose(found, before[[2, 0, 1]], rtol=1e-5)
     cli.main(["export", str(tmp_path / "a"), str(tmp_path / "out")])
     assert huggingface.read_notes(tmp_path / "out").class_names == ("bad", "good", "so-so")
 

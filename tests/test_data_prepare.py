@@ -348,3 +348,11 @@ def test_a_table_of_a_header_alone_has_no_documents(tmp_path):
         prepare(f"csv:{tmp_path}/a.csv", tmp_path / "out", DataConfig(), quiet=True)
     with pytest.raises(ValueError, match="--workers -1 is negative"):
         prepare(f"csv:{tmp_path}/a.csv", tmp_path / "out", DataConfig(), workers=-1, quiet=True)
+
+
+def test_folders_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    """Which rich would take for markup, and `[/x]` for its end."""
+    (tmp_path / "[/x]").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("to be or not " * 90)
+    prepare(f"text:{tmp_path}/a.txt", tmp_path / "[/x]" / "[lr=.01]")
+    assert f"{tmp_path}/[/x]/[lr=.01]: " in capsys.readouterr().err

@@ -135,17 +135,23 @@ def sample(
     _say(tokenizer.decode(tokens))
 
 
-def export(run: Folder, output: Folder, step: int | None = None) -> None:
+def export(
+    run: Folder, output: Folder, step: int | None = None, data: moved.Places = moved.STAYED
+) -> None:
     """Write a run's model and tokenizer as a Hugging Face folder, which `transformers` loads.
 
     Args:
       run: folder of the run.
       output: the folder to write; a model and a tokenizer in it are replaced.
       step: of a checkpoint; default the newest.
+      data: where its data is now, if it has moved; of it the tokenizer is read, and for a
+        classifier the names of the classes.
     """
     files.check_local(output, "the folder to write")
-    loaded = _load(run, step)
-    for note in convert.export(run, output, loaded):
+    loaded = _load(run, step, data)
+    with moved.explained(loaded.run):
+        notes = convert.export(run, output, loaded)
+    for note in notes:
         print(note, file=sys.stderr)
     _say(f"{output} holds {run} at step {loaded.step}, for transformers' from_pretrained")
 
@@ -174,7 +180,7 @@ def import_(
     if data.tokenizer != DataConfig.tokenizer:
         raise ValueError(f"give the tokenizer as --tokenizer {data.tokenizer}.")
     convert.begin(folder, run, optimizer, tokenizer, data)
-    _say(f"{run} holds the model; go on with: {config.python()} -m train sample {run} 'PROMPT'")
+    _say(f"{run} holds the model; go on with: {config.call('sample', run, 'PROMPT')}")
 
 
 def _load(run: Path, step: int | None, data: moved.Places = moved.STAYED) -> saved.Saved:

@@ -197,12 +197,12 @@ def resolved(run: Config, platform: str) -> Config:
     if dtype == "auto":
         dtype = "bfloat16" if platform in ("gpu", "tpu") else run.model.dtype
     model = dataclasses.replace(run.model, dtype=dtype)
-    kept = dataclasses.replace(run.data, cache=_absolute(run.data.cache))
-    start = _absolute(run.start_from)
+    kept = dataclasses.replace(run.data, cache=absolute(run.data.cache))
+    start = absolute(run.start_from)
     return dataclasses.replace(run, model=model, data=kept, precision=dtype, start_from=start)
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """From the root on, or from home, which may be another on another machine."""
     return path if path.startswith("~") or not path else str(Path(path).absolute())
 
@@ -211,6 +211,15 @@ def python() -> str:
     """The interpreter, as it is called from here."""
     running, here = Path(sys.executable), Path.cwd()
     return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
+
+
+def call(*words: object) -> str:
+    """A command line that can be pasted, whatever is in its paths.
+
+    >>> call("resume", Path("my runs/a")).partition(" ")[2]
+    "-m train resume 'my runs/a'"
+    """
+    return shlex.join([python(), "-m", "train", *map(str, words)])
 
 
 def command(run: Config) -> str:

@@ -13,7 +13,7 @@ from models.config_json import write_class_names
 from models.reading import read_json
 from models.weights import inside
 from models.writing import replace_text
-from train import classes, config, data, files, loop, program, saved, tokenizer_files
+from train import classes, config, data, files, loop, moved, program, saved, tokenizer_files
 from train.config import Config
 from train.data import DataConfig, tokenizers
 from train.data.config import PRETRAINED
@@ -152,7 +152,8 @@ def _class_names(run: Config) -> tuple[tuple[str, ...], list[str]]:
     if run.data.task != "classify":
         return (), []
     try:
-        return _data_names(run), []
+        with moved.explained(run):
+            return _data_names(run), []
     except (OSError, ValueError) as error:
         return (), [f"classes are written as LABEL_0, LABEL_1, ...: {error}"]
 

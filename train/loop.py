@@ -197,7 +197,7 @@ def _cache(shown: RunConfig, asked: str | None) -> str:
 def _must_be_free(folder: Path) -> None:
     if (folder / "config.json").exists():
         raise ValueError(
-            f"{folder} already holds a run: resume it with `python -m train resume {folder}`, or "
+            f"{folder} already holds a run: resume it with `{config.call('resume', folder)}`, or "
             "choose another --run.folder."
         )
 

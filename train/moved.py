@@ -6,8 +6,8 @@ import glob
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.config import Config
-from train.data import mixture, sources
+from train.config import Config, absolute
+from train.data import DataConfig, mixture, places, settled, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Places:
     """Where the data of a run is now; what is left empty is where it was."""
 
     source: str = ""
-    """As for a new run; it must be the same data."""
+    """As for a new run; it must be the same data. A bin: folder brings its tokenizer along."""
     heldout_source: str = ""
     """As for a new run; it must be the same data."""
     tokenizer: str = ""
@@ -27,13 +27,26 @@ class Places:
 STAYED = Places()
 
 
-def placed(run: Config, places: Places) -> Config:
-    """The config with the data where it is now."""
-    given = {name: value for name, value in dataclasses.asdict(places).items() if value}
+def placed(run: Config, now: Places) -> Config:
+    """The config with the data where it is now, in paths that mean the same from any folder.
+
+    Raises:
+      ValueError: a source is none, or the header of a bin: folder cannot be read.
+    """
+    given = {name: value for name, value in dataclasses.asdict(now).items() if value}
     for name in ("source", "heldout_source"):
         if name in given:
             given[name] = sources.absolute(given[name])
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, **given))
+    if "tokenizer" in given and Path(given["tokenizer"]).expanduser().exists():
+        given["tokenizer"] = places.absolute(given["tokenizer"])
+    if "cache" in given:
+        given["cache"] = absolute(given["cache"])
+    data = dataclasses.replace(run.data, **given)
+    if now.source and not now.tokenizer and _lost_tokenizer(data):
+        own = settled(dataclasses.replace(data, tokenizer=DataConfig.tokenizer)).tokenizer
+        if own != DataConfig.tokenizer:
+            data = dataclasses.replace(data, tokenizer=own)
+    return dataclasses.replace(run, data=data)
 
 
 @contextlib.contextmanager
@@ -46,21 +59,39 @@ def explained(run: Config) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if not (lost := _lost(run)):
+        if not (lost := _lost(run.data)):
             raise
         text = f"{error}".rstrip(".")
+        path, flag = next(iter(lost.items()))
         raise ValueError(
-            f"{text}. Nothing is at {lost[0]}: if the data of this run has moved, give its new "
-            "place, such as --data.source text:NEW."
+            f"{text}. Nothing is at {path}: if the data of this run has moved, give its new "
+            f"place, {flag}NEW."
         ) from error
 
 
-def _lost(run: Config) -> list[str]:
-    """Paths, from the root on, of the run's data at which there is nothing."""
-    given = [source for source in (run.data.source, run.data.heldout_source) if source]
-    parts = [sources.parse(part) for source in given for part, _ in mixture.parse(source)]
-    paths = [rest for kind, rest in parts if kind not in ("embedded", "tfds")]
-    if run.data.tokenizer != "bytes":
-        paths.append(run.data.tokenizer)
-    whole = (str(Path(path).expanduser().absolute()) for path in paths)
-    return [path for path in whole if not (Path(path).exists() or glob.glob(path, recursive=True))]
+def _lost(data: DataConfig) -> dict[str, str]:
+    """Paths, from the root on, of the run's data at which there is nothing -> the flag of each."""
+    paths = {}
+    for name in ("source", "heldout_source"):
+        given = getattr(data, name)
+        parts = [sources.parse(part) for part, _ in mixture.parse(given)] if given else []
+        for kind, path in parts:
+            if kind not in ("embedded", "tfds"):
+                paths[path] = f"--data.{name.replace('_', '-')} {kind}:"
+    found = {places.absolute(path): flag for path, flag in paths.items()}
+    lost = {path: flag for path, flag in found.items() if not _is_there(path)}
+    if path := _lost_tokenizer(data):
+        lost[path] = "--data.tokenizer "
+    return lost
+
+
+def _lost_tokenizer(data: DataConfig) -> str:
+    """The path of a tokenizer's files, if there are none; ids:N and bytes have no files."""
+    if data.tokenizer == DataConfig.tokenizer or data.tokenizer.startswith("ids:"):
+        return ""
+    path = places.absolute(data.tokenizer)
+    return "" if _is_there(path) else path
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or bool(glob.glob(path, recursive=True))

@@ -1,7 +1,6 @@
 """The end of a run: a figure, a sample, the comparison, and what to do next."""
 
 import functools
-import shlex
 import threading
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def _unit(run: Config) -> str:
 
 def _next(run: Config, folder: Path, stopped: str) -> str:
     """What to do next; the last line is a command and nothing else."""
-    command = f"{config.python()} -m train resume {shlex.quote(str(folder))}"
+    command = config.call("resume", folder)
     if stopped:
         return f"{stopped} of {run.steps}, which is saved; go on:\n{command}"
     why = "to train longer (on a longer schedule, so the learning rate rises again):"

@@ -66,8 +66,8 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
         vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
         for another task or other classes, stays fresh as a whole.
       fresh: parameters of `run`, on its mesh.
-      class_names: of the data of `run`. The classes of a Hugging Face folder are put in their
-        order, by name; other names are other classes.
+      class_names: of the data of `run`. The classes of what it starts from are put in their order,
+        by name; other names are other classes.
 
     Raises:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
@@ -81,12 +81,14 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
     if _is_run(path):
         if not (path / "checkpoints").is_dir():
             raise ValueError(
-                f"{path} has no checkpoint yet: resume it first with {config.python()} -m train "
-                f"resume {path}, or start from another."
+                f"{path} has no checkpoint yet: resume it first with "
+                f"{config.call('resume', path)}, or start from another."
             )
         there = load(path)
         _check_tokenizer(path, there.run, run)
         params = _padded(there.params, there.run.model, run.model)
+        if class_names and there.run.data.task == "classify":
+            params = _in_order(params, class_names, _names_in(path, there))
     else:
         params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
         if class_names:
@@ -96,6 +98,18 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
     if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
         params = {**params, "head": fresh["head"]}
     return _replace(path, fresh, params)
+
+
+def _names_in(path: Path, there: Saved) -> tuple[str, ...]:
+    """The class names of a run, which its data has."""
+    try:
+        return there.data().class_names
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the classes of {path} are named by its data, which cannot be read: {error} Put it "
+            "back, or if it has moved, write a folder with export and --data.source, and start "
+            "from that."
+        ) from error
 
 
 def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Any:

@@ -80,7 +80,8 @@ class DataConfig:
 
     def in_run(self, folder: Path) -> "DataConfig":
         """With the tokenizer that an imported run brings along, wherever its folder is now."""
-        named, own = Path(self.tokenizer), folder / PRETRAINED
-        if named.name != PRETRAINED or named.is_dir() or not own.is_dir():
+        own = folder / PRETRAINED
+        # At the old place there may be another run by now, with another tokenizer.
+        if Path(self.tokenizer).name != PRETRAINED or not (own / "tokenizer.json").is_file():
             return self
         return dataclasses.replace(self, tokenizer=str(own.resolve()))

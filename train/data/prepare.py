@@ -1,5 +1,6 @@
 """Text to token files: `python -m train prepare SOURCE -o DIR`, and `train-tokenizer`."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -57,8 +58,9 @@ def prepare(
     shards, fields = sources.shards(source, data)
     request = request_hash(shards, fields, tokenizer, data)
     console = Console(stderr=True, quiet=quiet)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)  # paths as they are
     output.mkdir(parents=True, exist_ok=True)
-    with lock.hold(output, console.print, wait=True):
+    with lock.hold(output, say, wait=True):
         header = sources.read_header(output)
         if header is None:
             header = _prepare(shards, fields, tokenizer, data, output, request, workers, console)
@@ -70,7 +72,7 @@ def prepare(
                 f"{output} holds {header.get('source')}, prepared otherwise or from other files; "
                 "choose another folder or remove it."
             )
-        console.print(_summary(output, header))
+        say(_summary(output, header))
     return header
 
 
