@@ -7,7 +7,8 @@ AttentionName = Literal["xla", "cudnn"]
 DtypeName = Literal["float32", "bfloat16"]
 RematName = Literal["none", "dots", "full"]
 LARGEST = 2**31 - 1  # sizes are int32 on devices
-MOST_LAYERS = 2**12  # each is traced, which takes milliseconds
+MOST = {"layers": 2**12, "context": 2**24, "vocab_multiple": 2**20}
+"""Bounds of sizes that cost time or memory before anything else would refuse them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...
         size, least = getattr(config, name), 0 if name in derived else 1
         if size < least:
             raise ValueError(f"{name} is {size}, but counts something: set it to {least} or more.")
-        if size > (most := MOST_LAYERS if name == "layers" else LARGEST):
+        if size > (most := MOST.get(name, LARGEST)):
             raise ValueError(f"{name} is {size}, beyond any model: set it to {most} at most.")
     if not getattr(config, "head_dim", 0) and config.width % config.heads:
         raise ValueError(

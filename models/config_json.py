@@ -4,7 +4,7 @@ import dataclasses
 import reprlib
 from typing import Any
 
-from models.config import LARGEST, MOST_LAYERS, DecoderConfig, EncoderConfig
+from models.config import LARGEST, MOST, DecoderConfig, EncoderConfig
 from models.families import FAMILIES, Family
 
 OPTIONAL = ("kv_heads", "head_dim", "rope_theta", "tied", "attention_layer_scale")
@@ -180,7 +180,7 @@ def _value(fields: dict[str, Any], key: str, field: str, family: Family) -> Any:
     value = fields.get(key)
     if value is None and (field in OPTIONAL or key == "n_inner"):
         return default
-    kind, most = type(default), MOST_LAYERS if field == "layers" else LARGEST
+    kind, most = type(default), MOST.get(field, LARGEST)
     right = type(value) is bool if kind is bool else _is(kind, value, most)
     if not right:
         raise ValueError(
