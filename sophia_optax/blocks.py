@@ -1,205 +1,25 @@
 """Curvature in blocks along the diagonal: what stands behind `orthosoph`."""
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sophia_optax import _checks
 from sophia_optax.holes import none_left_alone
 from sophia_optax.inverse_root import (
     floored,
-    frobenius_norm,
-    identity_like,
-    matmul,
-    normalised_root,
 )
-from sophia_optax.numerics import accumulation_dtype, cast_to_step, widen
-from sophia_optax.sharding import spec_of, varying_like, with_auto_axes
+from sophia_optax.numerics import cast_to_step, widen
+from sophia_optax.sharding import spec_of, with_auto_axes
+from sophia_optax.tiles import Mask, Numbers, Tiles, cuts_of, unboxed
 from sophia_optax.transform import refresh_due
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
-Mask = Any | Callable[[optax.Params], Any] | None
-
-# ---------------------------------------------------------------- how a leaf is cut
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbers:
-    """A leaf as blocks of one number."""
-
-    b = 1
-
-    def zeros(self, x: jax.Array) -> jax.Array:
-        return jnp.zeros_like(x, dtype=accumulation_dtype(x))
-
-    def identity(self, C: jax.Array) -> jax.Array:
-        return jnp.ones([], C.dtype)
-
-    def sample(self, g: jax.Array, mean: bool) -> jax.Array:
-        del mean
-        return g * g
-
-    def finite(self, S: jax.Array) -> jax.Array:
-        return jnp.isfinite(S)
-
-    def norm(self, C: jax.Array) -> jax.Array:
-        return C
-
-    def relative(self, eps: ArrayLike, norm: jax.Array) -> jax.Array:
-        del eps
-        return jnp.zeros_like(norm)  # m / sqrt(v): every ridge would only scale it
-
-    def root(self, C: jax.Array, norm: jax.Array, ridge: jax.Array) -> jax.Array:
-        del norm, ridge
-        return self.identity(C)
-
-    def apply(self, R: jax.Array, m: jax.Array, rms: ArrayLike | None) -> jax.Array:
-        del rms
-        return R * m
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """Matrices [..., n, m], perhaps transposed, as [..., R, S, b, c], edges filled with zeros."""
-
-    shape: tuple[int, ...]  # of the leaf
-    transposed: bool
-    b: int
-    c: int
-
-    def cut(self, x: jax.Array) -> jax.Array:
-        x = x.swapaxes(-1, -2) if self.transposed else x
-        *batch, n, m = x.shape
-        rows, columns = -(-n // self.b), -(-m // self.c)
-        edges = [(0, rows * self.b - n), (0, columns * self.c - m)]
-        x = jnp.pad(x, [(0, 0)] * len(batch) + edges)
-        return x.reshape(*batch, rows, self.b, columns, self.c).swapaxes(-3, -2)
-
-    def join(self, tiles: jax.Array) -> jax.Array:
-        *batch, rows, columns, b, c = tiles.shape
-        x = tiles.swapaxes(-3, -2).reshape(*batch, rows * b, columns * c)
-        x = x.swapaxes(-1, -2) if self.transposed else x
-        return x[..., : self.shape[-2], : self.shape[-1]]
-
-    def zeros(self, x: jax.Array) -> jax.Array:
-        """C at first; blocks are sharded like the rows that make them, or else like the columns."""
-        tiles = jax.eval_shape(self.cut, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
-        shape, dtype, sharding = (*tiles[:-1], self.b), accumulation_dtype(x), _sharding(x)
-        if sharding is None:
-            return varying_like(jnp.zeros(shape, dtype), x)
-        *batch, row, column = (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
-        row, column = (column, row) if self.transposed else (row, column)
-        R, S = tiles[-4:-2]
-        places = (_fitting(row, R, sharding), _fitting(column, S, sharding))
-        if places == (None, None):
-            places = (_fitting(column, R, sharding), None)
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*batch, *places))
-        return jnp.zeros(shape, dtype, device=sharding)
-
-    def identity(self, C: jax.Array) -> jax.Array:
-        return identity_like(C)
-
-    def sample(self, g: jax.Array, mean: bool) -> jax.Array:
-        tiles = self.cut(g)
-        S = matmul(tiles, tiles.swapaxes(-1, -2))
-        return S / self.c if mean else S
-
-    def finite(self, S: jax.Array) -> jax.Array:
-        return jnp.isfinite(S).all((-2, -1), keepdims=True)
-
-    def norm(self, C: jax.Array) -> jax.Array:
-        return frobenius_norm(C)
-
-    def relative(self, eps: ArrayLike, norm: jax.Array) -> jax.Array:
-        return jnp.asarray(eps, norm.dtype) * norm
-
-    def root(self, C: jax.Array, norm: jax.Array, ridge: jax.Array) -> jax.Array:
-        return normalised_root(C, ridge, norm + ridge)
-
-    def apply(self, R: jax.Array, m: jax.Array, rms: ArrayLike | None) -> jax.Array:
-        out = self.join(matmul(R, self.cut(m)))
-        if rms is None:
-            return out
-        square = jnp.mean(jnp.square(out), axis=(-2, -1), keepdims=True)
-        tiny = jnp.finfo(out.dtype).tiny
-        return out * (jnp.asarray(rms, out.dtype) * jax.lax.rsqrt(jnp.maximum(square, tiny)))
-
-
-def _sharding(x: jax.Array) -> NamedSharding | None:
-    """That of an array, or of a traced one on a mesh of explicit axes."""
-    concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
-    sharding = x.sharding if concrete else jax.typeof(x).sharding
-    return sharding if isinstance(sharding, NamedSharding) and any(sharding.spec) else None
-
-
-def _fitting(axes: Any, blocks: int, sharding: NamedSharding) -> Any:
-    """The mesh axes, if the blocks divide over them."""
-    names = axes if isinstance(axes, tuple) else (axes,)
-    if axes is None or blocks % math.prod(sharding.mesh.shape[name] for name in names):
-        return None
-    return axes
-
-
-def _is_box(x: Any) -> bool:
-    """A node around a single array, such as Flax puts there to name mesh axes.
-
-    The names fit the array's shape, and no other: blocks are kept without the box.
-    """
-    if x is None or isinstance(x, dict | list | tuple) or jax.tree_util.all_leaves([x]):
-        return False
-    children = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
-    return len(children) == 1 and jax.tree_util.all_leaves(children)
-
-
-def _unboxed(tree: Any, leaves: list[Any]) -> Any:
-    """`tree` with other leaves, those of another shape without their box."""
-    structure = jax.tree.structure(tree)
-    boxes, outside = jax.tree.flatten(tree, is_leaf=_is_box)
-    inside = jax.tree.leaves(structure.unflatten(leaves), is_leaf=_is_box)
-
-    def without_box(box, new):
-        (old,), (leaf,) = jax.tree.leaves(box), jax.tree.leaves(new)
-        return new if jnp.shape(old) == jnp.shape(leaf) else leaf
-
-    return outside.unflatten(map(without_box, boxes, inside))
-
-
-def _cuts(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -> Any:
-    """How each leaf is cut: `_Tiles` or `_Numbers`."""
-
-    def cut(path, x, is_matrix):
-        if not is_matrix:
-            return _Numbers()
-        if jnp.ndim(x) < 2:
-            raise ValueError(
-                f"`block_mask` marks {jax.tree_util.keystr(path) or 'params'} of shape "
-                f"{jnp.shape(x)}, which holds no matrix; mark leaves of two axes or more."
-            )
-        n, m = x.shape[-2:]
-        if rows:
-            return _Tiles(x.shape, n > m, max(min(block_size, n, m), 1), max(n, m, 1))
-        return _Tiles(x.shape, False, max(min(block_size, n), 1), max(min(block_size, m), 1))
-
-    if block_mask is None:
-        mask = jax.tree.map(lambda x: jnp.ndim(x) >= 2, tree)
-    elif not jax.tree.leaves(tree):  # the placeholder of `optax.tree.map_params`, or nothing
-        return tree
-    else:
-        mask = jax.tree.broadcast(block_mask(tree) if callable(block_mask) else block_mask, tree)
-    return jax.tree.map_with_path(cut, tree, mask)
-
-
-# ---------------------------------------------------------------- the transformation
 
 
 class ScaleByBlocksState(NamedTuple):
@@ -305,12 +125,12 @@ def scale_by_blocks(
     _check(eps, block_size, update_interval, form, mu_dtype, rms)
     rows = form == "rows"
     every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
-    cuts_of = functools.partial(_cuts, block_mask, rows=rows, block_size=block_size)
+    cut_of_leaves = functools.partial(cuts_of, block_mask, rows=rows, block_size=block_size)
 
     forgetful = isinstance(b2, int | float) and b2 == 0
 
     def drops(cut):
-        return forgetful and isinstance(cut, _Tiles)
+        return forgetful and isinstance(cut, Tiles)
 
     def kept(cuts, C):
         """What the state holds of C: nothing that the next update would not use."""
@@ -319,19 +139,19 @@ def scale_by_blocks(
     def init(params):
         _checks.real_leaves("scale_by_blocks", params)
         _checks.decays_in_leaves(params, b1=b1, b2=b2, b2_numbers=b2_numbers)
-        cuts, leaves = jax.tree.leaves(cuts_of(params)), jax.tree.leaves(params)
+        cuts, leaves = jax.tree.leaves(cut_of_leaves(params)), jax.tree.leaves(params)
         C = [cut.zeros(x) for cut, x in zip(cuts, leaves, strict=True)]
         Z = [cut.identity(C) for cut, C in zip(cuts, C, strict=True)]
         return ScaleByBlocksState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            curvature=_unboxed(params, kept(cuts, C)),
-            root=() if every_update else _unboxed(params, Z),
+            curvature=unboxed(params, kept(cuts, C)),
+            root=() if every_update else unboxed(params, Z),
         )
 
     def computing(b1, b2, eps, b2_numbers, update_interval, rms, due):
         def average(count, cut, g, ahead, C):
-            numbers = isinstance(cut, _Numbers)
+            numbers = isinstance(cut, Numbers)
             S = cut.sample(ahead if rows and not numbers else g, mean=rows)
             if drops(cut):
                 return jnp.where(cut.finite(S), S, 0)
@@ -391,7 +211,7 @@ def scale_by_blocks(
         leaves, structures = zip(*map(jax.tree.flatten, old), strict=True)
         specs = tuple(jax.tree.map(spec_of, list(x)) for x in leaves)
         due = True if every_update else refresh_due(refresh, None)
-        cuts, given = jax.tree.leaves(cuts_of(updates)), (*numbers, due)
+        cuts, given = jax.tree.leaves(cut_of_leaves(updates)), (*numbers, due)
         traced = [x for x in given if isinstance(x, jax.Array)]
 
         def function(traced, *arrays):  # what is closed over would keep its explicit axes
