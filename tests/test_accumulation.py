@@ -57,7 +57,7 @@ def test_a_micro_batch_has_every_kth_row():
     np.testing.assert_array_equal(micro_batches(batch, 3), [batch[i::3] for i in range(3)])
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     "optim", [preset("tiny", "adamw").optim, SophiaH(batch_fraction=0.25, b1=0.8)]
 )
@@ -69,7 +69,13 @@ def test_accumulation_leaves_the_losses_as_they_are(optim, accumulation):
 
 @pytest.mark.parametrize(
     ("kind", "number", "groups"),
-    [(SophiaG, 1, 4), (SophiaG, 2, 4), (SophiaG, 8, 0), (SophiaH, 2, None), (SophiaH, 8, None)],
+    [
+        (SophiaG, 2, 4),
+        (SophiaH, 8, None),
+        pytest.param(SophiaG, 1, 4, marks=pytest.mark.slow),
+        pytest.param(SophiaG, 8, 0, marks=pytest.mark.slow),
+        pytest.param(SophiaH, 2, None, marks=pytest.mark.slow),
+    ],
 )
 def test_a_sample_is_the_mean_of_those_of_the_sampled_micro_batches(kind, number, groups):
     """Of four: all, two, and half of one. Loss and gradient are those of all rows."""
@@ -122,6 +128,7 @@ def assemble(devices, accumulation, optimizer="sophia-g", **fields):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulation", "fields"), [(2, {"groups": 16}), (4, {"batch_fraction": 0.25})]
 )

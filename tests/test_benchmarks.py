@@ -221,6 +221,7 @@ def test_a_file_that_holds_no_runs_is_refused(board, tmp_path):
         leaderboard.main(["--json", str(tmp_path / "runs.json")])
 
 
+@pytest.mark.slow
 def test_the_board_has_the_losses_that_the_trainer_reaches(tmp_path, monkeypatch):
     whole = data.shakespeare()
     monkeypatch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:2000]))
@@ -246,6 +247,7 @@ def test_a_run_that_diverges_is_infinitely_bad_and_kept(tmp_path, monkeypatch):
     assert kept["heldout_loss"] is None
 
 
+@pytest.mark.slow
 def test_groups_divide_the_error_at_the_same_cost_and_leave_no_bias(tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
     arguments = ["--width", "8", "--steps", "100", "--samples", "100", "--json", str(path)]

@@ -85,6 +85,7 @@ def test_a_step_that_samples_by_itself_is_taken_apart_by_whether_one_was_due():
     assert figures["plain"] == {"plain_steps": 1, "seconds": 1.5}
 
 
+@pytest.mark.slow
 def test_curvature_cost_counts_compiles_runs_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", SHALLOW)
     path = tmp_path / "cost.json"
@@ -135,6 +136,7 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
     assert found["all-gather"][0] == 1 and found["all-gather"][1] in (4 * 6 * 2, 4 * 6 * 4)
 
 
+@pytest.mark.slow
 def test_what_a_device_does_stays_flat_as_devices_and_rows_grow(monkeypatch):
     config = DecoderConfig(vocab_size=256, context=16, width=32, layers=1, heads=2)
     monkeypatch.setattr(scaling, "MODEL", config)
@@ -157,6 +159,7 @@ def test_what_a_device_does_stays_flat_as_devices_and_rows_grow(monkeypatch):
     assert parameters <= moved <= 1.01 * (parameters + embedding)
 
 
+@pytest.mark.slow
 def test_scaling_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "fake_devices", lambda: None)  # the tests have eight
     monkeypatch.setattr(scaling, "MODEL", dataclasses.replace(scaling.MODEL, layers=1, width=16))

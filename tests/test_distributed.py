@@ -135,6 +135,7 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_where_one_process_fails_none_waits_and_the_run_can_go_on(tmp_path):
     """JAX would wait five minutes at the exit of the one for the other, which waits for it."""
     folder, port = tmp_path / "two", free_port()

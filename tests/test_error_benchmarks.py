@@ -131,6 +131,7 @@ def test_an_error_is_inverse_to_the_rows(cells):
     assert ratio == pytest.approx(4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_table_charges_rows_and_marks_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curvature_error, "preset", lambda: SMALL)
     monkeypatch.setattr(curvature_error.program, "use_compile_cache", lambda folder: None)
@@ -174,6 +175,7 @@ def test_an_average_weighs_its_samples_by_age(b2):
     assert average.errors(exact)[0] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_where_parameters_rest_an_average_has_the_noise_of_its_weights():
     """And so no lag: the sum of squared weights of the four samples at steps 0 to 30."""
     samples, b2s = ((16, 1), (16, 16), (48, 48)), (0.0, 0.5, 0.9)

@@ -18,9 +18,9 @@ MODEL = DecoderConfig(vocab_size=256, context=16, width=32, layers=1, heads=2)
 THE_FULLEST = "sophia-g", Form((2, 2, 2), scan=True, remat="full", accumulation=4)
 CASES = [
     pytest.param(*THE_FULLEST, marks=pytest.mark.newest),
-    ("sophia-h", Form((2, 4, 1), scan=True, accumulation=4)),
+    pytest.param("sophia-h", Form((2, 4, 1), scan=True, accumulation=4), marks=pytest.mark.slow),
     ("orthosoph", Form((2, 2, 2), scan=True, accumulation=4)),
-    ("soaa", Form((1, 1, 8), scan=True)),
+    pytest.param("soaa", Form((1, 1, 8), scan=True), marks=pytest.mark.slow),
     ("adamw", Form((8, 1, 1), remat="full", accumulation=4)),
 ]
 

@@ -154,6 +154,7 @@ def estimators(tmp_path_factory):
 GROUPS = {number: f"GNB, {number} group{'s' * (number > 1)}" for number in (1, 4, 16)}
 
 
+@pytest.mark.slow
 def test_the_transformer_in_the_notebook_is_the_decoder(estimators):
     assert estimators["difference"] < 1e-5
 

@@ -64,7 +64,10 @@ def cases() -> list[unittest.TestCase]:
 
 
 @pytest.mark.filterwarnings("ignore")  # optax's own code warns
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "sophia_g" else []) for n in FACTORIES],
+)
 def test_each_alias_passes_the_sixteen_cases_of_optax(name, cases, monkeypatch):
     monkeypatch.setattr(optax.contrib, "sophia", FACTORIES[name])
     result = unittest.TestResult()

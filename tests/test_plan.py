@@ -308,6 +308,7 @@ def test_the_command_plans_for_devices_that_are_not_there():
     assert waiting in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "fraction", "accumulation"), [(FSDP, 1 / 16, 1), (MeshConfig(data=8), 1 / 8, 2)]
 )

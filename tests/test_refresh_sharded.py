@@ -118,7 +118,10 @@ def near(have, want):
     jax.tree.map(check, have, want)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if i % 2 else []) for i, n in enumerate(CASES)],
+)
 def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
     """The decoder has layer norms: pullbacks under vmap and in a scan agree."""
     program, placed = compiled(name)

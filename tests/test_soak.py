@@ -32,6 +32,7 @@ def test_the_standard_error_is_that_of_least_squares():
     assert line.error == pytest.approx(np.sqrt(covariance[0, 0]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_short_run_is_noted_drawn_and_printed(tmp_path, capsys):
     soak.main(["--steps", "40", "--every", "4", "--plot", str(tmp_path / "soak.png")])
     shown = capsys.readouterr().out

@@ -71,6 +71,7 @@ def test_all_steps_share_one_program():
     assert {refresh_due(optim, step) for optim in CONFIGS.values() for step in range(9)} == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_library_spells_it_with_an_interval_of_one(name):
     """And b2 ** (1 / k), and the k-th part of the share; both sample at each update."""
@@ -91,6 +92,7 @@ def test_the_library_spells_it_with_an_interval_of_one(name):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), have, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SophiaG, SophiaH])
 def test_the_steps_of_an_interval_cost_what_they_did_together(kind):
     """Operations of k even steps, and of k - 1 plain ones and one that samples the whole share."""

@@ -51,10 +51,10 @@ def two_steps(step, init, refreshes):
     ("name", "refreshes"),
     [
         ("sophia-g", (True, False)),
-        ("sophia-g in groups", (None, None)),
-        ("sophia-g on half", (True, False)),
-        ("sophia-h", (True, False)),
         ("sophia-h on half", (None, None)),
+        pytest.param("sophia-g in groups", (None, None), marks=pytest.mark.slow),
+        pytest.param("sophia-g on half", (True, False), marks=pytest.mark.slow),
+        pytest.param("sophia-h", (True, False), marks=pytest.mark.slow),
     ],
 )
 def test_the_step_takes_the_sample_that_the_optimizer_would_draw(name, refreshes):
