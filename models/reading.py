@@ -3,10 +3,13 @@
 import collections
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_HALF = r"\\u[dD][89a-fA-F]"
+_HALVES: dict[type, Any] = {str: re.compile(_HALF), bytes: re.compile(_HALF.encode())}
 LARGEST = 64 * 2**20
 """Bytes of a JSON file: the largest tokenizer.json files have about 30 MB."""
 
@@ -39,10 +42,14 @@ def parse_json(text: str | bytes, where: str, *, unique: bool = False) -> Any:
       unique: refuse an object that has a name twice; otherwise the last one counts.
 
     Raises:
-      ValueError: it is not JSON, is nested too deeply, or has a number of thousands of digits.
+      ValueError: it is not JSON, is nested too deeply, has a number of thousands of digits, or half
+        of a surrogate pair.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique if unique else None)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        if _HALVES[type(text)].search(text):  # of a pair; alone, no text can be written with it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not JSON ({error}): it may be cut off or damaged. Take it from its "

@@ -15,7 +15,10 @@ from sophia_optax.numerics import accumulation_dtype
 def known_number(value: Any) -> float | None:
     """A number that is known now; None for traced values (`inject_hyperparams`) and schedules."""
     if isinstance(value, int | float | np.number):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond every float
+            return math.inf if value > 0 else -math.inf
     known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
     return float(value) if known and value.ndim == 0 else None
 
