@@ -78,6 +78,11 @@ def test_a_sample_that_is_refused_is_not_a_sample_of_zero():
     tx = hessian_estimate(None)
     _, state = tx.update(W, tx.init(W), W, hessian=W * jnp.nan)
     assert (state.rejected, state.zero, state.zero_leaves) == (1, 0, 0)
+    both = {"a": W, "b": W}
+    state = tx.init(both)
+    for sample in (both, {"a": jnp.zeros_like(W), "b": W * jnp.nan}):
+        _, state = tx.update(both, state, both, hessian=sample)
+    assert (state.rejected, state.zero_leaves) == (1, 0)
 
 
 # ---------------------------------------------------------------- momentum that is not finite
