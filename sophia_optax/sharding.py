@@ -1,5 +1,6 @@
 """Axes of a mesh: manual ones that a caller names, explicit ones that JAX tracks in types."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -138,21 +139,21 @@ def spec_of(x: Any) -> Spec:
 
 def parts_of(x: Any, axis: int) -> int:
     """How many pieces an axis is known to be in: only explicit axes say."""
-    return _size(jax.typeof(x).sharding.mesh, spec_of(x)[axis])
+    return devices_of(jax.typeof(x).sharding.mesh, spec_of(x)[axis])
 
 
-def _size(mesh: Any, names: Any) -> int:
+def devices_of(mesh: Any, names: Any) -> int:
+    """Along a mesh axis, several, or None, which is one."""
     names = names if isinstance(names, tuple) else (names,)
-    size = 1
-    for name in names:
-        size *= 1 if name is None else mesh.shape[name]
-    return size
+    return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def fitting(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Any) -> NamedSharding:
     """`spec` without the mesh axes that do not divide their axis of the shape."""
     spec = (*spec, *[None] * (len(shape) - len(spec)))
-    fits = [None if n % _size(mesh, names) else names for names, n in zip(spec, shape, strict=True)]
+    fits = [
+        None if n % devices_of(mesh, names) else names for names, n in zip(spec, shape, strict=True)
+    ]
     return NamedSharding(mesh, PartitionSpec(*fits))
 
 

@@ -1,7 +1,6 @@
 """How a leaf is cut into blocks: tiles of its matrices, or single numbers."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sophia_optax.inverse_root import frobenius_norm, identity_like, matmul, normalised_root
 from sophia_optax.numerics import accumulation_dtype
-from sophia_optax.sharding import varying_like
+from sophia_optax.sharding import devices_of, varying_like
 
 ArrayLike = jax.typing.ArrayLike
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -130,10 +129,7 @@ def _sharding(x: jax.Array) -> NamedSharding | None:
 
 def _fitting(axes: Any, blocks: int, sharding: NamedSharding) -> Any:
     """The mesh axes, if the blocks divide over them."""
-    names = axes if isinstance(axes, tuple) else (axes,)
-    if axes is None or blocks % math.prod(sharding.mesh.shape[name] for name in names):
-        return None
-    return axes
+    return None if blocks % devices_of(sharding.mesh, axes) else axes
 
 
 def _is_box(x: Any) -> bool:

@@ -24,7 +24,7 @@ def in_older_layout(saved: Any, wanted: Any) -> Any:
     named = leaves.named(wanted)
 
     def target(path: Any, leaf: Any) -> Any:
-        return named[jax.tree_util.keystr(path, simple=True, separator="/")]
+        return named[leaves.name_of(path)]
 
     return jax.tree_util.tree_map_with_path(target, saved)
 
@@ -34,7 +34,7 @@ def in_this_layout(loaded: Any, wanted: Any, new: dict[str, Any]) -> Any:
     have = leaves.named(loaded)
 
     def leaf(path: Any, shape: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaves.name_of(path)
         if name not in new:
             return have[name]
         first = np.full(shape.shape, new[name], shape.dtype)

@@ -30,10 +30,12 @@ def differences(
 
 def named(tree: Any) -> dict[str, Any]:
     """Names such as params/tokens/embedding -> leaves."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def name_of(path: Any) -> str:
+    """Of a path in a tree; the same for a tuple, a list and a NamedTuple."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def floats(tree: Any) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ import numpy as np
 import models
 from models import huggingface
 from models.reading import read_json
-from train import checkpoint, classes, config, moved, program, saver
+from train import checkpoint, classes, config, leaves, moved, program, saver
 from train.config import Config
 from train.data import Data, tokenizers
 
@@ -141,7 +141,7 @@ def _padded(params: Any, there: Model, model: Model) -> Any:
     rows = model.padded_vocab - model.vocab_size
 
     def pad(place, x):
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        name = leaves.name_of(place)
         if name not in huggingface.VOCABULARY or len(x) != there.padded_vocab:
             return x
         return jnp.pad(x[: model.vocab_size], [(0, rows), (0, 0)][: x.ndim])
