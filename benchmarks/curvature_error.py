@@ -35,10 +35,10 @@ from rich.table import Table
 
 from sophia_optax import gauss_newton_bartlett, hutchinson, value_grad_and_hessian
 from train import data, program
-from train.batch import next_tokens
-from train.config import Config, preset
-from train.loss import mean_loss
-from train.optimizers import refresh_due
+from train.config.schema import Config, preset
+from train.optimizers.registry import refresh_due
+from train.step.batch import next_tokens
+from train.step.loss import mean_loss
 
 Flat = jax.Array  # float[P], all parameters
 Row = dict[str, Any]

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from train import data, program
-from train.config import Config, preset
-from train.data import DataConfig, documents, sources
-from train.data.prepare import prepare
+from train.config.schema import Config, preset
+from train.data import DataConfig, sources
+from train.data.prepare import documents
+from train.data.prepare.prepare import prepare
 
 LENGTH = 1024
 ROWS = 64

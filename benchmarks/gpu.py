@@ -2,7 +2,7 @@
 
 Updates alone, against the time in which a copy moves the bytes that they must read and write;
 steps of a GPT-2 that computes in bfloat16, with and without a sample of curvature: tokens a second,
-MFU by the operations of `train.flops.model_flops`, of which a sample has none, and
+MFU by the operations of `train.plan.flops.model_flops`, of which a sample has none, and
 memory. Each measurement is a process of its own, so that peaks of memory are apart and one that
 fails takes no other along; the file is written after each. `--small` is a test of the script.
 """
@@ -30,10 +30,10 @@ import sophia_optax
 from benchmarks.curvature_cost import SHARE, Sampler, gauss_newton, hutchinson
 from benchmarks.update_cost import compile_update
 from models import GPT2, DecoderConfig, split
-from train.batch import next_tokens
-from train.flops import model_flops, peak_flops
-from train.loss import outputs_of
-from train.step import init_state, make_step
+from train.plan.flops import model_flops, peak_flops
+from train.step.batch import next_tokens
+from train.step.loss import outputs_of
+from train.step.train_step import init_state, make_step
 
 RATE = 1e-4
 INTERVAL = 10

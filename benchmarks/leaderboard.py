@@ -32,9 +32,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from train import config, program
-from train.config import Config, preset
-from train.optimizers import refresh_due
+from train import program
+from train.config import schema
+from train.config.schema import Config, preset
+from train.optimizers.registry import refresh_due
 
 PATH = Path("runs/leaderboard.json")
 WEIGHT_DECAY = 0.1
@@ -89,7 +90,7 @@ def measure(run: Config, after_step: Callable[[], None] = lambda: None) -> dict[
         "heldout_loss": loss if math.isfinite(loss) else None,
         "state_bytes": sum(x.size * x.dtype.itemsize for x in shapes) / size,
         "seconds": seconds_per_step(times),
-        "command": config.command(run),
+        "command": schema.command(run),
     }
 
 
@@ -264,7 +265,7 @@ def advice(rows: Mapping[str, dict[str, Any]], path: Path, *, steps: int, seeds:
         steps = length if steps < length else 2 * steps
     names = "" if set(rows) == set(GRIDS) else f" --optimizers {' '.join(rows)}"
     file = "" if path == PATH else f" --json {shlex.quote(str(path))}"
-    script = f"{config.python()} -m benchmarks.leaderboard"
+    script = f"{schema.python()} -m benchmarks.leaderboard"
     lines.append(f"{script}{names} --steps {steps} --seeds {seeds}{file}")
     return "\n".join(lines)
 

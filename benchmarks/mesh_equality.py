@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 if __name__ == "__main__":  # before jax starts
-    from train import xla_flags
+    from train.parallel import xla_flags
 
     DEVICES = 8 // int(os.environ.get("NUM_PROCESSES", 1))
     xla_flags.add(
@@ -37,9 +37,10 @@ from rich.table import Table
 
 from models import DecoderConfig
 from models.config import RematName
-from train import distributed, program
-from train.config import Config, preset
-from train.mesh import MeshConfig
+from train import program
+from train.config.schema import Config, preset
+from train.parallel import processes as distributed
+from train.parallel.mesh import MeshConfig
 
 OPTIMIZERS = ("sophia-g", "sophia-h", "orthosoph", "soaa", "adamw")
 MODEL = DecoderConfig(vocab_size=256, context=16, width=32, layers=2, heads=8)

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from train.config import Config, preset
-from train.mesh import MeshConfig
-from train.plan import Plan, fake_devices, plan
+from train.config.schema import Config, preset
+from train.parallel.mesh import MeshConfig
+from train.plan.plan import Plan, fake_devices, plan
 
 MODELS = ("gpt2-125m", "gpt2-355m", "gpt2-540m", "gpt2-770m", "qwen3-0.6b", "llama2-7b")
 DEVICES = (8, 64, 256)

@@ -25,11 +25,11 @@ import sophia_optax
 from benchmarks.curvature_cost import flops
 from benchmarks.update_cost import compile_update, parameters
 from models import DecoderConfig
-from train import xla_flags
-from train.config import Config
-from train.hlo import collectives
-from train.mesh import MeshConfig
-from train.optimizers import SophiaG
+from train.config.schema import Config
+from train.optimizers.registry import SophiaG
+from train.parallel import xla_flags
+from train.parallel.mesh import MeshConfig
+from train.plan.hlo import collectives
 from train.program import assemble
 
 OPTIMIZERS = {  # extra arguments, whether a sample of curvature is an input

@@ -33,9 +33,9 @@ from benchmarks import leaderboard
 from benchmarks.curvature_error import Moments, moments
 from sophia_optax import gauss_newton_bartlett
 from train import data, program
-from train.batch import Batch, next_tokens
-from train.config import Config, preset
-from train.optimizers import refresh_due
+from train.config.schema import Config, preset
+from train.optimizers.registry import refresh_due
+from train.step.batch import Batch, next_tokens
 
 PATH = Path("runs/tracking.json")
 B2S = (0.5, 0.7, 0.85, 0.9, 0.95, 0.98, 0.99)

@@ -24,8 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from models import split
-from train import cli, config, loop, saved
-from train.config import Config, RunConfig, preset
+from train import loop
+from train.checkpoint import warm_start
+from train.cli import main as cli
+from train.config import schema
+from train.config.schema import Config, RunConfig, preset
 from train.data import shakespeare, tokenizers
 
 THERE = Path(__file__).with_name("transformers_there.py")
@@ -55,7 +58,7 @@ def train(folder: Path, name: str) -> Path:
             words += ["--data.source", f"jsonl:{folder / 'labelled.jsonl'}"]
         cli.main(words)
         imported = folder / "imported" / name
-        begun = dataclasses.replace(config.load(imported), start_from=str(imported))
+        begun = dataclasses.replace(schema.load(imported), start_from=str(imported))
     loop.train(short(begun, place))
     return place
 
@@ -74,7 +77,7 @@ def export(folder: Path, name: str) -> None:
     place = train(folder, name)
     out = folder / "out" / name
     cli.main(["export", str(place), str(out)])
-    loaded = saved.load(place)
+    loaded = warm_start.load(place)
     tokenizer = tokenizers.load(loaded.run.data.tokenizer)
     text = (folder / "text.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text)

@@ -5,7 +5,18 @@ averages samples, `first_moment` averages gradients, `clip_by_ratio` lets the tw
 is a composition of these.
 """
 
-from sophia_optax.alias import (
+from sophia_optax.diagnostics import diagnostics
+from sophia_optax.estimators.base import Estimator
+from sophia_optax.estimators.chunked_logits import LinearLogits, softmax_cross_entropy
+from sophia_optax.estimators.gauss_newton import gauss_newton_bartlett
+from sophia_optax.estimators.gradient import (
+    gradient_magnitude,
+    squared_gradient,
+    weighted_squared_gradient,
+)
+from sophia_optax.estimators.hutchinson import hutchinson
+from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
+from sophia_optax.optimizers.alias import (
     orthosoph,
     soaa,
     sophia_g,
@@ -13,27 +24,22 @@ from sophia_optax.alias import (
     sophia_h,
     sophia_lite,
 )
-from sophia_optax.blocks import ScaleByBlocksState, scale_by_blocks
-from sophia_optax.curvature import Estimator
-from sophia_optax.diagnostics import diagnostics
-from sophia_optax.gauss_newton import gauss_newton_bartlett
-from sophia_optax.gradient import (
-    gradient_magnitude,
-    squared_gradient,
-    weighted_squared_gradient,
+from sophia_optax.transforms.blocks import ScaleByBlocksState, scale_by_blocks
+from sophia_optax.transforms.clip_by_ratio import (
+    ClipByRatioState,
+    clip_by_ratio,
+    floor,
+    rms_floor,
+    shift,
 )
-from sophia_optax.hessian import hutchinson
-from sophia_optax.linear import LinearLogits, softmax_cross_entropy
-from sophia_optax.moments import (
+from sophia_optax.transforms.hessian_estimate import HessianEstimateState, hessian_estimate
+from sophia_optax.transforms.moments import (
     CenteredMomentState,
     centered_second_moment,
     first_moment,
     second_moment,
 )
-from sophia_optax.ratio import ClipByRatioState, clip_by_ratio, floor, rms_floor, shift
-from sophia_optax.region import TrustRegionState, trust_region
-from sophia_optax.shared import value_grad_and_hessian
-from sophia_optax.transform import HessianEstimateState, hessian_estimate
+from sophia_optax.transforms.trust_region import TrustRegionState, trust_region
 
 __version__ = "0.1.0"
 

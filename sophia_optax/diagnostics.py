@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from sophia_optax import _checks
-from sophia_optax.ratio import ClipByRatioState
-from sophia_optax.region import TrustRegionState
-from sophia_optax.transform import HessianEstimateState
+from sophia_optax import checks
+from sophia_optax.transforms.clip_by_ratio import ClipByRatioState
+from sophia_optax.transforms.hessian_estimate import HessianEstimateState
+from sophia_optax.transforms.trust_region import TrustRegionState
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -99,7 +99,7 @@ def diagnostics(
     """
     points = None if quantiles is None else tuple(map(float, np.ravel(quantiles)))
     for q in points or ():
-        _checks.in_range("quantiles", q, 0, 1)
+        checks.in_range("quantiles", q, 0, 1)
     found: dict[str, jax.Array] = {}
     for prefix, state in _states(opt_state):
         for name, value in _scalars(state, points).items():

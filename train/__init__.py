@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from train.extras import missing
 
 if TYPE_CHECKING:
-    from train.config import Config, preset
+    from train.config.schema import Config, preset
     from train.loop import resume, train
 
 __all__ = ["Config", "preset", "resume", "train"]
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
     # At first use: the command line needs tyro, `train.step` does not.
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
-    home = "train.config" if name in ("Config", "preset") else "train.loop"
+    home = "train.config.schema" if name in ("Config", "preset") else "train.loop"
     try:
         return getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:

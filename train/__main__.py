@@ -8,7 +8,7 @@ from train.extras import missing
 def run() -> None:
     """The command line; without its libraries, a line that names the extra which has them."""
     try:
-        from train.cli import main
+        from train.cli.main import main
 
         main()
     except ModuleNotFoundError as error:

@@ -1,71 +1,63 @@
-"""Held-out loss, in nats a token and bits a byte, and for classes the share that is right."""
+"""Evaluations of a run: when there is one, how much it reads, and that a signal ends it."""
 
+import json
 import math
-from collections.abc import Callable
+import threading
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from train import data
-from train.loss import Outputs, token_losses
-
-
-def make_evaluate(
-    outputs: Outputs,
-    loaded: Callable[[], data.Data],
-    sharding: jax.sharding.Sharding,
-    *,
-    whole_text: bool = True,
-) -> Callable[..., dict[str, float] | None]:
-    """A function from parameters to what they reach on the held-out data, by default all of it.
-
-    Args:
-      outputs: the model, of `train.loss.outputs_of`.
-      loaded: gives the data, when first called for.
-      sharding: of a batch.
-      whole_text: targets are all tokens of a text, so that its bits are theirs.
-
-    Returns:
-      `params -> {"heldout_loss": nats a target, ...}`: with "accuracy" where targets are classes,
-      with "bits_per_byte" where they are all tokens of a text. `batches=n` reads only n batches,
-      evenly spaced and the same each time. `stopped()` is asked before each batch: where it is true
-      the result is None.
-    """
-
-    @jax.jit
-    def add_up(params, batch):
-        made = outputs(params, batch)
-        losses, weights = token_losses(made, batch), batch.weights
-        sums = [jnp.vdot(losses, weights), jnp.sum(weights)]
-        if batch.targets.ndim == 1:
-            sums.append(jnp.vdot(jnp.argmax(made, -1) == batch.targets, weights))
-        return jnp.stack(sums)
-
-    def place(array):
-        return data.to_mesh(lambda rows: array[rows], array.shape, sharding)
-
-    def evaluate(
-        params, *, batches: int | None = None, stopped: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        total, late = np.zeros(()), np.zeros(())
-        for batch in loaded().heldout(batches):
-            if stopped():
-                return None
-            now = add_up(params, jax.tree.map(place, batch))
-            # The host waits for the batch before: with more than 32 programs on their way, threads
-            # of XLA on CPU wait for their turn that collectives of the earlier ones wait for.
-            total, late = total + np.asarray(late, np.float64), now
-        size = loaded().bytes_per_token if whole_text else None
-        return _figures(total + np.asarray(late, np.float64), size)
-
-    return evaluate
+from train import program
+from train.checkpoint import store
+from train.config.schema import Config
+from train.logging.throughput import Meter
+from train.parallel import processes
 
 
-def _figures(sums: np.ndarray, bytes_per_token: float | None) -> dict[str, float]:
-    loss = sums[0] / sums[1]
-    if len(sums) == 3:
-        return {"heldout_loss": loss, "accuracy": sums[2] / sums[1]}
-    if bytes_per_token is None:
-        return {"heldout_loss": loss}
-    return {"heldout_loss": loss, "bits_per_byte": loss / bytes_per_token / math.log(2)}
+class Judge:
+    """Evaluates at intervals and at the end, and tells the checkpoints their held-out losses."""
+
+    def __init__(
+        self,
+        run: Config,
+        programs: program.Program,
+        checkpoints: store.Checkpoints,
+        meter: Meter,
+        stop: threading.Event,
+    ):
+        self.run, self.programs, self.checkpoints = run, programs, checkpoints
+        self.meter, self.stop = meter, stop
+        rows = [row for row in meter.log.kept if "heldout_loss" in row]
+        known = [(row["step"], row["heldout_loss"]) for row in rows]
+        known = json.loads(processes.from_main(json.dumps(known)))
+        finite = {step: math.nan if loss is None else loss for step, loss in known}
+        checkpoints.losses.update(finite)
+
+    def if_due(self, step: int, params: Any) -> bool:
+        """Evaluates where it is time to; false if a signal ended it."""
+        return not self._due(step) or self._evaluate(step, params)
+
+    def unless_judged(self, step: int, params: Any) -> bool:
+        """`if_due` for the first step of a resumed run, which may have been cut short before."""
+        return step == 0 or step in self.checkpoints.losses or self.if_due(step, params)
+
+    def _due(self, step: int) -> bool:
+        return step % self.run.evaluate_every == 0 or step == self.run.steps
+
+    def _evaluate(self, step: int, params: Any) -> bool:
+        self.meter.flush()
+        agree = processes.Agreement()
+        found = self.programs.evaluate(
+            params,
+            batches=None if step == self.run.steps else batches(self.run),
+            stopped=lambda: agree(self.stop.is_set())[0],
+        )
+        if found is not None:
+            self.meter.log.evaluate(step, found)
+            self.checkpoints.losses[step] = found["heldout_loss"]
+        self.meter.restart(step)
+        return found is not None
+
+
+def batches(run: Config) -> int | None:
+    """Batches of an evaluation before the last; None reads all."""
+    tokens = run.batch_size * run.sequence_length
+    return -(-run.run.evaluate_tokens // tokens) or None

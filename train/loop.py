@@ -11,39 +11,25 @@ from typing import Any
 
 import jax
 
-from train import (
-    checkpoint,
-    config,
-    distributed,
-    files,
-    judging,
-    lock,
-    metrics,
-    moved,
-    profiling,
-    program,
-    record,
-    reference,
-    report,
-    saved,
-    saver,
-    signals,
-    writers,
-)
-from train.config import Config, RunConfig
+from train import baseline, evaluate, files, lock, program, report
+from train.checkpoint import manifest, moved, policy, store, warm_start
+from train.checkpoint.restore import Start, restored
+from train.config import schema
+from train.config.schema import Config, RunConfig
 from train.extras import check_installed
-from train.mesh import MeshConfig
-from train.meter import Health, Meter
-from train.optimizers import refresh_due
-from train.start import Start, restored
-from train.step import TrainState
+from train.logging import profiler, run_log, trackers
+from train.logging.throughput import Health, Meter
+from train.optimizers.registry import refresh_due
+from train.parallel import processes, signals
+from train.parallel.mesh import MeshConfig
+from train.step.train_step import TrainState
 
 check_installed("orbax", "matplotlib")  # before hours of training, not at the first save or after
 
 History = list[dict[str, Any]]
 
 
-def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
+def train(run: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
     """Trains a model in a new folder.
 
     Of several processes (`distributed.start`) all call it, with the same config.
@@ -64,11 +50,11 @@ def train(run: Config, *, others: Sequence[writers.Writer] = ()) -> History:
       Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
         KeyboardInterrupt, and ends a loop over runs.
     """
-    run = config.resolved(run, jax.default_backend())
-    run = distributed.on_all(functools.partial(program.settled, run))
+    run = schema.resolved(run, jax.default_backend())
+    run = processes.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         if run.run.recompute_reference:
-            reference.recompute(run, folder, train)
+            baseline.recompute(run, folder, train)
         program.use_compile_cache(run.run.compile_cache)
         programs = program.assemble(run)
         _read_data(programs)  # what cannot be read is no reason to compile
@@ -83,25 +69,25 @@ def begin(run: Config) -> None:
     Raises:
       ValueError, CheckpointError, OSError: as in `train`.
     """
-    run = config.resolved(run, jax.default_backend())
-    run = distributed.on_all(functools.partial(program.settled, run))
+    run = schema.resolved(run, jax.default_backend())
+    run = processes.on_all(functools.partial(program.settled, run))
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
-            beside = record.make(0, config.to_json(run), _read_data(programs), Health())
+            beside = manifest.make(0, schema.to_json(run), _read_data(programs), Health())
             checkpoints.save(0, _initial(run, programs), record=beside, force=True)
-        distributed.on_main(lambda: config.save(run, folder))
+        processes.on_main(lambda: schema.save(run, folder))
 
 
 @contextlib.contextmanager
 def _new(run: Config) -> Iterator[Path]:
     """A folder that no run has, held by this one."""
-    distributed.check_same(_shared(run))
+    processes.check_same(_shared(run))
     folder = Path(run.run.folder or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(distributed.from_main(str(folder)))
-    distributed.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    folder = Path(processes.from_main(str(folder)))
+    processes.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     with _owned(folder):
-        distributed.on_main(lambda: _must_be_free(folder))
+        processes.on_main(lambda: _must_be_free(folder))
         yield folder
 
 
@@ -109,7 +95,7 @@ def _initial(run: Config, programs: program.Program) -> TrainState:
     state = programs.init()
     if run.start_from:
         names = programs.data().class_names
-        params = saved.start_from(Path(run.start_from).expanduser(), run, state.params, names)
+        params = warm_start.start_from(Path(run.start_from).expanduser(), run, state.params, names)
         state = state._replace(params=params)
     return state
 
@@ -150,7 +136,7 @@ def resume(
       FloatingPointError, OSError, Stopped: as in `train`.
     """
     folder = Path(folder)
-    run = moved.placed(config.load(folder), data)
+    run = moved.placed(schema.load(folder), data)
     run = dataclasses.replace(
         run,
         steps=run.steps if steps is None else steps,
@@ -158,7 +144,7 @@ def resume(
         mesh=mesh or run.mesh,
     )
     asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
-    distributed.check_same(_shared(run) | asked)
+    processes.check_same(_shared(run) | asked)
     with _owned(folder):
         program.use_compile_cache(_cache(run.run, compile_cache))
         programs = program.assemble(run)
@@ -179,13 +165,13 @@ def resume(
 
 def _read_data(programs: program.Program) -> str:
     """The fingerprint of the data, which all processes can read and is the same on all."""
-    fingerprint = distributed.on_all(programs.data).fingerprint
-    distributed.check_same({"data": fingerprint})
+    fingerprint = processes.on_all(programs.data).fingerprint
+    processes.check_same({"data": fingerprint})
     return fingerprint
 
 
 def _shared(run: Config) -> dict[str, Any]:
-    return {"config": config.to_json(run), "versions": record.versions()}
+    return {"config": schema.to_json(run), "versions": manifest.versions()}
 
 
 def _cache(shown: RunConfig, asked: str | None) -> str:
@@ -197,7 +183,7 @@ def _cache(shown: RunConfig, asked: str | None) -> str:
 def _must_be_free(folder: Path) -> None:
     if (folder / "config.json").exists():
         raise ValueError(
-            f"{folder} already holds a run: resume it with `{config.call('resume', folder)}`, or "
+            f"{folder} already holds a run: resume it with `{schema.call('resume', folder)}`, or "
             "choose another --run.folder."
         )
 
@@ -213,12 +199,12 @@ def _owned(folder: Path) -> Iterator[None]:
         stack.enter_context(lock.hold(folder, print))
 
     with contextlib.ExitStack() as stack:
-        distributed.on_main(hold)
+        processes.on_main(hold)
         yield
 
 
-def _checkpoints(run: Config, folder: Path) -> checkpoint.Checkpoints:
-    return checkpoint.Checkpoints(
+def _checkpoints(run: Config, folder: Path) -> store.Checkpoints:
+    return store.Checkpoints(
         files.inside(folder, "checkpoints"),
         save_interval=run.run.checkpoint_every,
         keep_last=run.run.keep_checkpoints,
@@ -230,13 +216,13 @@ def _run(
     folder: Path,
     programs: program.Program,
     start: Start,
-    checkpoints: checkpoint.Checkpoints,
-    others: Sequence[writers.Writer] = (),
+    checkpoints: store.Checkpoints,
+    others: Sequence[trackers.Writer] = (),
 ) -> History:
     """Trains from `start` to the last step, or until a signal, then reports."""
     with signals.stopping() as stop:
         state, ended = _steps(run, folder, programs, start, checkpoints, others, stop)
-        history = metrics.read_history(folder) if distributed.is_main() else []
+        history = run_log.read_history(folder) if processes.is_main() else []
         report.finish(run, folder, history, programs, state, ended=ended, stop=stop)
     if not ended:
         raise signals.Stopped(folder, int(state.step))
@@ -248,27 +234,27 @@ def _steps(
     folder: Path,
     programs: program.Program,
     start: Start,
-    checkpoints: checkpoint.Checkpoints,
-    others: Sequence[writers.Writer],
+    checkpoints: store.Checkpoints,
+    others: Sequence[trackers.Writer],
     stop: threading.Event,
 ) -> tuple[TrainState, bool]:
     """The state when it was saved last, and whether nothing is left to do."""
     state, first = start.state, int(start.state.step)
-    done, agree = first, distributed.Agreement()
+    done, agree = first, processes.Agreement()
     with contextlib.ExitStack() as stack:
-        log = distributed.on_main(lambda: stack.enter_context(_log(run, folder, first, others)))
-        log = log or stack.enter_context(metrics.RunLog(folder, run.steps, silent=True))
+        log = processes.on_main(lambda: stack.enter_context(_log(run, folder, first, others)))
+        log = log or stack.enter_context(run_log.RunLog(folder, run.steps, silent=True))
         for note in start.notes:
             log.print(note)
         told = lambda: agree.at_once(stop.is_set(), False)[0]  # noqa: E731
         step = _compiled(run, programs, range(first, run.steps), start.health.owed, log, told)
         # Only now: a run that does not compile leaves its folder free.
-        distributed.on_main(lambda: config.save(run, folder))
+        processes.on_main(lambda: schema.save(run, folder))
         meter = Meter(run, log, first, start.health)
-        keep = saver.Saver(run, programs, checkpoints, meter)
-        judge = judging.Judge(run, programs, checkpoints, meter, stop)
-        shown = run.run.profile if distributed.is_main() else ""
-        trace = stack.enter_context(profiling.profiler(shown, folder / "profile", log.print))
+        keep = policy.Saver(run, programs, checkpoints, meter)
+        judge = evaluate.Judge(run, programs, checkpoints, meter, stop)
+        shown = run.run.profile if processes.is_main() else ""
+        trace = stack.enter_context(profiler.profiler(shown, folder / "profile", log.print))
         trace(first, state)
         stopped = told() or not judge.unless_judged(first, state.params)
         if stopped or first == run.steps:  # the schedule may be a new one
@@ -291,13 +277,15 @@ def _steps(
     return state, not stopped
 
 
-def _log(run: Config, folder: Path, first: int, others: Sequence[writers.Writer]) -> metrics.RunLog:
+def _log(
+    run: Config, folder: Path, first: int, others: Sequence[trackers.Writer]
+) -> run_log.RunLog:
     takers = list(others)
     if run.run.tensorboard:
-        takers.append(writers.TensorBoard(folder / "tensorboard", first))
+        takers.append(trackers.TensorBoard(folder / "tensorboard", first))
     if run.run.wandb:
-        takers.append(writers.Wandb(run.run.wandb, folder, config.to_json(run)))
-    return metrics.RunLog(folder, run.steps, first, quiet=run.run.quiet, writers=takers)
+        takers.append(trackers.Wandb(run.run.wandb, folder, schema.to_json(run)))
+    return run_log.RunLog(folder, run.steps, first, quiet=run.run.quiet, writers=takers)
 
 
 def _refresh(run: Config, step: int, health: Health) -> bool | None:
@@ -311,7 +299,7 @@ def _compiled(
     programs: program.Program,
     steps: range,
     owed: bool,
-    log: metrics.RunLog,
+    log: run_log.RunLog,
     told: Callable[[], bool],
 ) -> dict[bool | None, Any]:
     """The programs that these steps need, by `refresh`: what does not compile fails before them.

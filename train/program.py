@@ -14,14 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import models
-from train import data, evaluate, loss, mesh
-from train import step as step_lib
-from train.batch import Batch
-from train.config import Config, resolved
+from train import data
+from train.config.schema import Config, resolved
 from train.data import tokenizers
 from train.data.tokenizers import Tokenizer
-from train.optimizers import SophiaGeometric
-from train.sophia import SophiaG, SophiaH
+from train.optimizers.registry import SophiaGeometric
+from train.optimizers.sophia import SophiaG, SophiaH
+from train.parallel import mesh
+from train.step import heldout, loss
+from train.step import train_step as step_lib
+from train.step.batch import Batch
 
 
 class Program(NamedTuple):
@@ -241,7 +243,7 @@ def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
 def _evaluate(
     run: Config, placed: Mesh, outputs: loss.Outputs, loaded: Callable[[], data.Data]
 ) -> Callable[..., dict[str, float] | None]:
-    return evaluate.make_evaluate(
+    return heldout.make_evaluate(
         functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
         loaded,
         mesh.batch_sharding(placed),

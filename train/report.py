@@ -8,10 +8,14 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from train import config, distributed, files, metrics, reference, sample
-from train.config import Config
+from train import baseline as reference
+from train import files, generate
+from train.config import schema
+from train.config.schema import Config
+from train.logging import run_log
+from train.parallel import processes
 from train.program import Program
-from train.step import TrainState
+from train.step.train_step import TrainState
 
 PROMPT = "HAMLET.\n"
 
@@ -41,7 +45,7 @@ def finish(
     """
     wanted = run.run.sample_length and not run.run.quiet and run.data.task == "next-token"
     text = _sample(run, programs, state, stop) if wanted and ended else ""
-    if distributed.is_main():
+    if processes.is_main():
         _write(run, folder, history, text, "" if ended else f"stopped at step {int(state.step)}")
 
 
@@ -50,7 +54,7 @@ def _write(run: Config, folder: Path, history: list[dict], text: str, stopped: s
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
     unit = _unit(run)
-    metrics.plot(history, folder / "loss.png", title=run.name, reference=curve, unit=unit)
+    run_log.plot(history, folder / "loss.png", title=run.name, reference=curve, unit=unit)
     if run.run.quiet:
         return
     console = Console()
@@ -74,7 +78,7 @@ def _unit(run: Config) -> str:
 
 def _next(run: Config, folder: Path, stopped: str) -> str:
     """What to do next; the last line is a command and nothing else."""
-    command = config.call("resume", folder)
+    command = schema.call("resume", folder)
     if stopped:
         return f"{stopped} of {run.steps}, which is saved; go on:\n{command}"
     why = "to train longer (on a longer schedule, so the learning rate rises again):"
@@ -83,13 +87,13 @@ def _next(run: Config, folder: Path, stopped: str) -> str:
 
 def _sample(run: Config, programs: Program, state: TrainState, stop: threading.Event) -> str:
     """The text; empty where a process was told to stop."""
-    data, agree, flags = programs.data(), distributed.Agreement(), [False]
+    data, agree, flags = programs.data(), processes.Agreement(), [False]
 
     def stopped() -> bool:
         flags[:] = agree(stop.is_set())
         return flags[0]
 
-    tokens = sample.sample(
+    tokens = generate.sample(
         run.model,
         state.params,
         data.prompt(PROMPT),
@@ -125,6 +129,6 @@ def _comparison(run: Config, baseline: reference.Reference | None, stopped: str)
         return f"AdamW with the same budget: {reached} ({baseline.command})"
     if stopped or reference.is_twin(run):
         return ""
-    again = f"{config.command(run)} --run.recompute-reference"
+    again = f"{schema.command(run)} --run.recompute-reference"
     known = "what is stored belongs to another config" if baseline else "not known"
     return f"AdamW with the same budget: {known}; to find out: {again}"

@@ -1,7 +1,7 @@
 """Losses of fixed runs, to compare two versions of the code: `python -m tests.golden.losses FILE`.
 
-Five optimizers train ten steps on a mesh of 2 x 2 x 2 fake CPU devices, and the default run of
-`make train` on one. The first call writes FILE; a later one, perhaps of other code, compares with it.
+Five optimizers train ten steps on a mesh of 2 x 2 x 2 fake CPU devices. The first call writes FILE;
+a later one, perhaps of other code, compares with it.
 """
 
 import dataclasses
@@ -10,34 +10,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train import xla_flags
+from train import preset, train
+from train.parallel import xla_flags
 
 xla_flags.add({"xla_force_host_platform_device_count": 8})
-
-from train import preset, train
 
 OPTIMIZERS = ("sophia-g", "sophia-h", "adamw", "orthosoph", "soaa")
 WITHIN = 1e-6  # relative
 
 
-def losses(optimizer: str, folder: str, steps: int, axis: int) -> list[float]:
+def losses(optimizer: str, folder: str) -> list[float]:
     """Training losses, and held-out ones at the end."""
     run = preset("tiny", optimizer)
-    output = dataclasses.replace(run.run, folder=f"{folder}/{optimizer}{steps}", log_every=1, quiet=True)
-    mesh = dataclasses.replace(run.mesh, data=axis, fsdp=axis, tensor=axis)
-    run = dataclasses.replace(run, steps=steps, mesh=mesh, run=output)
-    history = train(run)
+    output = dataclasses.replace(run.run, folder=f"{folder}/{optimizer}", log_every=1, quiet=True)
+    mesh = dataclasses.replace(run.mesh, data=2, fsdp=2, tensor=2)
+    history = train(dataclasses.replace(run, steps=10, mesh=mesh, run=output))
     return [row[name] for row in history for name in ("loss", "heldout_loss") if name in row]
 
 
-def measure() -> dict[str, list[float]]:
-    with tempfile.TemporaryDirectory() as folder:
-        found = {name: losses(name, folder, 10, 2) for name in OPTIMIZERS}
-        return found
-
-
 def main(path: Path) -> None:
-    found = measure()
+    """Writes or compares."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {name: losses(name, folder) for name in OPTIMIZERS}
     if not path.exists():
         path.write_text(json.dumps(found, indent=1) + "\n")
         return

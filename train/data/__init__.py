@@ -2,10 +2,10 @@
 
 from train.data.config import DataConfig
 from train.data.embedded import Corpus, decode, encode, shakespeare
-from train.data.loading import load, settled
+from train.data.load import load, settled
 from train.data.placement import to_mesh
 from train.data.rows import Data, batch_shapes
-from train.data.windows import batch, heldout_batches
+from train.data.tasks.windows import batch, heldout_batches
 
 __all__ = [
     "Corpus",

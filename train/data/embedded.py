@@ -10,7 +10,7 @@ import numpy as np
 from train.data import storage
 
 HELDOUT_FRACTION = 0.05
-_TEXT = Path(__file__).parent.parent / "texts" / "shakespeare.txt.xz"
+_TEXT = Path(__file__).parent / "texts" / "shakespeare.txt.xz"
 
 
 class Corpus(NamedTuple):

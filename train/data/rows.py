@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from train.batch import Batch
 from train.data import storage
 from train.data.config import DataConfig
 from train.data.tokenizers import Tokenizer
+from train.step.batch import Batch
 
 
 class Rows(NamedTuple):

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train import files
-from train.data import bare, mixture, places, tfds, tokenizers
+from train.data import bare, places, tokenizers
 from train.data.config import DataConfig
-from train.data.documents import shards as files_of
 from train.data.embedded import cut
-from train.data.readers import Shard
+from train.data.prepare import tfds
+from train.data.prepare.documents import shards as files_of
+from train.data.prepare.readers import Shard
+from train.data.tasks import mixture
 from train.data.tokenizers import Tokenizer
 
 HEADER = "header.json"

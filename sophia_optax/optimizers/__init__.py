@@ -1,0 +1,1 @@
+"""Optimizers, each one sentence of composition."""

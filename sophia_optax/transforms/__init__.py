@@ -1,0 +1,1 @@
+"""Gradient transformations that averages, clips, regions and blocks are made of."""

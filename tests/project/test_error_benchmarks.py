@@ -1,0 +1,216 @@
+"""What the tables of curvature's error rest on: their statistics, and the laws that they show."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import curvature_error, leaderboard, tracking
+from models import DecoderConfig, split
+from train.config.schema import preset
+
+SMALL = dataclasses.replace(
+    preset(),
+    model=DecoderConfig(vocab_size=256, context=8, width=32, layers=1, heads=2),
+    steps=40,
+    warmup_steps=4,
+    sequence_length=8,
+)
+
+
+def test_moments_are_those_of_all_pairs():
+    draws = np.random.default_rng(0).normal(1, 2, (5, 3))
+    found = curvature_error.moments(iter(draws))
+    np.testing.assert_allclose(found.mean, draws.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.squared_standard_error, draws.var(0, ddof=1) / 5, rtol=1e-12)
+    products = [draws[i] * draws[j] for i in range(5) for j in range(5) if i != j]
+    np.testing.assert_allclose(found.squared_mean, np.mean(products, 0), rtol=1e-10)
+
+
+def test_the_noise_of_the_reference_is_no_error_of_the_samples():
+    rng = np.random.default_rng(0)
+    truth = np.linspace(1, 2, 4000)
+    reference = curvature_error.moments(truth + rng.normal(0, 3, (10, truth.size)))
+    noise = reference.squared_standard_error.sum() / (truth**2).sum()
+    assert noise == pytest.approx(0.9 / (truth**2).mean(), rel=0.05)
+    found = curvature_error.errors(truth + rng.normal(0, 0.5, (50, truth.size)), reference)
+    exact = 0.25 / (truth**2).mean()
+    assert noise > 3 * exact
+    # The same noise enters every sample's error once more, times twice the sample's own.
+    assert found["total_error"] == pytest.approx(exact, abs=0.05 * noise)
+
+
+def test_hutchinson_needs_no_reference_for_its_total_error():
+    """On ½ xᵀAx a coordinate's variance is Σ_{j≠i} A_ij² over groups, the reference's nothing."""
+    P = 400
+    A = np.random.default_rng(1).normal(0, 0.2, (P, P))
+    A = (A + A.T) / 2 + np.diag(np.linspace(1, 2, P))
+
+    def loss_fn(theta, rows):
+        return jnp.mean(rows) * theta @ jnp.asarray(A, jnp.float32) @ theta / 2
+
+    rows = jnp.ones((40, 1))
+    p = curvature_error.Problem(jnp.ones(P), lambda theta, rows: rows, loss_fn, rows)
+    found = curvature_error.hutchinson_rows(p, number=400, coordinates=20, probes=40)
+    squares, diagonal = A**2, np.diag(A)
+    variance = squares.sum(1) - diagonal**2
+    # The products' mean is right to 2 sqrt(2 error / draws / P), 1.3% here; pairs i, j count once.
+    for row in found:
+        groups = row["groups"] or row["rows"]
+        total, median = variance.sum() / (diagonal**2).sum(), np.median(variance / diagonal**2)
+        assert groups * row["total_error"] == pytest.approx(total, rel=0.05)
+        assert groups * row["median_error"] == pytest.approx(median, rel=0.2)
+        assert row["reference_error"] < 0.01
+    cut = [(row["rows"], row["groups"]) for row in found]
+    assert cut == [(40, None), (40, 1), (4, 1), (4, 4), (4, None)]
+
+
+def test_rows_are_shuffled_between_draws():
+    """Else a sub-batch would be the same one each time, and its noise no part of the error."""
+    rows = jnp.arange(8.0)[:, None]
+    p = curvature_error.Problem(jnp.ones(1), lambda *_: rows, lambda *_: rows, rows)
+    seen = curvature_error.draws(p, lambda *_, inputs, **unused: inputs[::4, 0], 200)
+    pairs = np.stack(list(seen))
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    np.testing.assert_allclose(pairs.mean(0), 3.5, atol=4 * (5.25 / 200) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Logits linear in 128 parameters, 32 rows of 8 outputs: errors, reference, exact diagonal."""
+    x = np.random.default_rng(2).normal(size=(32, 8, 32)).astype(np.float32)
+    theta = jax.random.normal(jax.random.key(0), (32, 4)) / 8
+
+    def logits_fn(theta, rows):
+        return rows @ theta.reshape(32, 4)
+
+    p = curvature_error.Problem(theta.ravel(), logits_fn, logits_fn, jnp.asarray(x))
+    reference = curvature_error.moments(curvature_error.draws(p, rows_apart(p), 400))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curvature_error, "FRACTIONS", (1, 4))
+        patch.setattr(curvature_error, "GROUPS", (1, 4, 16, None))
+        rows = curvature_error.gauss_newton_rows(p, reference, 150)
+    probability = np.asarray(jax.nn.softmax(logits_fn(theta, x)))
+    exact = np.einsum("btd,btv->dv", x**2, probability * (1 - probability)) / 256
+    return {(row["fraction"], row["groups"]): row for row in rows}, reference, exact.ravel()
+
+
+def rows_apart(p):
+    return curvature_error.of_groups(p, 1, None)
+
+
+def test_the_reference_is_the_gauss_newton_diagonal_to_its_standard_error(cells):
+    _, reference, exact = cells
+    # A mean of 128 coordinates' χ², each of variance 2.
+    in_errors = (reference.mean - exact) ** 2 / reference.squared_standard_error
+    assert in_errors.mean() == pytest.approx(1, abs=4 * (2 / 128) ** 0.5)
+    assert reference.squared_standard_error.sum() < 1e-3 * (exact**2).sum()
+
+
+def test_an_error_is_two_by_the_groups_and_what_single_outputs_leave(cells):
+    """Var Σ_m s_m² is 2 / G of h² for Gaussian s_m, and a kurtosis that grouping does not touch."""
+    cells, _, _ = cells
+    assert set(cells) == {*((n, g) for n in (1, 4) for g in (1, 4, None))} | {(1, 16)}
+    apart = cells[1, None]
+    for groups in (1, 4, 16):
+        row = cells[1, groups]
+        error = 3 * (row["standard_error"] ** 2 + apart["standard_error"] ** 2) ** 0.5
+        difference = row["total_error"] - apart["total_error"]
+        assert difference == pytest.approx(2 / groups - 2 / 32, abs=error)
+        assert error < 0.2 * (2 / groups)
+        assert row["median_error"] == pytest.approx(row["total_error"], rel=0.2)
+
+
+def test_an_error_is_inverse_to_the_rows(cells):
+    cells, _, _ = cells
+    ratio = cells[4, None]["total_error"] / cells[1, None]["total_error"]
+    assert ratio == pytest.approx(4, rel=0.2)
+
+
+@pytest.mark.slow
+def test_the_table_charges_rows_and_marks_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curvature_error, "preset", lambda: SMALL)
+    monkeypatch.setattr(curvature_error.program, "use_compile_cache", lambda folder: None)
+    monkeypatch.setattr(curvature_error, "FRACTIONS", (10,))
+    monkeypatch.setattr(curvature_error, "GROUPS", (1, None))
+    monkeypatch.setattr(curvature_error, "HUTCHINSON", ((10, 1),))
+    path = tmp_path / "figures.json"
+    sizes = {"steps": 12, "rows": 20, "reference": 4, "draws": 3, "coordinates": 8, "probes": 4}
+    flags = [f"--{name}={value}" for name, value in sizes.items()]
+    curvature_error.main([*flags, f"--json={path}"])
+    found = json.loads(path.read_text())
+    names = {"gauss_newton_bartlett": "shared", "hutchinson": "hutchinson"}
+    for method, cost in names.items():
+        for row in found[method]:
+            assert row["rows"] == 20 // row["fraction"]
+            assert row["overhead"] == pytest.approx(found["costs"][cost] / row["fraction"] / 10)
+    (marked,) = [line for line in capsys.readouterr().out.splitlines() if "** │" in line]
+    assert marked.split()[1:4] == ["2", "=", "1/10"]
+
+
+def test_a_sample_costs_a_backward_pass_a_gradient_or_more_than_two():
+    model = split(preset().model)
+    rows = jnp.zeros((16, 65), int)
+    p = curvature_error.flat_problem(model.apply, model.init(jax.random.key(0)), rows)
+    costs = curvature_error.costs(p)
+    assert costs["shared"] == pytest.approx(2 / 3, rel=0.05)
+    assert costs["apart"] == pytest.approx(1, rel=0.05)
+    assert 2 < costs["hutchinson"] < 3
+
+
+@pytest.mark.parametrize("b2", [0.0, 0.5, 0.99])
+def test_an_average_weighs_its_samples_by_age(b2):
+    samples = np.random.default_rng(0).normal(1, 1, (7, 5))
+    average = tracking.Average((b2, 0.3))
+    for h in samples:
+        average.add(h)
+    weights = (1 - b2) * b2 ** np.arange(7)[::-1] / (1 - b2**7)
+    exact = curvature_error.Moments(10, np.ones(5), np.full(5, 0.1))
+    squares = (weights @ samples - 1) ** 2
+    expected = (squares.sum() - 0.05) / (5 - 0.05)
+    assert average.errors(exact)[0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_where_parameters_rest_an_average_has_the_noise_of_its_weights():
+    """And so no lag: the sum of squared weights of the four samples at steps 0 to 30."""
+    samples, b2s = ((16, 1), (16, 16), (48, 48)), (0.0, 0.5, 0.9)
+    still = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, learning_rate=1e-9))
+    found = tracking.track(still, samples=samples, b2s=b2s, judged=(35,), reference=(64, 6))
+    one, sixteen, more = (np.mean(found["errors"][str(kind)], 0) for kind in samples)
+    assert one[0] > 1.5 * sixteen[0] > 1.5 * 1.5 * more[0]
+    for errors in (one, sixteen, more):
+        for b2, error in zip(b2s, errors, strict=True):
+            weights = b2 ** np.arange(4) / np.sum(b2 ** np.arange(4))
+            assert error / errors[0] == pytest.approx(np.sum(weights**2), rel=0.35)
+    assert max(found["reference_error"]) < more[0] / 4
+
+
+def test_runs_that_are_compared_differ_in_the_average_alone(tmp_path, monkeypatch):
+    trained, cache = [], jax.config.jax_compilation_cache_dir
+
+    def measure(run, after_step=None):
+        trained.append(run)
+        return {"heldout_loss": run.optim.b2 + run.seed}
+
+    monkeypatch.setattr(leaderboard, "measure", measure)
+    rows = tracking.losses(
+        tmp_path / "runs.json",
+        Console(quiet=True),
+        b2s=(0.5, 0.9),
+        groups=(1, 16),
+        rates=(1e-3,),
+        seeds=2,
+        steps=20,
+    )
+    assert [row["losses"] for row in rows] == [[0.5, 1.5]] * 2 + [[0.9, 1.9]] * 2
+    assert [(run.optim.b2, run.optim.groups, run.seed) for run in trained] == [
+        (b2, groups, seed) for b2 in (0.5, 0.9) for groups in (1, 16) for seed in (0, 1)
+    ]
+    like = dataclasses.replace(trained[0].optim, b2=0.9, groups=16)
+    assert dataclasses.replace(trained[0], optim=like, seed=1).hash == trained[-1].hash
+    assert jax.config.jax_compilation_cache_dir == cache

@@ -1,0 +1,28 @@
+"""A run of some steps of a model that is trained in seconds."""
+
+import dataclasses
+
+from models import DecoderConfig
+from train import data
+from train.config.schema import RunConfig, preset
+
+MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
+
+
+def small(folder, optimizer="sophia-g", **changes):
+    defaults = {"steps": 12, "batch_size": 8, "sequence_length": 16, "warmup_steps": 2}
+    shown = RunConfig(
+        folder=str(folder),
+        log_every=1,
+        checkpoint_every=6,
+        sample_length=20,
+        compile_cache="",
+        quiet=True,
+    )
+    return dataclasses.replace(
+        preset("tiny", optimizer),
+        model=MODEL,
+        data=data.DataConfig(heldout_fraction=0.003),
+        run=shown,
+        **defaults | {"evaluate_every": 12} | changes,
+    )

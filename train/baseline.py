@@ -1,0 +1,85 @@
+"""What AdamW reached with the same budget: stored with its command, never written in code."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models import reading
+from train import files
+from train.config import schema
+from train.config.schema import Config
+from train.parallel import processes
+
+SHIPPED = Path(__file__).parent / "references.json"
+"""Never written to by a run."""
+OWN = Path("~/.cache/sophia_optax/references.json")
+"""Where `recompute` stores; what is here comes before what is shipped."""
+
+
+class Reference(NamedTuple):
+    """A stored result of AdamW."""
+
+    model: str
+    command: str  # prints it again
+    bits_per_byte: float | None  # of a text whose tokens are all named
+    heldout: list[tuple[int, float]]  # (step, held-out loss in nats)
+    stale: bool  # it belongs to another config than the one asked for
+
+
+def twin(run: Config) -> Config:
+    """The same model, data and budget with AdamW at its defaults for that model.
+
+    In one piece: cutting its batch changes nothing but rounding.
+    """
+    return dataclasses.replace(run, optim=schema.preset(run.base, "adamw").optim, accumulation=1)
+
+
+def is_twin(run: Config) -> bool:
+    """Whether a run is its own reference."""
+    return dataclasses.replace(run, accumulation=1).hash == twin(run).hash
+
+
+def find(run: Config) -> Reference | None:
+    """The stored result for a run's budget; else a stale one for its model; else None.
+
+    Raises:
+      ValueError: `OWN` cannot be read.
+    """
+    stored, wanted = _stored(), twin(run).hash
+    with reading.fields_of(OWN):
+        if wanted in stored:
+            return Reference(**stored[wanted], stale=False)
+        others = [fields for fields in stored.values() if fields["model"] == run.base]
+        return Reference(**others[-1], stale=True) if others else None
+
+
+def recompute(run: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]) -> None:
+    """Trains the twin, in a folder beside the run's, and stores what it reached."""
+    adamw, beside = twin(run), f"{folder}-reference"
+    apart = dataclasses.replace(run.run, folder=beside, recompute_reference=False)
+    history = train(dataclasses.replace(adamw, run=apart))
+    processes.on_main(lambda: _store(adamw, history))  # which alone has the history
+
+
+def _store(adamw: Config, history: list[dict[str, Any]]) -> None:
+    evaluated = [row for row in history if "heldout_loss" in row]
+    fields = {
+        "model": adamw.base,
+        "command": schema.command(adamw),
+        "bits_per_byte": evaluated[-1].get("bits_per_byte"),
+        "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
+    }
+    own = OWN.expanduser()
+    own.parent.mkdir(parents=True, exist_ok=True)
+    files.replace_text(own, json.dumps(_read(own) | {adamw.hash: fields}, indent=1) + "\n")
+
+
+def _stored() -> dict[str, dict[str, Any]]:
+    """Config hash -> fields of a `Reference`."""
+    return _read(SHIPPED) | _read(OWN.expanduser())
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return reading.read_json(path) if path.exists() else {}

@@ -1,0 +1,1 @@
+"""Saving a run, and starting from what was saved."""

@@ -1,0 +1,98 @@
+"""The data of a run that was trained elsewhere, or whose data is now in another place."""
+
+import contextlib
+import dataclasses
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.config.schema import Config, absolute
+from train.data import DataConfig, places, settled, sources
+from train.data.tasks import mixture
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the data of a run is now; what is left empty is where it was."""
+
+    source: str = ""
+    """As for a new run; it must be the same data. A bin: folder brings its tokenizer along."""
+    heldout_source: str = ""
+    """As for a new run; it must be the same data."""
+    tokenizer: str = ""
+    """As for a new run; it must be the same tokenizer."""
+    cache: str = ""
+    """Folder of the tokens of sources other than bin:."""
+
+
+STAYED = Places()
+
+
+def placed(run: Config, now: Places) -> Config:
+    """The config with the data where it is now, in paths that mean the same from any folder.
+
+    Raises:
+      ValueError: a source is none, or the header of a bin: folder cannot be read.
+    """
+    given = {name: value for name, value in dataclasses.asdict(now).items() if value}
+    for name in ("source", "heldout_source"):
+        if name in given:
+            given[name] = sources.absolute(given[name])
+    if "tokenizer" in given and Path(given["tokenizer"]).expanduser().exists():
+        given["tokenizer"] = places.absolute(given["tokenizer"])
+    if "cache" in given:
+        given["cache"] = absolute(given["cache"])
+    data = dataclasses.replace(run.data, **given)
+    if now.source and not now.tokenizer and _lost_tokenizer(data):
+        own = settled(dataclasses.replace(data, tokenizer=DataConfig.tokenizer)).tokenizer
+        if own != DataConfig.tokenizer:
+            data = dataclasses.replace(data, tokenizer=own)
+    return dataclasses.replace(run, data=data)
+
+
+@contextlib.contextmanager
+def explained(run: Config) -> Iterator[None]:
+    """Adds to an error of reading the data of a saved run where it was looked for.
+
+    Raises:
+      ValueError: files of the data are not there.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not (lost := _lost(run.data)):
+            raise
+        text = f"{error}".rstrip(".")
+        path, flag = next(iter(lost.items()))
+        raise ValueError(
+            f"{text}. Nothing is at {path}: if the data of this run has moved, give its new "
+            f"place, {flag}NEW."
+        ) from error
+
+
+def _lost(data: DataConfig) -> dict[str, str]:
+    """Paths, from the root on, of the run's data at which there is nothing -> the flag of each."""
+    paths = {}
+    for name in ("source", "heldout_source"):
+        given = getattr(data, name)
+        parts = [sources.parse(part) for part, _ in mixture.parse(given)] if given else []
+        for kind, path in parts:
+            if kind not in ("embedded", "tfds"):
+                paths[path] = f"--data.{name.replace('_', '-')} {kind}:"
+    found = {places.absolute(path): flag for path, flag in paths.items()}
+    lost = {path: flag for path, flag in found.items() if not _is_there(path)}
+    if path := _lost_tokenizer(data):
+        lost[path] = "--data.tokenizer "
+    return lost
+
+
+def _lost_tokenizer(data: DataConfig) -> str:
+    """The path of a tokenizer's files, if there are none; ids:N and bytes have no files."""
+    if data.tokenizer == DataConfig.tokenizer or data.tokenizer.startswith("ids:"):
+        return ""
+    path = places.absolute(data.tokenizer)
+    return "" if _is_there(path) else path
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or bool(glob.glob(path, recursive=True))

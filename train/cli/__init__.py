@@ -1,0 +1,1 @@
+"""The command line: `python -m train`, its commands and their flags."""

@@ -1,0 +1,88 @@
+"""Hyperparameters for each pair of a model and an optimizer, and where they come from.
+
+Published: Liu et al. 2023 for Sophia-G, Sophia-H and AdamW at 125m, 355m and 770m, Zhao et al. 2024
+for GaLore's rate, scale and ranks (Llamas of 60m to 1b). Measured: LOG.md has the runs. All else is
+a guess, from a neighbouring size or from the optimizer's kin; so is the weight decay of .1 of those
+whose paper has none, for the sake of equal terms.
+"""
+
+from train.optimizers.baselines import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
+from train.optimizers.registry import (
+    Optimizer,
+    OrthoSoph,
+    Soaa,
+    SophiaG,
+    SophiaGeometric,
+    SophiaH,
+    SophiaLite,
+)
+
+
+def _at(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Optimizer]:
+    return {
+        "sophia-g": SophiaG(  # published, where the sample is half the rows, squared at once
+            learning_rate=rate, gamma=gamma, weight_decay=0.2, batch_fraction=1 / 10, groups=0
+        ),
+        "sophia-h": SophiaH(  # published, 32 of 480 rows too, but with one probe for all
+            learning_rate=rate, weight_decay=0.2, batch_fraction=1 / 15, groups=4
+        ),
+        "sophia-lite": SophiaLite(learning_rate=adamw_rate),  # guess
+        "sophia-geometric": SophiaGeometric(learning_rate=adamw_rate / 4),  # guess: Lion's
+        "orthosoph": OrthoSoph(learning_rate=adamw_rate),  # guess
+        "soaa": Soaa(learning_rate=adamw_rate),  # guess
+        "adamw": AdamW(learning_rate=adamw_rate),  # published
+        "adam": Adam(learning_rate=adamw_rate),  # guess
+        "lion": Lion(learning_rate=adamw_rate / 4),  # guess; b1 and b2 published by Liu et al.
+        "sm3": Sm3(),  # guess
+        "adafactor": Adafactor(),  # its paper's largest relative step
+        "muon": Muon(learning_rate=adamw_rate),  # guess
+        "galore": GaLore(rank=rank),  # published for Llamas
+        "sgd": Sgd(),  # guess
+    }
+
+
+# Sophia's rate, Sophia-G's gamma, AdamW's rate, GaLore's rank
+_OF_SIZE: dict[str, dict[str, Optimizer]] = {
+    "30m": _at(6e-4, 0.05, 6e-4, 128),  # 125m's; the rank published for a Llama of 60m
+    "125m": _at(6e-4, 0.05, 6e-4, 256),  # published
+    "355m": _at(7e-4, 0.08, 3e-4, 256),  # published
+    "540m": _at(3e-4, 0.05, 2e-4, 512),  # 770m's
+    "770m": _at(3e-4, 0.05, 2e-4, 512),  # published; the rank that of a Llama of 1b
+}
+_SIZES = {  # of a GPT-2 for those whose hyperparameters are guessed from it
+    "gpt2-30m": "30m",
+    "gpt2-125m": "125m",
+    "gpt2-355m": "355m",
+    "gpt2-540m": "540m",
+    "gpt2-770m": "770m",
+    "llama-60m": "30m",
+    "llama-130m": "125m",
+    "llama-350m": "355m",
+    "llama-1b": "770m",
+    "llama2-7b": "770m",
+    "qwen3-134m": "125m",
+    "qwen3-134m-gqa": "125m",
+    "qwen3-0.6b": "540m",
+    "bert-small": "30m",
+    "bert-base": "125m",
+}
+LARGE: dict[str, dict[str, Optimizer]] = {name: _OF_SIZE[size] for name, size in _SIZES.items()}
+"""Every model that is no tiny one."""
+
+# At 1,200 steps of 16 x 64 bytes, where long momentum hurts sign-like steps.
+TINY: dict[str, Optimizer] = {
+    "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.1, groups=0),  # measured
+    "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.02, groups=0),  # measured
+    "sophia-lite": SophiaLite(learning_rate=2.5e-3, b1=0.8),  # measured at 400 steps
+    "sophia-geometric": SophiaGeometric(learning_rate=2e-3, b1=0.8),  # measured at 400 steps
+    "orthosoph": OrthoSoph(learning_rate=2e-2),  # measured; one block of 64 rows a matrix
+    "soaa": Soaa(learning_rate=5e-3, b1=0.8),  # measured at 400 steps
+    "adamw": AdamW(learning_rate=1e-2, b1=0.8),  # measured
+    "adam": Adam(learning_rate=1e-2, b1=0.8),  # guess: AdamW's
+    "lion": Lion(learning_rate=3e-4, b1=0.8, b2=0.9),  # measured
+    "sm3": Sm3(),  # guess
+    "adafactor": Adafactor(learning_rate=0.1, min_dim_size_to_factor=32),  # guess
+    "muon": Muon(learning_rate=2e-2),  # measured
+    "galore": GaLore(learning_rate=2e-2, rank=16),  # guess
+    "sgd": Sgd(learning_rate=0.3),  # guess
+}

@@ -1,0 +1,1 @@
+"""Records out of files, and token files out of records."""

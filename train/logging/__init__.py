@@ -1,0 +1,1 @@
+"""What a run reports: rows of metrics, a progress line, figures, trackers, traces."""

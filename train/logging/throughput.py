@@ -1,0 +1,126 @@
+"""What the host keeps of the steps: metrics for the log, and whether they are sound."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from train.config.schema import Config
+from train.logging import run_log
+from train.plan.flops import model_flops, peak_flops
+
+
+class Health(NamedTuple):
+    """What a run that is resumed must know of the steps before, as its metrics do not tell it."""
+
+    skipped: int = 0  # steps that changed nothing, since their loss or gradient was not finite
+    in_a_row: int = 0  # of them, the last ones
+    owed: bool = False  # the last one was to sample curvature: the next does it in its place
+
+
+class Meter:
+    """Fetches metrics one step late, so that the device always has a step to work on.
+
+    Of a step that samples curvature it waits for the end: if it was left out, the next must
+    sample instead.
+    """
+
+    def __init__(self, run: Config, log: run_log.RunLog, first: int, health: Health):
+        self.run, self.log, self.health = run, log, health
+        self.spikes = Spikes(run.run.spike, log.kept) if run.run.spike else None
+        self.peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
+        self._pending: deque[tuple[int, Mapping[str, jax.Array], bool]] = deque()
+        self.restart(first)
+
+    def restart(self, step: int) -> None:
+        """Starts the clock at a step: what came before is not counted as training."""
+        self._restart(step, time.perf_counter())
+
+    def _restart(self, step: int, now: float) -> None:
+        self.since, self.clock = step, now
+
+    def report(self, step: int, measured: Mapping[str, jax.Array], sampled: bool) -> None:
+        """Takes the metrics of a step, still on their way.
+
+        Raises:
+          FloatingPointError: too many steps in a row were left out.
+        """
+        self._pending.append((step, measured, sampled))
+        self._take(0 if sampled else 1)
+
+    def flush(self) -> None:
+        """Waits for the last step that was reported."""
+        self._take(0)
+
+    def _take(self, keep: int) -> None:
+        while len(self._pending) > keep:
+            step, measured, sampled = self._pending.popleft()
+            self._count(float(measured["skipped"]) > 0.5, sampled)
+            if step % self.run.run.log_every == 0 or step in (1, self.run.steps):
+                self._record(step, measured)
+            self._check(step)
+
+    def _count(self, skipped: bool, sampled: bool) -> None:
+        self.health = Health(
+            skipped=self.health.skipped + skipped,
+            in_a_row=self.health.in_a_row + 1 if skipped else 0,
+            owed=skipped if sampled else self.health.owed,
+        )
+
+    def _check(self, step: int) -> None:
+        count = self.health.in_a_row
+        if count >= self.run.run.max_bad_steps:
+            raise FloatingPointError(
+                f"the loss or the gradient is not finite at {count} steps in a row, up to step "
+                f"{step}: none of them changed the model. Lower --optim.learning-rate, or lengthen "
+                "--warmup-steps, or look at the data of these steps."
+            )
+
+    def _record(self, step: int, measured: Mapping[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
+        now = time.perf_counter()  # what follows may wait for the next step, whose time it is
+        del values["skipped"]
+        seconds = max(now - self.clock, 1e-9)
+        tokens = (step - self.since) * self.run.batch_size * self.run.sequence_length
+        # The optimizer counts the steps before this one that were not left out.
+        counted = step - 1 - self.health.skipped + (self.health.in_a_row > 0)
+        values["learning_rate"] = float(jax.device_get(self.run.schedule(counted)))
+        values["skipped_steps"] = self.health.skipped
+        if self.spikes:
+            values["spikes"], excess = self.spikes.add(values["loss"])
+            if excess:
+                self.log.print(f"step {step}: loss {values['loss']:.3f} is a spike, {excess}")
+        values["tokens_per_second"] = tokens / seconds
+        if self.peak:
+            steps = model_flops(self.run.model, self.run.batch_size, self.run.sequence_length)
+            values["mfu"] = (step - self.since) * steps / seconds / self.peak
+        self.log.train(step, values)
+        self._restart(step, now)
+
+
+class Spikes:
+    """Finds losses far above those before; of a resumed run from its rows, so that it goes on."""
+
+    def __init__(self, threshold: float, rows: Sequence[Mapping[str, Any]] = ()):
+        self.threshold, self.count = threshold, 0
+        self._recent: deque[float] = deque(maxlen=50)
+        for row in rows:
+            if row.get("loss") is not None:
+                self._recent.append(row["loss"])
+            self.count = int(row.get("spikes", self.count))
+
+    def add(self, loss: float) -> tuple[int, str]:
+        """(spikes so far, how far above the others this loss is; empty if it is none)."""
+        above = ""
+        if len(self._recent) >= 10:
+            mean, deviation = statistics.fmean(self._recent), statistics.pstdev(self._recent)
+            if loss - mean > self.threshold * deviation:
+                self.count += 1
+                above = f"above {mean:.3f} + {self.threshold:g} x {deviation:.3f} of those before"
+        if np.isfinite(loss):
+            self._recent.append(loss)
+        return self.count, above

@@ -1,0 +1,1 @@
+"""Devices in a mesh, processes that train together, and signals to stop."""

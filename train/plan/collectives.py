@@ -1,0 +1,95 @@
+"""What devices exchange in a training step, by hand from shapes."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import models
+from train.config.schema import Config
+from train.optimizers.sophia import SophiaH
+from train.parallel.mesh import row_devices
+from train.plan.flops import Model
+from train.plan.hlo import Collective
+from train.plan.memory import Cut, cut, gathered_bytes, in_block, itemsize, scanned, shard_bytes
+
+TABLE = "['tokens']['embedding']"
+
+
+def collectives(
+    run: Config, abstract: Any, mesh: Mesh, samples: bool, *, scatter: bool = True
+) -> dict[str, Collective]:
+    """What a device exchanges in a step: kind -> number of arrays, bytes of the results.
+
+    Each pass over a micro-batch gathers each matrix, and sums gradients over the devices; a tied
+    table has two gradients, of what it reads and of what it writes. Blocks that are scanned or
+    computed again are gathered again on each way back. Over "tensor", a block sums its two outputs,
+    and on the way back its two inputs.
+
+    Args:
+      scatter: whether gradients are summed where they are kept, as on GPU and TPU. XLA on CPU sums
+        all of them everywhere.
+    """
+    part = cut(run, mesh, samples)
+    gathers, sums, again = _passes(run, part)
+    again_gathered = run.model.scan_layers or run.model.remat != "none"
+    found = {"all-gather": [0, 0], "all-reduce": [0, 0], "reduce-scatter": [0, 0]}
+
+    def add(kind: str, times: int, size: int) -> None:
+        found[kind][0] += times
+        found[kind][1] += times * size
+
+    for path, x in jax.tree.leaves_with_path(abstract.params):
+        shard, whole = shard_bytes(x), gathered_bytes(x)
+        times = sums + again * (tied(run.model) and jax.tree_util.keystr(path) == TABLE)
+        if shard < whole:
+            layers = run.model.layers if scanned(run, path) else 1
+            add(
+                "all-gather",
+                layers * (gathers + sums * (again_gathered and in_block(path))),
+                whole // layers,
+            )
+            add(*(("reduce-scatter", times, shard) if scatter else ("all-reduce", times, whole)))
+        if mesh.shape["data"] > 1 or (shard == whole and row_devices(mesh) > 1):
+            add("all-reduce", times, shard)
+    if mesh.shape["tensor"] > 1:
+        stream = part.rows * run.sequence_length * run.model.width * itemsize(run.model)
+        add("all-reduce", run.accumulation * _tensor_sums(run.model, scatter), stream)
+    return {kind: Collective(*both) for kind, both in found.items() if both[0]}
+
+
+def _tensor_sums(config: Model, together: bool) -> int:
+    """Sums of activations over "tensor": two a block each way, of embeddings, and of the head.
+
+    On CPU gradients by queries, keys and values (gate and up) are summed one by one.
+    """
+    gated = not isinstance(config, models.EncoderConfig) and config.mlp == "swiglu"
+    return 2 + config.layers * (4 if together else 6 + gated)
+
+
+def tied(config: Model) -> bool:
+    """Whether logits are inner products with the table that tokens are looked up in."""
+    return not config.classes if isinstance(config, models.EncoderConfig) else config.tied
+
+
+def _passes(run: Config, part: Cut) -> tuple[int, int, int]:
+    """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
+
+    Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
+    gathers again is the probe, and each matrix is in two products of a gradient's tangent. Groups
+    side by side add the two gradients of a table before they are summed over devices.
+    """
+    if not part.groups:
+        return run.accumulation, run.accumulation, run.accumulation
+    if isinstance(run.optim, SophiaH):
+        products = part.rounds * part.draws
+        gathers, sums, again = products, 2 * products, products
+    elif part.apart:
+        gathers, sums, again = 1, part.rounds * part.draws, 0
+    else:
+        rest = part.share < 1
+        gathers = rest and (part.beside or part.rounds > 1)
+        sums = part.rounds * (1 + part.draws) + rest - 1
+        again = rest - 1 if part.beside else sums
+    plain, n = run.accumulation, part.sampled
+    return plain + n * gathers, plain + n * sums, plain + n * again
