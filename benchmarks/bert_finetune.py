@@ -33,7 +33,8 @@ from rich.table import Table
 
 from models import EncoderConfig
 from train import train
-from train.config.schema import Config, RunConfig, preset
+from train.config.presets import preset
+from train.config.schema import Config, RunConfig
 from train.data import DataConfig, load
 from train.data.prepare.prepare import train_tokenizer
 

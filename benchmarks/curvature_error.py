@@ -35,7 +35,8 @@ from rich.table import Table
 
 from sophia_optax import gauss_newton_bartlett, hutchinson, value_grad_and_hessian
 from train import data, program
-from train.config.schema import Config, preset
+from train.config.presets import preset
+from train.config.schema import Config
 from train.optimizers.registry import refresh_due
 from train.step.batch import next_tokens
 from train.step.loss import mean_loss

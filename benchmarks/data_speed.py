@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from train import data, program
-from train.config.schema import Config, preset
+from train.config.presets import preset
+from train.config.schema import Config
 from train.data import DataConfig, sources
 from train.data.prepare import documents
 from train.data.prepare.prepare import prepare

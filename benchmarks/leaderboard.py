@@ -33,8 +33,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from train import program
-from train.config import schema
-from train.config.schema import Config, preset
+from train.config import command_line
+from train.config.presets import preset
+from train.config.schema import Config
 from train.optimizers.registry import refresh_due
 
 PATH = Path("runs/leaderboard.json")
@@ -90,7 +91,7 @@ def measure(run: Config, after_step: Callable[[], None] = lambda: None) -> dict[
         "heldout_loss": loss if math.isfinite(loss) else None,
         "state_bytes": sum(x.size * x.dtype.itemsize for x in shapes) / size,
         "seconds": seconds_per_step(times),
-        "command": schema.command(run),
+        "command": command_line.command(run),
     }
 
 
@@ -265,7 +266,7 @@ def advice(rows: Mapping[str, dict[str, Any]], path: Path, *, steps: int, seeds:
         steps = length if steps < length else 2 * steps
     names = "" if set(rows) == set(GRIDS) else f" --optimizers {' '.join(rows)}"
     file = "" if path == PATH else f" --json {shlex.quote(str(path))}"
-    script = f"{schema.python()} -m benchmarks.leaderboard"
+    script = f"{command_line.python()} -m benchmarks.leaderboard"
     lines.append(f"{script}{names} --steps {steps} --seeds {seeds}{file}")
     return "\n".join(lines)
 

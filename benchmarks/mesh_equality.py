@@ -38,7 +38,8 @@ from rich.table import Table
 from models import DecoderConfig
 from models.config import RematName
 from train import program
-from train.config.schema import Config, preset
+from train.config.presets import preset
+from train.config.schema import Config
 from train.parallel import processes as distributed
 from train.parallel.mesh import MeshConfig
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from train.config.schema import Config, preset
+from train.config.presets import preset
+from train.config.schema import Config
 from train.parallel.mesh import MeshConfig
 from train.plan.plan import Plan, fake_devices, plan
 

@@ -22,7 +22,8 @@ from rich.table import Table
 
 from models import DecoderConfig
 from train import loop
-from train.config.schema import Config, RunConfig, preset
+from train.config.presets import preset
+from train.config.schema import Config, RunConfig
 
 NAMES = {"memory": "resident memory (MB)", "files": "open files", "time": "time of a step (ms)"}
 

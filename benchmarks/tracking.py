@@ -33,7 +33,8 @@ from benchmarks import leaderboard
 from benchmarks.curvature_error import Moments, moments
 from sophia_optax import gauss_newton_bartlett
 from train import data, program
-from train.config.schema import Config, preset
+from train.config.presets import preset
+from train.config.schema import Config
 from train.optimizers.registry import refresh_due
 from train.step.batch import Batch, next_tokens
 

@@ -27,8 +27,9 @@ from models import split
 from train import loop
 from train.checkpoint import warm_start
 from train.cli import main as cli
-from train.config import schema
-from train.config.schema import Config, RunConfig, preset
+from train.config import serialize
+from train.config.presets import preset
+from train.config.schema import Config, RunConfig
 from train.data import shakespeare, tokenizers
 
 THERE = Path(__file__).with_name("transformers_there.py")
@@ -58,7 +59,7 @@ def train(folder: Path, name: str) -> Path:
             words += ["--data.source", f"jsonl:{folder / 'labelled.jsonl'}"]
         cli.main(words)
         imported = folder / "imported" / name
-        begun = dataclasses.replace(schema.load(imported), start_from=str(imported))
+        begun = dataclasses.replace(serialize.load(imported), start_from=str(imported))
     loop.train(short(begun, place))
     return place
 

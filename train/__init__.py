@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from train.extras import missing
 
 if TYPE_CHECKING:
-    from train.config.schema import Config, preset
+    from train.config.presets import preset
+    from train.config.schema import Config
     from train.loop import resume, train
 
 __all__ = ["Config", "preset", "resume", "train"]

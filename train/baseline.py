@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from models import reading
 from train import files
-from train.config import schema
+from train.config import command_line, presets
 from train.config.schema import Config
 from train.parallel import processes
 
@@ -33,7 +33,7 @@ def twin(run: Config) -> Config:
 
     In one piece: cutting its batch changes nothing but rounding.
     """
-    return dataclasses.replace(run, optim=schema.preset(run.base, "adamw").optim, accumulation=1)
+    return dataclasses.replace(run, optim=presets.preset(run.base, "adamw").optim, accumulation=1)
 
 
 def is_twin(run: Config) -> bool:
@@ -67,7 +67,7 @@ def _store(adamw: Config, history: list[dict[str, Any]]) -> None:
     evaluated = [row for row in history if "heldout_loss" in row]
     fields = {
         "model": adamw.base,
-        "command": schema.command(adamw),
+        "command": command_line.command(adamw),
         "bits_per_byte": evaluated[-1].get("bits_per_byte"),
         "heldout": [(row["step"], row["heldout_loss"]) for row in evaluated],
     }

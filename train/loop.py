@@ -14,10 +14,10 @@ import jax
 from train import baseline, evaluate, files, lock, program, report
 from train.checkpoint import manifest, moved, policy, store, warm_start
 from train.checkpoint.restore import Start, restored
-from train.config import schema
+from train.config import command_line, schema, serialize
 from train.config.schema import Config, RunConfig
 from train.extras import check_installed
-from train.logging import profiler, run_log, trackers
+from train.logging import jsonl, profiler, run_log, trackers
 from train.logging.throughput import Health, Meter
 from train.optimizers.registry import refresh_due
 from train.parallel import processes, signals
@@ -74,9 +74,9 @@ def begin(run: Config) -> None:
     with _new(run) as folder:
         programs = program.assemble(run)
         with _checkpoints(run, folder) as checkpoints:
-            beside = manifest.make(0, schema.to_json(run), _read_data(programs), Health())
+            beside = manifest.make(0, serialize.to_json(run), _read_data(programs), Health())
             checkpoints.save(0, _initial(run, programs), record=beside, force=True)
-        processes.on_main(lambda: schema.save(run, folder))
+        processes.on_main(lambda: serialize.save(run, folder))
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def resume(
       FloatingPointError, OSError, Stopped: as in `train`.
     """
     folder = Path(folder)
-    run = moved.placed(schema.load(folder), data)
+    run = moved.placed(serialize.load(folder), data)
     run = dataclasses.replace(
         run,
         steps=run.steps if steps is None else steps,
@@ -171,7 +171,7 @@ def _read_data(programs: program.Program) -> str:
 
 
 def _shared(run: Config) -> dict[str, Any]:
-    return {"config": schema.to_json(run), "versions": manifest.versions()}
+    return {"config": serialize.to_json(run), "versions": manifest.versions()}
 
 
 def _cache(shown: RunConfig, asked: str | None) -> str:
@@ -183,8 +183,8 @@ def _cache(shown: RunConfig, asked: str | None) -> str:
 def _must_be_free(folder: Path) -> None:
     if (folder / "config.json").exists():
         raise ValueError(
-            f"{folder} already holds a run: resume it with `{schema.call('resume', folder)}`, or "
-            "choose another --run.folder."
+            f"{folder} already holds a run: resume it with "
+            f"`{command_line.call('resume', folder)}`, or choose another --run.folder."
         )
 
 
@@ -222,7 +222,7 @@ def _run(
     """Trains from `start` to the last step, or until a signal, then reports."""
     with signals.stopping() as stop:
         state, ended = _steps(run, folder, programs, start, checkpoints, others, stop)
-        history = run_log.read_history(folder) if processes.is_main() else []
+        history = jsonl.read_history(folder) if processes.is_main() else []
         report.finish(run, folder, history, programs, state, ended=ended, stop=stop)
     if not ended:
         raise signals.Stopped(folder, int(state.step))
@@ -249,7 +249,7 @@ def _steps(
         told = lambda: agree.at_once(stop.is_set(), False)[0]  # noqa: E731
         step = _compiled(run, programs, range(first, run.steps), start.health.owed, log, told)
         # Only now: a run that does not compile leaves its folder free.
-        processes.on_main(lambda: schema.save(run, folder))
+        processes.on_main(lambda: serialize.save(run, folder))
         meter = Meter(run, log, first, start.health)
         keep = policy.Saver(run, programs, checkpoints, meter)
         judge = evaluate.Judge(run, programs, checkpoints, meter, stop)
@@ -284,7 +284,7 @@ def _log(
     if run.run.tensorboard:
         takers.append(trackers.TensorBoard(folder / "tensorboard", first))
     if run.run.wandb:
-        takers.append(trackers.Wandb(run.run.wandb, folder, schema.to_json(run)))
+        takers.append(trackers.Wandb(run.run.wandb, folder, serialize.to_json(run)))
     return run_log.RunLog(folder, run.steps, first, quiet=run.run.quiet, writers=takers)
 
 

@@ -10,9 +10,9 @@ from rich.text import Text
 
 from train import baseline as reference
 from train import files, generate
-from train.config import schema
+from train.config import command_line
 from train.config.schema import Config
-from train.logging import run_log
+from train.logging import figures
 from train.parallel import processes
 from train.program import Program
 from train.step.train_step import TrainState
@@ -54,7 +54,7 @@ def _write(run: Config, folder: Path, history: list[dict], text: str, stopped: s
     current = baseline if baseline and not baseline.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
     unit = _unit(run)
-    run_log.plot(history, folder / "loss.png", title=run.name, reference=curve, unit=unit)
+    figures.plot(history, folder / "loss.png", title=run.name, reference=curve, unit=unit)
     if run.run.quiet:
         return
     console = Console()
@@ -78,7 +78,7 @@ def _unit(run: Config) -> str:
 
 def _next(run: Config, folder: Path, stopped: str) -> str:
     """What to do next; the last line is a command and nothing else."""
-    command = schema.call("resume", folder)
+    command = command_line.call("resume", folder)
     if stopped:
         return f"{stopped} of {run.steps}, which is saved; go on:\n{command}"
     why = "to train longer (on a longer schedule, so the learning rate rises again):"
@@ -129,6 +129,6 @@ def _comparison(run: Config, baseline: reference.Reference | None, stopped: str)
         return f"AdamW with the same budget: {reached} ({baseline.command})"
     if stopped or reference.is_twin(run):
         return ""
-    again = f"{schema.command(run)} --run.recompute-reference"
+    again = f"{command_line.command(run)} --run.recompute-reference"
     known = "what is stored belongs to another config" if baseline else "not known"
     return f"AdamW with the same budget: {known}; to find out: {again}"

@@ -8,7 +8,7 @@ import pytest
 from corpora import DOCUMENTS, loader
 
 from benchmarks import corpus, data_speed
-from train.config.schema import preset
+from train.config.presets import preset
 
 
 def packages(folder):

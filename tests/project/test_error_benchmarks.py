@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import curvature_error, leaderboard, tracking
 from models import DecoderConfig, split
-from train.config.schema import preset
+from train.config.presets import preset
 
 SMALL = dataclasses.replace(
     preset(),

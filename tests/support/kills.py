@@ -25,7 +25,7 @@ import orbax.checkpoint.experimental.v1  # noqa: F401
 
 from train import loop, program
 from train.cli import main as cli
-from train.config import schema
+from train.config import serialize
 from train.parallel import xla_flags
 
 xla_flags.add(xla_flags.QUICK)  # compiling is what takes long here
@@ -113,9 +113,9 @@ def attempts(folder, kills, cache, log):
 
 def digest(folders, path):
     """Writes for each run the step of its last checkpoint and a hash of each array in it."""
-    abstract, found = program.assemble(schema.load(folders[0])).abstract, []
+    abstract, found = program.assemble(serialize.load(folders[0])).abstract, []
     for folder in folders:
-        with loop._checkpoints(schema.load(folder), folder) as checkpoints:
+        with loop._checkpoints(serialize.load(folder), folder) as checkpoints:
             step, state = checkpoints.restore(abstract)
         hashes = {
             jax.tree_util.keystr(key): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()

@@ -4,7 +4,8 @@ import dataclasses
 
 from models import DecoderConfig
 from train import data
-from train.config.schema import RunConfig, preset
+from train.config.presets import preset
+from train.config.schema import RunConfig
 
 MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
 

@@ -17,7 +17,8 @@ import models
 import train
 from train import loop, program
 from train.checkpoint import warm_start
-from train.config.schema import RunConfig, preset
+from train.config.presets import preset
+from train.config.schema import RunConfig
 from train.data import DataConfig, load
 from train.step.batch import Batch
 

@@ -19,8 +19,8 @@ import models
 import train
 from train import baseline, loop, program, report
 from train.checkpoint import policy, store, warm_start
-from train.config.schema import preset
-from train.logging import run_log
+from train.config.presets import preset
+from train.logging import jsonl
 from train.parallel import processes
 from train.step.loss import outputs_of, token_losses
 
@@ -53,7 +53,7 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     seen = losses(history)
     assert list(seen) == list(range(1, 13))
     assert seen[12] < seen[1]
-    assert history == run_log.read_history(folder)
+    assert history == jsonl.read_history(folder)
     last = [row for row in history if "bits_per_byte" in row][-1]
     assert last["bits_per_byte"] == pytest.approx(last["heldout_loss"] / math.log(2))
     assert {"win_rate", "hessian_age", "grad_norm", "learning_rate"} <= history[0].keys()
@@ -91,7 +91,7 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
         with pytest.raises(KeyboardInterrupt, match="step 8"):
             train.train(run)
     assert "stopped at step 8 of 12, which is saved" in capsys.readouterr().out
-    assert max(losses(run_log.read_history(tmp_path / "cut"))) == 8
+    assert max(losses(jsonl.read_history(tmp_path / "cut"))) == 8
     with loop._checkpoints(run, tmp_path / "cut") as checkpoints:
         assert checkpoints.latest == 8
     assert losses(train.resume(tmp_path / "cut")) == losses(finished[1])
@@ -292,7 +292,7 @@ def test_a_run_that_went_back_stays_there_though_it_is_killed_before_it_saves(
         patch.setattr(loop.saver, "Saver", killed)
         with pytest.raises(InterruptedError):
             train.resume(folder, step=6)
-    assert max(losses(run_log.read_history(folder))) == 6  # those of the other future are cut
+    assert max(losses(jsonl.read_history(folder))) == 6  # those of the other future are cut
     monkeypatch.setattr(loop, "_run", lambda *args: restored.append(args[3]))
     train.resume(folder)
     assert int(restored[0].state.step) == 6
@@ -406,7 +406,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     run = dataclasses.replace(run, run=dataclasses.replace(run.run, max_bad_steps=3))
     with pytest.raises(FloatingPointError, match=r"at 3 steps in a row, up to step 7: none of"):
         train.train(run)
-    assert max(losses(run_log.read_history(tmp_path / "run"))) == 7
+    assert max(losses(jsonl.read_history(tmp_path / "run"))) == 7
 
 
 def test_only_optimizers_with_an_interval_sample_curvature():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from train import program
 from train.checkpoint import leaves, manifest, store
-from train.config import schema
+from train.config import serialize
 from train.config.schema import Config
 from train.logging.throughput import Meter
 from train.parallel import processes
@@ -58,7 +58,7 @@ class Saver:
                 f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
             )
         self.meter.log.sync()
-        settings, health = schema.to_json(self.run), self.meter.health
+        settings, health = serialize.to_json(self.run), self.meter.health
         beside = manifest.make(step, settings, self.programs.data().fingerprint, health)
         self.checkpoints.save(step, state, record=beside, force=True)
         self.clock, self.stale = time.perf_counter(), step + processes.late()

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from models import reading
 from train import program
 from train.checkpoint import manifest, policy, store
-from train.config import schema
+from train.config import serialize
 from train.config.schema import Config
-from train.logging import run_log
+from train.logging import jsonl
 from train.logging.throughput import Health
 from train.parallel import processes
 from train.step.train_step import TrainState
@@ -52,7 +52,7 @@ def restored(
     notes: list[str] = []
 
     def accept(saved: Any) -> None:
-        now, fingerprint = schema.to_json(run), programs.data().fingerprint
+        now, fingerprint = serialize.to_json(run), programs.data().fingerprint
         with reading.fields_of(f"the record of a checkpoint in {checkpoints.directory}"):
             notes[:] = manifest.check(saved, now, fingerprint, allow_changes=allow_changes)
 
@@ -114,8 +114,8 @@ def _begin_again(run: Config, folder: Path, checkpoints: store.Checkpoints) -> s
     """
     if checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir()):
         return ""
-    path, said = folder / run_log.FILE, "no checkpoint yet: starting from step 0"
-    rows = run_log.read_history(folder) if path.exists() else []
+    path, said = folder / jsonl.FILE, "no checkpoint yet: starting from step 0"
+    rows = jsonl.read_history(folder) if path.exists() else []
     if not rows:
         return said
     if max(row["step"] for row in rows) > 2 * run.run.checkpoint_every:

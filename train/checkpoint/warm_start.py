@@ -13,7 +13,7 @@ from models import huggingface
 from models.reading import read_json
 from train import program
 from train.checkpoint import classes, leaves, moved, policy, store
-from train.config import schema
+from train.config import command_line, serialize
 from train.config.schema import Config
 from train.data import Data, tokenizers
 
@@ -44,7 +44,7 @@ def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYE
       ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = moved.placed(schema.load(folder), data)
+    run = moved.placed(serialize.load(folder), data)
     programs = program.assemble_trained(run)
     checkpoints = store.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
@@ -84,7 +84,7 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
         if not (path / "checkpoints").is_dir():
             raise ValueError(
                 f"{path} has no checkpoint yet: resume it first with "
-                f"{schema.call('resume', path)}, or start from another."
+                f"{command_line.call('resume', path)}, or start from another."
             )
         there = load(path)
         _check_tokenizer(path, there.run, run)

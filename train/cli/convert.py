@@ -15,7 +15,7 @@ from models.weights import inside
 from models.writing import replace_text
 from train import data, files, loop, program
 from train.checkpoint import classes, moved, warm_start
-from train.config import schema
+from train.config import presets
 from train.config.schema import Config
 from train.data import DataConfig, tokenizers
 from train.data.config import PRETRAINED
@@ -117,7 +117,7 @@ def _config(
 ) -> Config:
     family = huggingface.write_config(model)["model_type"]
     base = next(name for name in PRESETS if name.startswith(family))
-    made = schema.preset(base, optimizer)
+    made = presets.preset(base, optimizer)
     task = "classify" if getattr(model, "classes", 0) else made.data.task
     return dataclasses.replace(
         made,

@@ -13,7 +13,7 @@ from train import files, loop, program
 from train import generate as sampling
 from train.checkpoint import moved, warm_start
 from train.cli import convert, flags
-from train.config import schema
+from train.config import command_line, serialize
 from train.data import DataConfig
 from train.parallel import processes
 from train.parallel.mesh import MeshConfig
@@ -68,7 +68,7 @@ def parse_resume(args: Sequence[str]) -> Resume:
       ValueError: the first word names no run.
     """
     folder = Path(args[0]) if args and not args[0].startswith("-") else None
-    mesh = schema.load(folder).mesh if folder else MeshConfig()
+    mesh = serialize.load(folder).mesh if folder else MeshConfig()
     default = Resume(run=tyro.MISSING, mesh=mesh)
     flags.check(args, {"": default}, "python -m train resume")
     return tyro.cli(Resume, args=args, default=default, prog="python -m train resume")
@@ -184,7 +184,7 @@ def import_(
     if data.tokenizer != DataConfig.tokenizer:
         raise ValueError(f"give the tokenizer as --tokenizer {data.tokenizer}.")
     convert.begin(folder, run, optimizer, tokenizer, data)
-    _say(f"{run} holds the model; go on with: {schema.call('sample', run, 'PROMPT')}")
+    _say(f"{run} holds the model; go on with: {command_line.call('sample', run, 'PROMPT')}")
 
 
 def _load(run: Path, step: int | None, data: moved.Places = moved.STAYED) -> warm_start.Saved:

@@ -14,7 +14,7 @@ from models import PRESETS
 from train import files
 from train.checkpoint.store import CheckpointError
 from train.cli import flags, share
-from train.config import schema
+from train.config import presets, schema
 from train.optimizers.registry import OPTIMIZERS
 from train.parallel import processes as distributed
 from train.parallel import signals
@@ -144,7 +144,7 @@ def parse_all(
         if arg.startswith("-"):
             break
         names.append(arg)
-    default, note = share.fitted(schema.preset(*names), args)
+    default, note = share.fitted(presets.preset(*names), args)
     if note:
         print(note, file=sys.stderr)
     if {"-h", "--help"} & set(args):

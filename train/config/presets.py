@@ -6,8 +6,18 @@ a guess, from a neighbouring size or from the optimizer's kin; so is the weight 
 whose paper has none, for the sake of equal terms.
 """
 
+import dataclasses
+import difflib
+from typing import Any
+
+from models import PRESETS, EncoderConfig
+from train.config.output import RunConfig
+from train.config.schema import Config
+from train.config.sizes import GPT2_SIZE
+from train.data.config import DataConfig
 from train.optimizers.baselines import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
 from train.optimizers.registry import (
+    OPTIMIZERS,
     Optimizer,
     OrthoSoph,
     Soaa,
@@ -49,24 +59,7 @@ _OF_SIZE: dict[str, dict[str, Optimizer]] = {
     "540m": _at(3e-4, 0.05, 2e-4, 512),  # 770m's
     "770m": _at(3e-4, 0.05, 2e-4, 512),  # published; the rank that of a Llama of 1b
 }
-_SIZES = {  # of a GPT-2 for those whose hyperparameters are guessed from it
-    "gpt2-30m": "30m",
-    "gpt2-125m": "125m",
-    "gpt2-355m": "355m",
-    "gpt2-540m": "540m",
-    "gpt2-770m": "770m",
-    "llama-60m": "30m",
-    "llama-130m": "125m",
-    "llama-350m": "355m",
-    "llama-1b": "770m",
-    "llama2-7b": "770m",
-    "qwen3-134m": "125m",
-    "qwen3-134m-gqa": "125m",
-    "qwen3-0.6b": "540m",
-    "bert-small": "30m",
-    "bert-base": "125m",
-}
-LARGE: dict[str, dict[str, Optimizer]] = {name: _OF_SIZE[size] for name, size in _SIZES.items()}
+LARGE: dict[str, dict[str, Optimizer]] = {name: _OF_SIZE[size] for name, size in GPT2_SIZE.items()}
 """Every model that is no tiny one."""
 
 # At 1,200 steps of 16 x 64 bytes, where long momentum hurts sign-like steps.
@@ -86,3 +79,53 @@ TINY: dict[str, Optimizer] = {
     "galore": GaLore(learning_rate=2e-2, rank=16),  # guess
     "sgd": Sgd(learning_rate=0.3),  # guess
 }
+
+
+def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
+    """The default run of a model and an optimizer.
+
+    Args:
+      model: a name in `models.PRESETS`.
+      optimizer: a name in `OPTIMIZERS`.
+
+    Returns:
+      Its config: the published one for GPT-2 sizes, a two-minute one for tiny ones.
+      `train.config.presets` says which hyperparameters are published, measured or guesses.
+
+    Raises:
+      ValueError: an unknown name; the message suggests the nearest.
+
+    >>> preset("tiny", "adamw").optim.learning_rate
+    0.01
+    """
+    _known(model, PRESETS, "model", ("resume",))
+    _known(optimizer, OPTIMIZERS, "optimizer")
+    shape = PRESETS[model]
+    data = DataConfig(task="masked" if isinstance(shape, EncoderConfig) else "next-token")
+    if model not in LARGE:
+        return Config(shape, TINY[optimizer], data, base=model)
+    return Config(
+        dataclasses.replace(shape, scan_layers=True),
+        LARGE[model][optimizer],
+        data,
+        base=model,
+        run=RunConfig(checkpoint_every=1000),
+        steps=100_000,
+        batch_size=480,
+        sequence_length=min(1024, shape.context),
+        loss_chunk=128,
+        evaluate_every=1000,
+    )
+
+
+def _known(name: str, table: dict[str, Any], kind: str, commands: tuple[str, ...] = ()) -> None:
+    if name not in table:
+        words = [*table, *commands]
+        # Reversed, so that the first of a family stands for it.
+        forms = {form: word for word in words[::-1] for form in (word, word.partition("-")[0])}
+        near = [word for word in words if word.startswith(name)]
+        near += [forms[form] for form in difflib.get_close_matches(name, forms, cutoff=0.4)]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        if kind == "model" and name in OPTIMIZERS:
+            hint = f" That is an optimizer: name the model before it, such as tiny {name}."
+        raise ValueError(f"unknown {kind} {name!r}.{hint} There are: {', '.join(table)}.")

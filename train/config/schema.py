@@ -1,24 +1,21 @@
 """What a run is: frozen dataclasses, one default for each pair of a model and an optimizer."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import optax
 import tyro
 
-from models import PRESETS, DecoderConfig, EncoderConfig, reading
+from models import DecoderConfig, EncoderConfig
 from train import files
 from train.config import checks
 from train.config.output import RunConfig
-from train.config.presets import LARGE, TINY
+from train.config.sizes import GPT2_SIZE
 from train.data.config import DataConfig
-from train.optimizers.registry import OPTIMIZERS, Optimizer, name_of
+from train.optimizers.registry import Optimizer, name_of
 from train.optimizers.sophia import SophiaG, SophiaH
 from train.parallel.mesh import MeshConfig
 
@@ -124,7 +121,7 @@ class Config:
         >>> preset("tiny").warmup, dataclasses.replace(preset("tiny"), steps=60).warmup
         (100, 6)
         """
-        usual = _LONG_WARMUP if self.base in LARGE else _WARMUP
+        usual = _LONG_WARMUP if self.base in GPT2_SIZE else _WARMUP
         return min(usual, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     @property
@@ -142,48 +139,12 @@ class Config:
     @property
     def hash(self) -> str:
         """Changes with whatever can change the result, not with where it runs or is written."""
-        fields = {k: v for k, v in to_json(self).items() if k not in ("run", "mesh", "precision")}
+        fields: dict[str, Any] = dataclasses.asdict(self) | {"optimizer": name_of(self.optim)}
+        fields = {k: v for k, v in fields.items() if k not in ("run", "mesh", "precision")}
         fields["warmup_steps"] = self.warmup
         places = ("cache", "download", "tfds_folder")
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
-    """The default run of a model and an optimizer.
-
-    Args:
-      model: a name in `models.PRESETS`.
-      optimizer: a name in `OPTIMIZERS`.
-
-    Returns:
-      Its config: the published one for GPT-2 sizes, a two-minute one for tiny ones.
-      `train.config.presets` says which hyperparameters are published, measured or guesses.
-
-    Raises:
-      ValueError: an unknown name; the message suggests the nearest.
-
-    >>> preset("tiny", "adamw").optim.learning_rate
-    0.01
-    """
-    _known(model, PRESETS, "model", ("resume",))
-    _known(optimizer, OPTIMIZERS, "optimizer")
-    shape = PRESETS[model]
-    data = DataConfig(task="masked" if isinstance(shape, EncoderConfig) else "next-token")
-    if model not in LARGE:
-        return Config(shape, TINY[optimizer], data, base=model)
-    return Config(
-        dataclasses.replace(shape, scan_layers=True),
-        LARGE[model][optimizer],
-        data,
-        base=model,
-        run=RunConfig(checkpoint_every=1000),
-        steps=100_000,
-        batch_size=480,
-        sequence_length=min(1024, shape.context),
-        loss_chunk=128,
-        evaluate_every=1000,
-    )
 
 
 def resolved(run: Config, platform: str) -> Config:
@@ -206,114 +167,3 @@ def resolved(run: Config, platform: str) -> Config:
 def absolute(path: str) -> str:
     """From the root on, or from home, which may be another on another machine."""
     return path if path.startswith("~") or not path else str(Path(path).absolute())
-
-
-def python() -> str:
-    """The interpreter, as it is called from here."""
-    running, here = Path(sys.executable), Path.cwd()
-    return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
-
-
-def call(*words: object) -> str:
-    """A command line that can be pasted, whatever is in its paths.
-
-    >>> call("resume", Path("my runs/a")).partition(" ")[2]
-    "-m train resume 'my runs/a'"
-    """
-    return shlex.join([python(), "-m", "train", *map(str, words)])
-
-
-def command(run: Config) -> str:
-    """The command line of a run, with a flag for each departure from its preset.
-
-    >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
-    'python -m train tiny adamw --steps 500'
-    """
-    names = (run.base, name_of(run.optim))
-    return " ".join(["python -m train", *names, *_flags(run, preset(*names))])
-
-
-def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
-    flags = []
-    for field in dataclasses.fields(value):
-        new, old = getattr(value, field.name), getattr(default, field.name)
-        name = prefix + field.name.replace("_", "-")
-        if isinstance(new, RunConfig) or field.name == "base" or new == old:
-            continue
-        if dataclasses.is_dataclass(new):
-            flags += _flags(new, old, name + ".")
-        elif isinstance(new, bool):
-            head, _, tail = name.rpartition(".")
-            flags.append(name if new else f"{head}.no-{tail}" if head else f"--no-{tail[2:]}")
-        else:
-            flags.append(f"{name} {shlex.quote(str(new))}")
-    return flags
-
-
-def _known(name: str, table: dict[str, Any], kind: str, commands: tuple[str, ...] = ()) -> None:
-    if name not in table:
-        words = [*table, *commands]
-        # Reversed, so that the first of a family stands for it.
-        forms = {form: word for word in words[::-1] for form in (word, word.partition("-")[0])}
-        near = [word for word in words if word.startswith(name)]
-        near += [forms[form] for form in difflib.get_close_matches(name, forms, cutoff=0.4)]
-        hint = f" Did you mean {near[0]}?" if near else ""
-        if kind == "model" and name in OPTIMIZERS:
-            hint = f" That is an optimizer: name the model before it, such as tiny {name}."
-        raise ValueError(f"unknown {kind} {name!r}.{hint} There are: {', '.join(table)}.")
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values, with the optimizer's name."""
-    return {**dataclasses.asdict(config), "optimizer": name_of(config.optim)}
-
-
-def from_json(fields: dict[str, Any]) -> Config:
-    """The inverse of `to_json`.
-
-    Raises:
-      KeyError, TypeError, AttributeError, ValueError: a field is missing, unknown or of another
-        type.
-
-    >>> from_json(to_json(preset())) == preset()
-    True
-    """
-    fields = dict(fields)
-    kinds = {
-        "model": type(PRESETS[fields["base"]]),
-        "optim": OPTIMIZERS[fields.pop("optimizer")],
-        "data": DataConfig,
-        "mesh": MeshConfig,
-        "run": RunConfig,
-    }
-    made = {name: checks.make(kind, fields[name], f"{name}.") for name, kind in kinds.items()}
-    return checks.make(Config, fields | made)
-
-
-def save(config: Config, folder: Path) -> None:
-    """Writes `config.json` into a run's folder."""
-    files.replace_text(folder / "config.json", json.dumps(to_json(config), indent=1) + "\n")
-
-
-def load(folder: Path) -> Config:
-    """The config of a run.
-
-    Raises:
-      ValueError: the folder is missing, holds no run, or its `config.json` cannot be read.
-    """
-    files.check_local(folder, "the run")
-    path = folder / "config.json"
-    if not path.is_file():
-        what = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise ValueError(
-            f"{folder} {what}: give the folder of a run, such as runs/tiny-sophia-g-..., which "
-            "the last line of that run named."
-        )
-    cure = "It was edited, cut short, or written by another version; restore it from a copy."
-    fields = reading.read_json(path)
-    try:
-        run = from_json(fields)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read as a run's config ({what}). {cure}") from error
-    return dataclasses.replace(run, data=run.data.in_run(folder))

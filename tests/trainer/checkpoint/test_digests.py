@@ -12,7 +12,7 @@ from places import FIXTURES
 
 import train
 from train.checkpoint import digests, store, warm_start
-from train.logging import run_log
+from train.logging import jsonl
 
 OLD = FIXTURES / "old_checkpoint"
 """Four steps of AdamW, saved by a version without digests."""
@@ -104,7 +104,7 @@ def test_a_save_that_was_cut_before_its_digests_is_gone_on_from_and_said(folder,
 def test_a_run_of_an_older_version_goes_on_and_says_that_it_has_no_digests(tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(OLD, run)
-    before = run_log.read_history(run)
+    before = jsonl.read_history(run)
     history = train.resume(run, steps=6, compile_cache="")
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert history[: len(before)] == before
@@ -117,7 +117,7 @@ def test_the_state_of_an_older_version_is_read_in_todays_layout(tmp_path):
     """Sophia's counters of samples of 0 came later; curvature and momentum go on as they were."""
     run = tmp_path / "run"
     shutil.copytree(OLD_SOPHIA, run)
-    accepted = [r["hessian_accepted"] for r in run_log.read_history(run) if "loss" in r][-1]
+    accepted = [r["hessian_accepted"] for r in jsonl.read_history(run) if "loss" in r][-1]
     history = train.resume(run, steps=6, compile_cache="")
     steps = [row for row in history if "loss" in row]
     assert [row["step"] for row in steps][-2:] == [4, 6]

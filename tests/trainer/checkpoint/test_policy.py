@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.checkpoint import policy
-from train.config.schema import preset
+from train.config.presets import preset
 from train.logging.throughput import Health
 from train.parallel import processes as distributed
 from train.step.train_step import TrainState

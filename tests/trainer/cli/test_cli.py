@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from train.cli import flags, main
-from train.config import schema
-from train.config.schema import preset
+from train.config import command_line, schema
+from train.config.presets import preset
 from train.optimizers.registry import OPTIMIZERS
 
 
@@ -36,7 +36,7 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
         optim=dataclasses.replace(run.optim, gamma=0.07, debias_momentum=False),
         steps=5000,
     )
-    words = schema.command(run).split()
+    words = command_line.command(run).split()
     assert words[:3] == ["python", "-m", "train"]
     assert main.parse(words[3:]) == run
 
@@ -129,7 +129,7 @@ def test_a_run_of_any_optimizer_prints_the_command_that_makes_it_again(optimizer
     changes = {"soaa": {"rule": "tadam"}, "orthosoph": {"rms": None, "form": "tiles"}}
     optim = dataclasses.replace(run.optim, **changes.get(optimizer, {"momentum": 0.5}))
     run = dataclasses.replace(run, optim=optim)
-    assert main.parse(schema.command(run).split()[3:]) == run
+    assert main.parse(command_line.command(run).split()[3:]) == run
 
 
 @pytest.mark.parametrize(("words", "cure"), [(["tiny"], True), ([], True), (["eval", "x"], False)])

@@ -14,7 +14,9 @@ from models import PRESETS, DecoderConfig, huggingface
 from train import loop, program
 from train.checkpoint import moved, warm_start
 from train.cli import inspect, main
-from train.config.schema import RunConfig, load, preset
+from train.config.presets import preset
+from train.config.schema import RunConfig
+from train.config.serialize import load
 from train.data import DataConfig
 from train.parallel.mesh import MeshConfig
 

@@ -19,8 +19,9 @@ from models.presets import BYTE_IDS
 from train import data, loop, program
 from train.checkpoint import classes, warm_start
 from train.cli import convert, main
-from train.config import schema
-from train.config.schema import RunConfig, preset
+from train.config import serialize
+from train.config.presets import preset
+from train.config.schema import RunConfig
 from train.data import embedded, tokenizers
 from train.data.tokenizers import for_transformers
 
@@ -67,10 +68,10 @@ def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
     (source / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "x": 1}')
     (source / "generation_config.json").write_text('{"eos_token_id": [0, 9], "top_p": 0.5}')
     main.main(["import", str(source), str(run)])
-    loaded = tokenizers.load(schema.load(run).data.tokenizer)
+    loaded = tokenizers.load(serialize.load(run).data.tokenizer)
     assert loaded.encode("not to be").tolist() == byte_pairs().encode("not to be").ids
     prompt = tokenizers.load(str(source)).encode("not to be")
-    assert program.load_tokenizer(schema.load(run)).decode(prompt) == "not to be"
+    assert program.load_tokenizer(serialize.load(run)).decode(prompt) == "not to be"
     (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")  # the run has its own
     main.main(["export", str(run), str(out)])
     for name in ("tokenizer_config.json", "generation_config.json"):
@@ -78,11 +79,11 @@ def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     assert read(out / "config.json").items() >= ids.items()
     run.rename(tmp_path / "moved")
-    assert program.load_tokenizer(schema.load(tmp_path / "moved")).hash == loaded.hash
+    assert program.load_tokenizer(serialize.load(tmp_path / "moved")).hash == loaded.hash
     other = run / "pretrained"  # of another run, which has taken the place
     other.mkdir(parents=True)
     byte_pairs(280).save(str(other / "tokenizer.json"))
-    assert program.load_tokenizer(schema.load(tmp_path / "moved")).hash == loaded.hash
+    assert program.load_tokenizer(serialize.load(tmp_path / "moved")).hash == loaded.hash
 
 
 def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):
@@ -90,7 +91,7 @@ def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):
     model_in(source, GPT2, ids={"bos_token_id": 7, "eos_token_id": 9, "pad_token_id": 9})
     byte_pairs().save(str(source / "tokenizer.json"))
     main.main(["import", str(source), str(run), "--tokenizer", "bytes"])
-    assert schema.load(run).data.tokenizer == "bytes"
+    assert serialize.load(run).data.tokenizer == "bytes"
     main.main(["export", str(run), str(out)])
     assert read(out / "config.json").items() >= BYTE_IDS.items()
     assert for_transformers.is_bytes(read(out / "tokenizer.json"))
@@ -136,7 +137,7 @@ def test_a_run_on_bytes_is_exported_with_them_and_imported_as_them(tmp_path):
     assert read(tmp_path / "out" / "generation_config.json") == BYTE_IDS
     main.main(["import", str(tmp_path / "out"), str(tmp_path / "again")])
     for name in ("run", "again"):
-        assert schema.load(tmp_path / name).data.tokenizer == "bytes"
+        assert serialize.load(tmp_path / name).data.tokenizer == "bytes"
 
 
 def test_the_older_files_of_gpt2_are_made_a_tokenizer_json(tmp_path):

@@ -14,8 +14,8 @@ from contract import assert_close
 import sophia_optax
 from models import PRESETS
 from train import baseline
-from train.config import schema
-from train.config.schema import preset
+from train.config import schema, serialize
+from train.config.presets import preset
 from train.optimizers.baselines import AdamW
 from train.optimizers.layerwise import matrices
 from train.optimizers.registry import OPTIMIZERS, SophiaG, SophiaH, name_of, refresh_due
@@ -40,8 +40,8 @@ def test_an_unknown_name_suggests_the_nearest(names, nearest):
 @pytest.mark.parametrize("model", ["tiny", "gpt2-355m"])
 def test_a_config_survives_json(model, optimizer, tmp_path):
     run = preset(model, optimizer)
-    schema.save(run, tmp_path)
-    assert schema.load(tmp_path) == run
+    serialize.save(run, tmp_path)
+    assert serialize.load(tmp_path) == run
 
 
 def test_a_changed_model_keeps_its_name():
@@ -107,19 +107,19 @@ def test_a_config_that_cannot_run_is_refused(change, message):
 
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        schema.load(tmp_path)
+        serialize.load(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        schema.load(tmp_path / "missing")
+        serialize.load(tmp_path / "missing")
 
 
 def test_an_unreadable_config_says_where_and_why(tmp_path):
     (tmp_path / "config.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        schema.load(tmp_path)
+        serialize.load(tmp_path)
 
 
 def changed(*path, to):
-    fields = json.loads(json.dumps(schema.to_json(preset())))
+    fields = json.loads(json.dumps(serialize.to_json(preset())))
     inner = fields
     for name in path[:-1]:
         inner = inner[name]
@@ -155,7 +155,7 @@ def changed(*path, to):
 def test_a_config_of_another_form_is_named(tmp_path, fields, words):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json .*{words}"):
-        schema.load(tmp_path)
+        serialize.load(tmp_path)
 
 
 def test_the_default_warm_up_is_a_share_of_the_steps():
@@ -171,7 +171,7 @@ def test_the_default_warm_up_is_a_share_of_the_steps():
         run = dataclasses.replace(preset(model, "adamw"), steps=steps)
         assert run.warmup == want
         assert float(run.schedule(want)) == pytest.approx(run.optim.learning_rate)
-        assert schema.from_json(json.loads(json.dumps(schema.to_json(run)))) == run
+        assert serialize.from_json(json.loads(json.dumps(serialize.to_json(run)))) == run
     given = dataclasses.replace(preset(), warmup_steps=100)
     assert given.hash == preset().hash  # it is the same run
 

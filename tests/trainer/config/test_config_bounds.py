@@ -6,18 +6,18 @@ import json
 import pytest
 
 from train import preset
-from train.config import schema
+from train.config import serialize
 
 
 @pytest.mark.parametrize(
     "size", [("layers", 10**9), ("context", 10**9), ("vocab_multiple", 10**9), ("ffn_width", 2**31)]
 )
 def test_sizes_that_no_model_has_are_refused_before_anything_is_traced(size, tmp_path):
-    fields = schema.to_json(preset())
+    fields = serialize.to_json(preset())
     fields["model"] = dict([*fields["model"].items(), size])
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"config.json cannot be read .*{size[0]} is {size[1]}"):
-        schema.load(tmp_path)
+        serialize.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from train.cli.main import parse
-from train.config.schema import command
+from train.config.command_line import command
 
 
 @pytest.mark.parametrize(

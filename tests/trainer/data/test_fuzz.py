@@ -25,13 +25,13 @@ from models import huggingface, safetensors
 from models.reading import LARGEST
 from train.checkpoint import manifest
 from train.checkpoint.store import CheckpointError, Checkpoints
-from train.config import schema
+from train.config import presets, serialize
 from train.data import DataConfig, load, sources, tokenizers
 from train.data.prepare import token_writer
 from train.data.prepare.documents import documents
 from train.data.prepare.prepare import prepare, train_tokenizer
 from train.data.prepare.readers import Shard
-from train.logging import run_log
+from train.logging import jsonl
 
 pytest.importorskip("pyarrow", reason="the extra data is not installed")
 pytest.importorskip("tokenizers", reason="the extra data is not installed")
@@ -181,26 +181,26 @@ def arrays(folder: Path) -> None:
 
 
 def run_config(folder: Path) -> None:
-    schema.save(schema.preset("tiny", "sophia-g"), folder)
+    serialize.save(presets.preset("tiny", "sophia-g"), folder)
 
 
 def rows(folder: Path) -> None:
     line = {"step": 1, "loss": 2.5, "tokens_per_second": 1e5, "heldout_loss": None}
-    write_jsonl(folder / run_log.FILE, [line | {"step": step} for step in range(9)])
+    write_jsonl(folder / jsonl.FILE, [line | {"step": step} for step in range(9)])
 
 
 STATE = {"params": {"a": jnp.arange(8.0), "b": jnp.ones((4, 4))}, "step": jnp.int32(1)}
 
 
 def checkpoint(folder: Path) -> None:
-    run = schema.to_json(schema.preset("tiny", "adamw"))
+    run = serialize.to_json(presets.preset("tiny", "adamw"))
     beside = {"step": 1, "config": run, "fingerprint": "x", "versions": manifest.versions()}
     with Checkpoints(folder, save_interval=1) as kept:
         kept.save(1, STATE, record=beside | {"health": {"bad": 0}})
 
 
 def restored(folder: Path) -> object:
-    run = schema.to_json(schema.preset("tiny", "adamw"))
+    run = serialize.to_json(presets.preset("tiny", "adamw"))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), STATE)
     with Checkpoints(folder, save_interval=1) as kept:
@@ -238,8 +238,8 @@ READERS = {
     "safetensors": Reader(arrays, lambda folder: safetensors.read(folder / "a.safetensors")),
     "GPT-2": Reader(hugging_face("gpt2"), huggingface.load, limit=LARGEST),
     "BERT": Reader(hugging_face("bert"), huggingface.load, limit=LARGEST),
-    "run config": Reader(run_config, schema.load, limit=LARGEST),
-    "metrics": Reader(rows, run_log.read_history),
+    "run config": Reader(run_config, serialize.load, limit=LARGEST),
+    "metrics": Reader(rows, jsonl.read_history),
     "checkpoint": Reader(checkpoint, restored, "1/**/*", also="subject: step 1"),
 }
 

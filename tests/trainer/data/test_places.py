@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from corpora import DOCUMENTS, loader, write_jsonl, write_tokens
 
+from train.config import presets
 from train.data import DataConfig, places, settled, sources
 from train.data.prepare.prepare import prepare, train_tokenizer
 
@@ -202,11 +203,11 @@ def test_a_header_of_an_older_count_of_tokens_is_refused(tmp_path):
 
 def test_a_run_on_ids_alone_fits_its_vocabulary_and_prints_ids(tmp_path, monkeypatch):
     from train import loop
-    from train.config import schema
+    from train.config import serialize
 
     ids(tmp_path / "nano", "uint16", largest=300)
     monkeypatch.chdir(tmp_path)
-    run = schema.preset("tiny", "adamw")
+    run = presets.preset("tiny", "adamw")
     model = dataclasses.replace(run.model, layers=1, width=16, heads=2, context=16)
     run = dataclasses.replace(
         run,
@@ -220,7 +221,7 @@ def test_a_run_on_ids_alone_fits_its_vocabulary_and_prints_ids(tmp_path, monkeyp
     )
     history = loop.train(run)
     assert history[-1]["heldout_loss"] > 0 and "bits_per_byte" not in history[-1]
-    made = schema.load(tmp_path / "run")
+    made = serialize.load(tmp_path / "run")
     assert made.model.vocab_size == 301 and made.data.tokenizer == "ids:301"
     assert made.data.source == f"bin:{tmp_path}/nano"
     words = (tmp_path / "run/sample.txt").read_text().split()

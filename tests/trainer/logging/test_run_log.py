@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train.config.schema import RunConfig, preset
-from train.logging import run_log, throughput
+from train.config.presets import preset
+from train.config.schema import RunConfig
+from train.logging import figures, jsonl, run_log, throughput
 from train.plan import flops
 
 
@@ -39,7 +40,7 @@ def test_each_step_is_one_json_line_at_once(tmp_path):
         log.train(1, {"loss": np.float32(2.5), "tokens_per_second": 10})
         assert len(lines(tmp_path / "run")) == 1  # before the file is closed
         log.evaluate(2, {"heldout_loss": 2.25})
-    assert run_log.read_history(tmp_path / "run") == [
+    assert jsonl.read_history(tmp_path / "run") == [
         {"step": 1, "loss": 2.5, "tokens_per_second": 10.0},
         {"step": 2, "heldout_loss": 2.25},
     ]
@@ -54,7 +55,7 @@ def test_non_finite_values_are_null_in_the_file_and_nan_in_the_history(tmp_path)
 
     row = json.loads(lines(tmp_path)[0], parse_constant=refuse)
     assert row == {"step": 1, "loss": None, "grad_norm": None, "age": None}
-    assert math.isnan(run_log.read_history(tmp_path)[0]["loss"])
+    assert math.isnan(jsonl.read_history(tmp_path)[0]["loss"])
 
 
 @pytest.mark.parametrize(
@@ -76,9 +77,9 @@ def test_non_finite_values_are_null_in_the_file_and_nan_in_the_history(tmp_path)
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     text = line + '\n{"step": 3, "loss": 1.0}\n'
-    (tmp_path / run_log.FILE).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=rf"{run_log.FILE}, line 1 is not .*: delete the line"):
-        run_log.read_history(tmp_path)
+    (tmp_path / jsonl.FILE).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{jsonl.FILE}, line 1 is not .*: delete the line"):
+        jsonl.read_history(tmp_path)
     with (
         pytest.raises(ValueError, match="line 1 is not"),
         run_log.RunLog(tmp_path, 5, 3, quiet=True),
@@ -91,9 +92,9 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path, torn):
     run(tmp_path, range(1, 7), loss=2.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
-    assert [row["step"] for row in run_log.read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in jsonl.read_history(tmp_path)] == [1, 2, 3, 4, 5, 6]
     run(tmp_path, range(5, 9), start=4, loss=1.0)
-    history = run_log.read_history(tmp_path)
+    history = jsonl.read_history(tmp_path)
     assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [row["loss"] for row in history] == [2.0] * 4 + [1.0] * 4
 
@@ -108,19 +109,19 @@ def test_starting_anew_drops_the_old_run(tmp_path):
     with run_log.RunLog(tmp_path, 10, quiet=True) as log:
         log.evaluate(0, {"heldout_loss": 5.5})
     run(tmp_path, [1])
-    assert [row["step"] for row in run_log.read_history(tmp_path)] == [1]
+    assert [row["step"] for row in jsonl.read_history(tmp_path)] == [1]
 
 
 def test_a_broken_line_before_the_last_is_named(tmp_path):
     run(tmp_path, [1])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not JSON: delete the line"):
-        run_log.read_history(tmp_path)
+        jsonl.read_history(tmp_path)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"give the folder of a run"):
-        run_log.read_history(tmp_path)
+        jsonl.read_history(tmp_path)
 
 
 def test_without_a_terminal_lines_come_now_and_then(tmp_path, monkeypatch):
@@ -196,7 +197,7 @@ def test_the_terminal_and_the_file_survive_an_error(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert shown(console).rstrip("\r\n").endswith("\x1b[?25h")  # the cursor is back
-    assert [row["step"] for row in run_log.read_history(tmp_path)] == [1]
+    assert [row["step"] for row in jsonl.read_history(tmp_path)] == [1]
 
 
 def history_of(steps=200):
@@ -208,7 +209,7 @@ def history_of(steps=200):
 @pytest.mark.parametrize("history", [history_of(), history_of(3), history_of()[:1], []])
 @pytest.mark.parametrize("reference", [None, ([(50, 1.5), (100, 1.2)], "AdamW"), ([], "none")])
 def test_any_history_can_be_drawn(tmp_path, history, reference):
-    run_log.plot(history, tmp_path / "loss.png", title="run", reference=reference)
+    figures.plot(history, tmp_path / "loss.png", title="run", reference=reference)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -217,7 +218,7 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
 
     before = dict(matplotlib.rcParams)
     loaded = "matplotlib.pyplot" in sys.modules
-    run_log.plot(history_of(), tmp_path / "loss.png", title="run")
+    figures.plot(history_of(), tmp_path / "loss.png", title="run")
     assert ("matplotlib.pyplot" in sys.modules) == loaded
     assert dict(matplotlib.rcParams) == before
 
@@ -227,7 +228,7 @@ def test_the_right_axis_is_in_bits(tmp_path, monkeypatch):
 
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: kept.append(figure))
-    run_log.plot(history_of(), tmp_path / "loss.png", title="run", unit="token")
+    figures.plot(history_of(), tmp_path / "loss.png", title="run", unit="token")
     axes = kept[0].axes[0]
     (bits,) = axes.child_axes
     kept[0].draw_without_rendering()
@@ -239,10 +240,10 @@ def test_the_right_axis_is_in_bits(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 39, 40, 41, 500])
 def test_smoothing_keeps_length_and_constants_and_lowers_noise(size):
     noise = np.random.default_rng(0).normal(size=size)
-    np.testing.assert_allclose(run_log._smooth(np.full(size, 2.5)), 2.5)
-    assert len(run_log._smooth(noise)) == size
+    np.testing.assert_allclose(figures._smooth(np.full(size, 2.5)), 2.5)
+    assert len(figures._smooth(noise)) == size
     if size >= 40:
-        assert run_log._smooth(noise).std() < 0.8 * noise.std()
+        assert figures._smooth(noise).std() < 0.8 * noise.std()
 
 
 def test_the_share_of_the_peak_is_that_of_tokens_a_second(monkeypatch, tmp_path):
@@ -253,7 +254,7 @@ def test_the_share_of_the_peak_is_that_of_tokens_a_second(monkeypatch, tmp_path)
         watched = throughput.Meter(preset("tiny", "adamw"), log, 0, throughput.Health())
         measured = {"loss": np.float32(2), "grad_norm": np.float32(1), "skipped": np.float32(0)}
         watched.report(1, measured, True)
-    (row,) = run_log.read_history(tmp_path)
+    (row,) = jsonl.read_history(tmp_path)
     want = 3 * 262_144 * row["tokens_per_second"] / (1e9 * jax.device_count())
     assert row["mfu"] == pytest.approx(want, rel=1e-9)
     assert f"{want:.0%} MFU" in shown(console)
@@ -276,7 +277,7 @@ def test_the_time_of_a_step_is_that_between_two_results(monkeypatch, tmp_path):
         for step in (1, 2, 3, 4):  # the results of step n are fetched once n + 1 is on its way
             now += 1
             watched.report(step, {"loss": np.float32(2), "skipped": np.float32(0)}, False)
-    seconds = [16 * 64 / row["tokens_per_second"] for row in run_log.read_history(tmp_path)]
+    seconds = [16 * 64 / row["tokens_per_second"] for row in jsonl.read_history(tmp_path)]
     assert seconds == pytest.approx([2, 8, 8])
 
 

@@ -12,7 +12,7 @@ from moments import jit
 
 import models
 from models import DecoderConfig
-from train.config.schema import preset
+from train.config.presets import preset
 from train.optimizers.layerwise import matrices, probe
 from train.optimizers.registry import OPTIMIZERS
 

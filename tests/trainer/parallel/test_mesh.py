@@ -11,7 +11,7 @@ import pytest
 from benchmarks.mesh_equality import OPTIMIZERS, Form, difference, forms, reference, several
 from models import DecoderConfig
 from train import program
-from train.config.schema import preset
+from train.config.presets import preset
 from train.parallel.mesh import MeshConfig, make_mesh
 from train.plan import hlo
 

@@ -13,7 +13,7 @@ from places import ROOT, SUPPORT
 from benchmarks.mesh_equality import free_port
 from train import loop
 from train.cli.main import parse
-from train.logging import run_log
+from train.logging import jsonl
 from train.parallel import processes
 from train.parallel.processes import DistributedConfig, _arguments
 
@@ -120,7 +120,7 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
         assert "DISAGREE" in out and "process 1: optim.gamma 0.05 -> 1.05" in out
         assert "FAILED" in out and "no space" in out
     assert "ALONE process 1 failed: no data here" in outs[0] and "ALONE no data here" in outs[1]
-    step = max(losses(run_log.read_history(folder)))
+    step = max(losses(jsonl.read_history(folder)))
     assert 4 <= step < 8
     assert f"stopped at step {step} of 8" in outs[0]
     assert "step" not in outs[1].partition("FAILED")[2]  # process 0 alone prints

@@ -12,7 +12,7 @@ from train import evaluate as judging
 from train import loop, program, report
 from train.checkpoint import policy
 from train.data.rows import Data
-from train.logging import run_log
+from train.logging import jsonl
 from train.parallel import signals
 
 
@@ -72,9 +72,7 @@ def test_in_an_evaluation_within_a_batch_and_it_is_made_up_for(at, whole, tmp_pa
     monkeypatch.setattr(Data, "heldout", slow)
     assert stopped(of(tmp_path / "run"), tmp_path / "run") == 4 * at
     assert read[-1] == (at, 1)  # none was read after it
-    judged = [
-        row["step"] for row in run_log.read_history(tmp_path / "run") if "bits_per_byte" in row
-    ]
+    judged = [row["step"] for row in jsonl.read_history(tmp_path / "run") if "bits_per_byte" in row]
     assert judged == [4][: at - 1]
     assert rows(train.resume(tmp_path / "run")) == whole
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from models import BERT, LLAMA, PRESETS, DecoderConfig
-from train.config.schema import preset
+from train.config.presets import preset
 from train.data import batch_shapes
 from train.parallel.mesh import MeshConfig
 from train.plan import flops, hlo, report, step_flops

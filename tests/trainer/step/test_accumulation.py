@@ -14,7 +14,7 @@ import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson
 from train import program
-from train.config.schema import preset
+from train.config.presets import preset
 from train.optimizers.layerwise import probe
 from train.optimizers.sophia import SophiaG, SophiaH
 from train.parallel.mesh import MeshConfig

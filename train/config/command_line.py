@@ -1,0 +1,54 @@
+"""Command lines that can be pasted: of a config, and of a command on a run."""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.config.output import RunConfig
+from train.config.presets import preset
+from train.config.schema import Config
+from train.optimizers.registry import name_of
+
+
+def python() -> str:
+    """The interpreter, as it is called from here."""
+    running, here = Path(sys.executable), Path.cwd()
+    return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
+
+
+def call(*words: object) -> str:
+    """A command line that can be pasted, whatever is in its paths.
+
+    >>> call("resume", Path("my runs/a")).partition(" ")[2]
+    "-m train resume 'my runs/a'"
+    """
+    return shlex.join([python(), "-m", "train", *map(str, words)])
+
+
+def command(run: Config) -> str:
+    """The command line of a run, with a flag for each departure from its preset.
+
+    >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
+    'python -m train tiny adamw --steps 500'
+    """
+    names = (run.base, name_of(run.optim))
+    return " ".join(["python -m train", *names, *_flags(run, preset(*names))])
+
+
+def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
+    flags = []
+    for field in dataclasses.fields(value):
+        new, old = getattr(value, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if isinstance(new, RunConfig) or field.name == "base" or new == old:
+            continue
+        if dataclasses.is_dataclass(new):
+            flags += _flags(new, old, name + ".")
+        elif isinstance(new, bool):
+            head, _, tail = name.rpartition(".")
+            flags.append(name if new else f"{head}.no-{tail}" if head else f"--no-{tail[2:]}")
+        else:
+            flags.append(f"{name} {shlex.quote(str(new))}")
+    return flags

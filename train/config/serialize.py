@@ -1,0 +1,71 @@
+"""A config as JSON, and in the folder of a run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from models import PRESETS, reading
+from train import files
+from train.config import checks
+from train.config.output import RunConfig
+from train.config.schema import Config
+from train.data.config import DataConfig
+from train.optimizers.registry import OPTIMIZERS, name_of
+from train.parallel.mesh import MeshConfig
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values, with the optimizer's name."""
+    return {**dataclasses.asdict(config), "optimizer": name_of(config.optim)}
+
+
+def from_json(fields: dict[str, Any]) -> Config:
+    """The inverse of `to_json`.
+
+    Raises:
+      KeyError, TypeError, AttributeError, ValueError: a field is missing, unknown or of another
+        type.
+
+    >>> from_json(to_json(preset())) == preset()
+    True
+    """
+    fields = dict(fields)
+    kinds = {
+        "model": type(PRESETS[fields["base"]]),
+        "optim": OPTIMIZERS[fields.pop("optimizer")],
+        "data": DataConfig,
+        "mesh": MeshConfig,
+        "run": RunConfig,
+    }
+    made = {name: checks.make(kind, fields[name], f"{name}.") for name, kind in kinds.items()}
+    return checks.make(Config, fields | made)
+
+
+def save(config: Config, folder: Path) -> None:
+    """Writes `config.json` into a run's folder."""
+    files.replace_text(folder / "config.json", json.dumps(to_json(config), indent=1) + "\n")
+
+
+def load(folder: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+      ValueError: the folder is missing, holds no run, or its `config.json` cannot be read.
+    """
+    files.check_local(folder, "the run")
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise ValueError(
+            f"{folder} {what}: give the folder of a run, such as runs/tiny-sophia-g-..., which "
+            "the last line of that run named."
+        )
+    cure = "It was edited, cut short, or written by another version; restore it from a copy."
+    fields = reading.read_json(path)
+    try:
+        run = from_json(fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read as a run's config ({what}). {cure}") from error
+    return dataclasses.replace(run, data=run.data.in_run(folder))
