@@ -34,7 +34,7 @@ from rich.table import Table
 from models import EncoderConfig
 from train import train
 from train.config.presets import preset
-from train.config.schema import Config, RunConfig
+from train.config.schema import Config, OutputConfig
 from train.data import DataConfig, load
 from train.data.prepare.prepare import train_tokenizer
 
@@ -89,7 +89,7 @@ def configure(optimizer: str, folder: Path, data: DataConfig, **changes: Any) ->
         "model": dataclasses.replace(MODEL, classes=classes),
         "optim": dataclasses.replace(base.optim, learning_rate=rate),
         "data": data,
-        "run": RunConfig(folder=str(folder), quiet=True, checkpoint_every=steps),
+        "output": OutputConfig(folder=str(folder), quiet=True, checkpoint_every=steps),
         "batch_size": ROWS,
         "sequence_length": LENGTH,
         "evaluate_every": steps,

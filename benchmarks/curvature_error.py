@@ -329,7 +329,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--probes", type=int, default=32, help="of their reference (32)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(args)
-    program.use_compile_cache(preset().run.compile_cache)
+    program.use_compile_cache(preset().output.compile_cache)
     found = run(
         preset(),
         steps=options.steps,

@@ -296,7 +296,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds} must be at least 1.")
-    program.use_compile_cache(preset().run.compile_cache)
+    program.use_compile_cache(preset().output.compile_cache)
     console = Console()
     budget = {"steps": options.steps, "seeds": options.seeds}
     try:

@@ -48,7 +48,7 @@ def row(figures: Plan) -> list[str]:
     traffic = (sum(x.bytes for x in step.collectives.values()) for step in (plain, sampled))
     kept = plain.memory.parameters + plain.memory.optimizer
     return [
-        figures.run.base,
+        figures.config.base,
         str(figures.devices),
         f"{figures.parameters / 1e6:,.1f}",
         f"{kept / 1e9:.2f}",

@@ -23,7 +23,7 @@ from rich.table import Table
 from models import DecoderConfig
 from train import loop
 from train.config.presets import preset
-from train.config.schema import Config, RunConfig
+from train.config.schema import Config, OutputConfig
 
 NAMES = {"memory": "resident memory (MB)", "files": "open files", "time": "time of a step (ms)"}
 
@@ -68,7 +68,7 @@ class Probe:
 
 def config(steps: int, every: int, folder: str) -> Config:
     """A run of a model so small that the host's part of a step is most of it."""
-    shown = RunConfig(
+    shown = OutputConfig(
         folder=folder,
         log_every=every,
         checkpoint_every=5 * every,
@@ -78,7 +78,7 @@ def config(steps: int, every: int, folder: str) -> Config:
     return dataclasses.replace(
         preset("tiny", "sophia-g"),
         model=DecoderConfig(vocab_size=256, context=32, width=16, layers=1, heads=2),
-        run=shown,
+        output=shown,
         steps=steps,
         batch_size=8,
         sequence_length=32,

@@ -189,7 +189,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=PATH, help=f"finished runs ({PATH})")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(args)
-    program.use_compile_cache(preset().run.compile_cache)
+    program.use_compile_cache(preset().output.compile_cache)
     console, found = Console(width=100), {}
     if not options.skip_tracking:
         found["tracking"] = track(preset())

@@ -29,7 +29,7 @@ from train.checkpoint import warm_start
 from train.cli import main as cli
 from train.config import serialize
 from train.config.presets import preset
-from train.config.schema import Config, RunConfig
+from train.config.schema import Config, OutputConfig
 from train.data import shakespeare, tokenizers
 
 THERE = Path(__file__).with_name("transformers_there.py")
@@ -66,11 +66,11 @@ def train(folder: Path, name: str) -> Path:
 
 def short(run: Config, place: Path) -> Config:
     """A run of three steps, shown nowhere."""
-    shown = RunConfig(
+    shown = OutputConfig(
         folder=str(place), compile_cache="", quiet=True, sample_length=0, checkpoint_every=3
     )
     sizes = {"steps": 3, "warmup_steps": 1, "batch_size": 4, "sequence_length": 32}
-    return dataclasses.replace(run, **sizes, loss_chunk=0, evaluate_every=3, run=shown)
+    return dataclasses.replace(run, **sizes, loss_chunk=0, evaluate_every=3, output=shown)
 
 
 def export(folder: Path, name: str) -> None:
@@ -79,13 +79,13 @@ def export(folder: Path, name: str) -> None:
     out = folder / "out" / name
     cli.main(["export", str(place), str(out)])
     loaded = warm_start.load(place)
-    tokenizer = tokenizers.load(loaded.run.data.tokenizer)
+    tokenizer = tokenizers.load(loaded.config.data.tokenizer)
     text = (folder / "text.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text)
     stream = np.random.default_rng(0)
-    tokens = stream.integers(0, loaded.run.model.vocab_size, (2, 32)).astype(np.int32)
-    logits = np.asarray(jax.jit(split(loaded.run.model).apply)(loaded.params, tokens))
-    if classes := getattr(loaded.run.model, "classes", 0):
+    tokens = stream.integers(0, loaded.config.model.vocab_size, (2, 32)).astype(np.int32)
+    logits = np.asarray(jax.jit(split(loaded.config.model).apply)(loaded.params, tokens))
+    if classes := getattr(loaded.config.model, "classes", 0):
         there = json.loads((out / "config.json").read_text())["id2label"]
         here = sorted(LABELS)
         logits = logits[:, [here.index(there[str(i)]) for i in range(classes)]]

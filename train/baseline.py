@@ -28,38 +28,42 @@ class Reference(NamedTuple):
     stale: bool  # it belongs to another config than the one asked for
 
 
-def twin(run: Config) -> Config:
+def twin(config: Config) -> Config:
     """The same model, data and budget with AdamW at its defaults for that model.
 
     In one piece: cutting its batch changes nothing but rounding.
     """
-    return dataclasses.replace(run, optim=presets.preset(run.base, "adamw").optim, accumulation=1)
+    return dataclasses.replace(
+        config, optim=presets.preset(config.base, "adamw").optim, accumulation=1
+    )
 
 
-def is_twin(run: Config) -> bool:
+def is_twin(config: Config) -> bool:
     """Whether a run is its own reference."""
-    return dataclasses.replace(run, accumulation=1).hash == twin(run).hash
+    return dataclasses.replace(config, accumulation=1).hash == twin(config).hash
 
 
-def find(run: Config) -> Reference | None:
+def find(config: Config) -> Reference | None:
     """The stored result for a run's budget; else a stale one for its model; else None.
 
     Raises:
       ValueError: `OWN` cannot be read.
     """
-    stored, wanted = _stored(), twin(run).hash
+    stored, wanted = _stored(), twin(config).hash
     with reading.fields_of(OWN):
         if wanted in stored:
             return Reference(**stored[wanted], stale=False)
-        others = [fields for fields in stored.values() if fields["model"] == run.base]
+        others = [fields for fields in stored.values() if fields["model"] == config.base]
         return Reference(**others[-1], stale=True) if others else None
 
 
-def recompute(run: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]) -> None:
+def recompute(
+    config: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]
+) -> None:
     """Trains the twin, in a folder beside the run's, and stores what it reached."""
-    adamw, beside = twin(run), f"{folder}-reference"
-    apart = dataclasses.replace(run.run, folder=beside, recompute_reference=False)
-    history = train(dataclasses.replace(adamw, run=apart))
+    adamw, beside = twin(config), f"{folder}-reference"
+    apart = dataclasses.replace(config.output, folder=beside, recompute_reference=False)
+    history = train(dataclasses.replace(adamw, output=apart))
     processes.on_main(lambda: _store(adamw, history))  # which alone has the history
 
 

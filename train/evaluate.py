@@ -17,13 +17,13 @@ class Judge:
 
     def __init__(
         self,
-        run: Config,
+        config: Config,
         programs: program.Program,
         checkpoints: store.Checkpoints,
         meter: Meter,
         stop: threading.Event,
     ):
-        self.run, self.programs, self.checkpoints = run, programs, checkpoints
+        self.config, self.programs, self.checkpoints = config, programs, checkpoints
         self.meter, self.stop = meter, stop
         rows = [row for row in meter.log.kept if "heldout_loss" in row]
         known = [(row["step"], row["heldout_loss"]) for row in rows]
@@ -40,14 +40,14 @@ class Judge:
         return step == 0 or step in self.checkpoints.losses or self.if_due(step, params)
 
     def _due(self, step: int) -> bool:
-        return step % self.run.evaluate_every == 0 or step == self.run.steps
+        return step % self.config.evaluate_every == 0 or step == self.config.steps
 
     def _evaluate(self, step: int, params: Any) -> bool:
         self.meter.flush()
         agree = processes.Agreement()
         found = self.programs.evaluate(
             params,
-            batches=None if step == self.run.steps else batches(self.run),
+            batches=None if step == self.config.steps else batches(self.config),
             stopped=lambda: agree(self.stop.is_set())[0],
         )
         if found is not None:
@@ -57,7 +57,7 @@ class Judge:
         return found is not None
 
 
-def batches(run: Config) -> int | None:
+def batches(config: Config) -> int | None:
     """Batches of an evaluation before the last; None reads all."""
-    tokens = run.batch_size * run.sequence_length
-    return -(-run.run.evaluate_tokens // tokens) or None
+    tokens = config.batch_size * config.sequence_length
+    return -(-config.output.evaluate_tokens // tokens) or None

@@ -39,7 +39,7 @@ def hold(
             if not wait:
                 raise ValueError(
                     f"{folder} is in use by {owner}: wait until it ends, or stop it, or choose "
-                    "another --run.folder."
+                    "another --output.folder."
                 ) from None
             notify(f"waiting for {owner}, which has {folder} in use")
             fcntl.flock(file, fcntl.LOCK_EX)

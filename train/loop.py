@@ -15,7 +15,7 @@ from train import baseline, evaluate, files, lock, program, report
 from train.checkpoint import manifest, moved, policy, store, warm_start
 from train.checkpoint.restore import Start, restored
 from train.config import command_line, schema, serialize
-from train.config.schema import Config, RunConfig
+from train.config.schema import Config, OutputConfig
 from train.extras import check_installed
 from train.logging import jsonl, profiler, run_log, trackers
 from train.logging.throughput import Health, Meter
@@ -29,13 +29,13 @@ check_installed("orbax", "matplotlib")  # before hours of training, not at the f
 History = list[dict[str, Any]]
 
 
-def train(run: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
+def train(config: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
     """Trains a model in a new folder.
 
     Of several processes (`distributed.start`) all call it, with the same config.
 
     Args:
-      run: such as `preset("tiny", "sophia-g")`, changed with `dataclasses.replace`.
+      config: such as `preset("tiny", "sophia-g")`, changed with `dataclasses.replace`.
       others: take the metrics too, on process 0, and are closed at the end.
 
     Returns:
@@ -50,40 +50,40 @@ def train(run: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
       Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
         KeyboardInterrupt, and ends a loop over runs.
     """
-    run = schema.resolved(run, jax.default_backend())
-    run = processes.on_all(functools.partial(program.settled, run))
-    with _new(run) as folder:
-        if run.run.recompute_reference:
-            baseline.recompute(run, folder, train)
-        program.use_compile_cache(run.run.compile_cache)
-        programs = program.assemble(run)
+    config = schema.resolved(config, jax.default_backend())
+    config = processes.on_all(functools.partial(program.settled, config))
+    with _new(config) as folder:
+        if config.output.recompute_reference:
+            baseline.recompute(config, folder, train)
+        program.use_compile_cache(config.output.compile_cache)
+        programs = program.assemble(config)
         _read_data(programs)  # what cannot be read is no reason to compile
-        with _checkpoints(run, folder) as checkpoints:
-            start = Start(_initial(run, programs))
-            return _run(run, folder, programs, start, checkpoints, others)
+        with _checkpoints(config, folder) as checkpoints:
+            start = Start(_initial(config, programs))
+            return _run(config, folder, programs, start, checkpoints, others)
 
 
-def begin(run: Config) -> None:
+def begin(config: Config) -> None:
     """Makes the folder of a run that has done no step, with a checkpoint to go on from.
 
     Raises:
       ValueError, CheckpointError, OSError: as in `train`.
     """
-    run = schema.resolved(run, jax.default_backend())
-    run = processes.on_all(functools.partial(program.settled, run))
-    with _new(run) as folder:
-        programs = program.assemble(run)
-        with _checkpoints(run, folder) as checkpoints:
-            beside = manifest.make(0, serialize.to_json(run), _read_data(programs), Health())
-            checkpoints.save(0, _initial(run, programs), record=beside, force=True)
-        processes.on_main(lambda: serialize.save(run, folder))
+    config = schema.resolved(config, jax.default_backend())
+    config = processes.on_all(functools.partial(program.settled, config))
+    with _new(config) as folder:
+        programs = program.assemble(config)
+        with _checkpoints(config, folder) as checkpoints:
+            beside = manifest.make(0, serialize.to_json(config), _read_data(programs), Health())
+            checkpoints.save(0, _initial(config, programs), record=beside, force=True)
+        processes.on_main(lambda: serialize.save(config, folder))
 
 
 @contextlib.contextmanager
-def _new(run: Config) -> Iterator[Path]:
+def _new(config: Config) -> Iterator[Path]:
     """A folder that no run has, held by this one."""
-    processes.check_same(_shared(run))
-    folder = Path(run.run.folder or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    processes.check_same(_shared(config))
+    folder = Path(config.output.folder or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = Path(processes.from_main(str(folder)))
     processes.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     with _owned(folder):
@@ -91,11 +91,13 @@ def _new(run: Config) -> Iterator[Path]:
         yield folder
 
 
-def _initial(run: Config, programs: program.Program) -> TrainState:
+def _initial(config: Config, programs: program.Program) -> TrainState:
     state = programs.init()
-    if run.start_from:
+    if config.start_from:
         names = programs.data().class_names
-        params = warm_start.start_from(Path(run.start_from).expanduser(), run, state.params, names)
+        params = warm_start.start_from(
+            Path(config.start_from).expanduser(), config, state.params, names
+        )
         state = state._replace(params=params)
     return state
 
@@ -123,7 +125,7 @@ def resume(
       mesh: other than before.
       data: where the data is now, if it has moved. It must be the same data.
       allow_changes: go on although config or data are not those of the checkpoint.
-      compile_cache: as in `RunConfig`; a run's folder may come from elsewhere, and must not say
+      compile_cache: as in `OutputConfig`; a run's folder may come from elsewhere, and must not say
         where compiled programs are taken from.
 
     Returns:
@@ -136,31 +138,31 @@ def resume(
       FloatingPointError, OSError, Stopped: as in `train`.
     """
     folder = Path(folder)
-    run = moved.placed(serialize.load(folder), data)
-    run = dataclasses.replace(
-        run,
-        steps=run.steps if steps is None else steps,
-        warmup_steps=run.warmup_steps if warmup_steps is None else warmup_steps,
-        mesh=mesh or run.mesh,
+    config = moved.placed(serialize.load(folder), data)
+    config = dataclasses.replace(
+        config,
+        steps=config.steps if steps is None else steps,
+        warmup_steps=config.warmup_steps if warmup_steps is None else warmup_steps,
+        mesh=mesh or config.mesh,
     )
     asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
-    processes.check_same(_shared(run) | asked)
+    processes.check_same(_shared(config) | asked)
     with _owned(folder):
-        program.use_compile_cache(_cache(run.run, compile_cache))
-        programs = program.assemble(run)
-        with moved.explained(run):
+        program.use_compile_cache(_cache(config.output, compile_cache))
+        programs = program.assemble(config)
+        with moved.explained(config):
             _read_data(programs)
-        with _checkpoints(run, folder) as checkpoints:
+        with _checkpoints(config, folder) as checkpoints:
             start = restored(
-                run,
+                config,
                 folder,
                 programs,
                 checkpoints,
-                lambda: _initial(run, programs),
+                lambda: _initial(config, programs),
                 step=step,
                 allow_changes=allow_changes,
             )
-            return _run(run, folder, programs, start, checkpoints)
+            return _run(config, folder, programs, start, checkpoints)
 
 
 def _read_data(programs: program.Program) -> str:
@@ -170,21 +172,21 @@ def _read_data(programs: program.Program) -> str:
     return fingerprint
 
 
-def _shared(run: Config) -> dict[str, Any]:
-    return {"config": serialize.to_json(run), "versions": manifest.versions()}
+def _shared(config: Config) -> dict[str, Any]:
+    return {"config": serialize.to_json(config), "versions": manifest.versions()}
 
 
-def _cache(shown: RunConfig, asked: str | None) -> str:
+def _cache(shown: OutputConfig, asked: str | None) -> str:
     if asked is not None:
         return asked
-    return shown.compile_cache and RunConfig.compile_cache
+    return shown.compile_cache and OutputConfig.compile_cache
 
 
 def _must_be_free(folder: Path) -> None:
     if (folder / "config.json").exists():
         raise ValueError(
             f"{folder} already holds a run: resume it with "
-            f"`{command_line.call('resume', folder)}`, or choose another --run.folder."
+            f"`{command_line.call('resume', folder)}`, or choose another --output.folder."
         )
 
 
@@ -203,16 +205,16 @@ def _owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def _checkpoints(run: Config, folder: Path) -> store.Checkpoints:
+def _checkpoints(config: Config, folder: Path) -> store.Checkpoints:
     return store.Checkpoints(
         files.inside(folder, "checkpoints"),
-        save_interval=run.run.checkpoint_every,
-        keep_last=run.run.keep_checkpoints,
+        save_interval=config.output.checkpoint_every,
+        keep_last=config.output.keep_checkpoints,
     )
 
 
 def _run(
-    run: Config,
+    config: Config,
     folder: Path,
     programs: program.Program,
     start: Start,
@@ -221,16 +223,16 @@ def _run(
 ) -> History:
     """Trains from `start` to the last step, or until a signal, then reports."""
     with signals.stopping() as stop:
-        state, ended = _steps(run, folder, programs, start, checkpoints, others, stop)
+        state, ended = _steps(config, folder, programs, start, checkpoints, others, stop)
         history = jsonl.read_history(folder) if processes.is_main() else []
-        report.finish(run, folder, history, programs, state, ended=ended, stop=stop)
+        report.finish(config, folder, history, programs, state, ended=ended, stop=stop)
     if not ended:
         raise signals.Stopped(folder, int(state.step))
     return history
 
 
 def _steps(
-    run: Config,
+    config: Config,
     folder: Path,
     programs: program.Program,
     start: Start,
@@ -242,31 +244,31 @@ def _steps(
     state, first = start.state, int(start.state.step)
     done, agree = first, processes.Agreement()
     with contextlib.ExitStack() as stack:
-        log = processes.on_main(lambda: stack.enter_context(_log(run, folder, first, others)))
-        log = log or stack.enter_context(run_log.RunLog(folder, run.steps, silent=True))
+        log = processes.on_main(lambda: stack.enter_context(_log(config, folder, first, others)))
+        log = log or stack.enter_context(run_log.RunLog(folder, config.steps, silent=True))
         for note in start.notes:
             log.print(note)
         told = lambda: agree.at_once(stop.is_set(), False)[0]  # noqa: E731
-        step = _compiled(run, programs, range(first, run.steps), start.health.owed, log, told)
+        step = _compiled(config, programs, range(first, config.steps), start.health.owed, log, told)
         # Only now: a run that does not compile leaves its folder free.
-        processes.on_main(lambda: serialize.save(run, folder))
-        meter = Meter(run, log, first, start.health)
-        keep = policy.Saver(run, programs, checkpoints, meter)
-        judge = evaluate.Judge(run, programs, checkpoints, meter, stop)
-        shown = run.run.profile if processes.is_main() else ""
+        processes.on_main(lambda: serialize.save(config, folder))
+        meter = Meter(config, log, first, start.health)
+        keep = policy.Saver(config, programs, checkpoints, meter)
+        judge = evaluate.Judge(config, programs, checkpoints, meter, stop)
+        shown = config.output.profile if processes.is_main() else ""
         trace = stack.enter_context(profiler.profiler(shown, folder / "profile", log.print))
         trace(first, state)
         stopped = told() or not judge.unless_judged(first, state.params)
-        if stopped or first == run.steps:  # the schedule may be a new one
+        if stopped or first == config.steps:  # the schedule may be a new one
             keep.save(first, state, last=True)
-        while done < run.steps and not stopped:
-            refresh = _refresh(run, done, meter.health)
+        while done < config.steps and not stopped:
+            refresh = _refresh(config, done, meter.health)
             state, measured = step[refresh](state, programs.batch(done))
             done += 1
             meter.report(done, measured, refresh is True)
             trace(done, measured)
             stopped, overdue = agree(stop.is_set(), keep.overdue())
-            keep.save(done, state, overdue=overdue, last=stopped or done == run.steps)
+            keep.save(done, state, overdue=overdue, last=stopped or done == config.steps)
             # Saved first: an evaluation may take longer than a process that is told to stop has.
             if not stopped and not judge.if_due(done, state.params):
                 stopped = True
@@ -278,24 +280,24 @@ def _steps(
 
 
 def _log(
-    run: Config, folder: Path, first: int, others: Sequence[trackers.Writer]
+    config: Config, folder: Path, first: int, others: Sequence[trackers.Writer]
 ) -> run_log.RunLog:
     takers = list(others)
-    if run.run.tensorboard:
+    if config.output.tensorboard:
         takers.append(trackers.TensorBoard(folder / "tensorboard", first))
-    if run.run.wandb:
-        takers.append(trackers.Wandb(run.run.wandb, folder, serialize.to_json(run)))
-    return run_log.RunLog(folder, run.steps, first, quiet=run.run.quiet, writers=takers)
+    if config.output.wandb:
+        takers.append(trackers.Wandb(config.output.wandb, folder, serialize.to_json(config)))
+    return run_log.RunLog(folder, config.steps, first, quiet=config.output.quiet, writers=takers)
 
 
-def _refresh(run: Config, step: int, health: Health) -> bool | None:
+def _refresh(config: Config, step: int, health: Health) -> bool | None:
     """Whether this step samples curvature: if it is due, or was at a step that changed nothing."""
-    due = refresh_due(run.optim, step)
+    due = refresh_due(config.optim, step)
     return True if due is False and health.owed else due
 
 
 def _compiled(
-    run: Config,
+    config: Config,
     programs: program.Program,
     steps: range,
     owed: bool,
@@ -308,7 +310,7 @@ def _compiled(
     """
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
-    due = [_refresh(run, step, Health(owed=owed and step == steps.start)) for step in steps]
+    due = [_refresh(config, step, Health(owed=owed and step == steps.start)) for step in steps]
     for refresh in dict.fromkeys(due):
         if told():
             break

@@ -39,26 +39,26 @@ class Program(NamedTuple):
     abstract: step_lib.TrainState  # ShapeDtypeStruct with sharding, for each leaf of the state
 
 
-def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
+def assemble(config: Config, devices: Sequence[Any] | None = None) -> Program:
     """The programs of a run, on all devices there are or on those given.
 
     Raises:
       ValueError: the mesh does not fit the devices, or the batch or the model not the mesh.
     """
-    placed = mesh.make_mesh(run.mesh, devices)
-    run = resolved(run, placed.devices.flat[0].platform)
-    _check_rows(run, placed)
-    _check_model(run, placed)
-    model = _split(run.model, placed)
-    tx = _optimizer(run)
-    init = functools.partial(step_lib.init_state, model.init, tx, run.seed)
+    placed = mesh.make_mesh(config.mesh, devices)
+    config = resolved(config, placed.devices.flat[0].platform)
+    _check_rows(config, placed)
+    _check_model(config, placed)
+    model = _split(config.model, placed)
+    tx = _optimizer(config)
+    init = functools.partial(step_lib.init_state, model.init, tx, config.seed)
     abstract = _abstract(init, tx, placed, model.specs)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    shapes = _batch_shapes(run, placed)
-    loaded = _loaded(run, run.batch_size)
-    outputs = loss.outputs_of(model, run.loss_chunk)
+    shapes = _batch_shapes(config, placed)
+    loaded = _loaded(config, config.batch_size)
+    outputs = loss.outputs_of(model, config.loss_chunk)
     step = jax.jit(
-        _step(run, outputs, tx, placed),
+        _step(config, outputs, tx, placed),
         static_argnames="refresh",
         donate_argnums=0,
         out_shardings=(shardings, None),
@@ -68,7 +68,7 @@ def assemble(run: Config, devices: Sequence[Any] | None = None) -> Program:
         init=jax.jit(init, out_shardings=shardings),
         step=step,
         compile=functools.partial(_compile, step, abstract, shapes),
-        evaluate=_evaluate(run, placed, outputs, loaded),
+        evaluate=_evaluate(config, placed, outputs, loaded),
         data=loaded,
         batch=lambda number: _place(functools.partial(loaded().batch, number), shapes),
         abstract=abstract,
@@ -84,40 +84,40 @@ class Trained(NamedTuple):
     evaluate: Any  # params -> dict of floats
 
 
-def assemble_trained(run: Config) -> Trained:
+def assemble_trained(config: Config) -> Trained:
     """For parameters sharded over all devices that there are, whatever mesh `run` was trained on.
 
     Without an optimizer; held-out rows come in batches that divide over the devices.
     """
     devices = jax.device_count()
-    placed = mesh.make_mesh(mesh.MeshConfig(fsdp=math.gcd(devices, run.model.width)))
-    rows = -(-run.batch_size // devices) * devices
-    run = resolved(run, placed.devices.flat[0].platform)
-    model = _split(run.model, placed)
+    placed = mesh.make_mesh(mesh.MeshConfig(fsdp=math.gcd(devices, config.model.width)))
+    rows = -(-config.batch_size // devices) * devices
+    config = resolved(config, placed.devices.flat[0].platform)
+    model = _split(config.model, placed)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(model.init, jax.random.key(0)),
         mesh.parameter_shardings(placed, model.specs),
     )
-    outputs = loss.outputs_of(model, run.loss_chunk)
+    outputs = loss.outputs_of(model, config.loss_chunk)
     whole = NamedSharding(placed, P())
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    loaded = _loaded(run, rows)
-    return Trained(params, step, loaded, _evaluate(run, placed, outputs, loaded))
+    loaded = _loaded(config, rows)
+    return Trained(params, step, loaded, _evaluate(config, placed, outputs, loaded))
 
 
-def settled(run: Config) -> Config:
+def settled(config: Config) -> Config:
     """The config as it is recorded, so that it means the same from any folder and without its data.
 
     Paths of the data start at the root. A bin: source brings its tokenizer, and a vocabulary that
     the model has no rows for is made to fit: nobody has named the tokenizer, or the size for it.
     """
-    chosen = data.settled(run.data)
-    if run.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
-        return dataclasses.replace(run, data=chosen)
-    size = max(run.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)
-    model = dataclasses.replace(run.model, vocab_size=size)
-    return dataclasses.replace(run, data=chosen, model=model)
+    chosen = data.settled(config.data)
+    if config.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
+        return dataclasses.replace(config, data=chosen)
+    size = max(config.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, data=chosen, model=model)
 
 
 def use_compile_cache(folder: str) -> None:
@@ -126,20 +126,20 @@ def use_compile_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
-def _check_rows(run: Config, placed: Mesh) -> None:
+def _check_rows(config: Config, placed: Mesh) -> None:
     devices = mesh.row_devices(placed)
-    parts = devices * run.accumulation
-    if run.batch_size % parts:
-        cut = f" in {run.accumulation} micro-batches" * (run.accumulation > 1)
+    parts = devices * config.accumulation
+    if config.batch_size % parts:
+        cut = f" in {config.accumulation} micro-batches" * (config.accumulation > 1)
         raise ValueError(
-            f"batch_size={run.batch_size} does not divide over {devices} devices{cut}; choose "
+            f"batch_size={config.batch_size} does not divide over {devices} devices{cut}; choose "
             f"a multiple of {parts}."
         )
 
 
-def _check_model(run: Config, placed: Mesh) -> None:
+def _check_model(config: Config, placed: Mesh) -> None:
     """Each axis of a parameter divides; half a head is no use to attention."""
-    model, fsdp, tensor = run.model, placed.shape["fsdp"], placed.shape["tensor"]
+    model, fsdp, tensor = config.model, placed.shape["fsdp"], placed.shape["tensor"]
     if model.width % fsdp:
         raise ValueError(
             f"--mesh.fsdp {fsdp} does not divide the model's width of {model.width}, along which "
@@ -159,18 +159,20 @@ def _check_model(run: Config, placed: Mesh) -> None:
             )
 
 
-def _optimizer(run: Config) -> optax.GradientTransformation:
-    optimizer = run.optim.make(
-        run.schedule,
-        seed=run.seed,
-        total_steps=run.steps,
-        batch_size=run.batch_size,
-        accumulation=run.accumulation,
-        max_norm=run.gradient_clip or None,
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    optimizer = config.optim.make(
+        config.schedule,
+        seed=config.seed,
+        total_steps=config.steps,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        max_norm=config.gradient_clip or None,
     )
-    if not run.gradient_clip or isinstance(run.optim, SophiaGeometric):  # which clips by itself
+    if not config.gradient_clip or isinstance(
+        config.optim, SophiaGeometric
+    ):  # which clips by itself
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(run.gradient_clip), optimizer)
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
 
 
 def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> step_lib.TrainState:
@@ -183,47 +185,47 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
     )
 
 
-def _batch_shapes(run: Config, placed: Mesh) -> Batch:
-    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
+def _batch_shapes(config: Config, placed: Mesh) -> Batch:
+    sizes = {"batch_size": config.batch_size, "sequence_length": config.sequence_length}
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.batch_sharding(placed)),
-        data.batch_shapes(run.data, **sizes),
+        data.batch_shapes(config.data, **sizes),
     )
 
 
-def _loaded(run: Config, batch_size: int) -> Callable[[], data.Data]:
-    return functools.cache(functools.partial(_load, run, batch_size))
+def _loaded(config: Config, batch_size: int) -> Callable[[], data.Data]:
+    return functools.cache(functools.partial(_load, config, batch_size))
 
 
-def _load(run: Config, batch_size: int) -> data.Data:
-    sizes = {"batch_size": batch_size, "sequence_length": run.sequence_length}
-    loaded = data.load(run.data, **sizes, seed=run.seed)
-    _check_vocabulary(run, loaded.vocab_size)
-    wanted = getattr(run.model, "classes", 0)
+def _load(config: Config, batch_size: int) -> data.Data:
+    sizes = {"batch_size": batch_size, "sequence_length": config.sequence_length}
+    loaded = data.load(config.data, **sizes, seed=config.seed)
+    _check_vocabulary(config, loaded.vocab_size)
+    wanted = getattr(config.model, "classes", 0)
     if loaded.classes != wanted:
         raise ValueError(
-            f"{run.data.source} has {loaded.classes} classes ({', '.join(loaded.class_names)}), "
+            f"{config.data.source} has {loaded.classes} classes ({', '.join(loaded.class_names)}), "
             f"the model {wanted}: set --model.classes {loaded.classes}."
         )
     return loaded
 
 
-def load_tokenizer(run: Config) -> Tokenizer:
+def load_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a run's text, where its data is not needed.
 
     Raises:
       ValueError: there is none, or it has more tokens than the model.
     """
-    tokenizer = tokenizers.load(run.data.tokenizer)
-    _check_vocabulary(run, tokenizer.vocab_size)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    _check_vocabulary(config, tokenizer.vocab_size)
     return tokenizer
 
 
-def _check_vocabulary(run: Config, tokens: int) -> None:
-    if tokens > run.model.vocab_size:
+def _check_vocabulary(config: Config, tokens: int) -> None:
+    if tokens > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer {run.data.tokenizer} has {tokens} tokens, more than the "
-            f"{run.model.vocab_size} of the model: set --model.vocab-size {tokens}."
+            f"the tokenizer {config.data.tokenizer} has {tokens} tokens, more than the "
+            f"{config.model.vocab_size} of the model: set --model.vocab-size {tokens}."
         )
 
 
@@ -241,13 +243,13 @@ def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
 
 
 def _evaluate(
-    run: Config, placed: Mesh, outputs: loss.Outputs, loaded: Callable[[], data.Data]
+    config: Config, placed: Mesh, outputs: loss.Outputs, loaded: Callable[[], data.Data]
 ) -> Callable[..., dict[str, float] | None]:
     return heldout.make_evaluate(
         functools.partial(outputs, constrain=mesh.constrain_activations(placed)),
         loaded,
         mesh.batch_sharding(placed),
-        whole_text=run.data.task == "next-token",
+        whole_text=config.data.task == "next-token",
     )
 
 
@@ -262,24 +264,24 @@ def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) ->
     return model._replace(**{name: gathered(getattr(model, name)) for name in functions})
 
 
-def _step(run: Config, outputs: loss.Outputs, tx: optax.GradientTransformation, placed: Mesh):
+def _step(config: Config, outputs: loss.Outputs, tx: optax.GradientTransformation, placed: Mesh):
     # cuDNN attention has no second derivative.
-    twice_differentiable = _split(dataclasses.replace(run.model, attention="xla"), placed)
+    twice_differentiable = _split(dataclasses.replace(config.model, attention="xla"), placed)
     sampling = {}
-    if isinstance(run.optim, SophiaG | SophiaH):
-        cut = run.batch_size, run.accumulation
-        shards = run.optim.shards(mesh.row_devices(placed), *cut)
-        sampling["estimator"] = run.optim.estimator(shards, *cut)
-        sampling["sample_every"] = run.optim.strides(*cut)[0]
+    if isinstance(config.optim, SophiaG | SophiaH):
+        cut = config.batch_size, config.accumulation
+        shards = config.optim.shards(mesh.row_devices(placed), *cut)
+        sampling["estimator"] = config.optim.estimator(shards, *cut)
+        sampling["sample_every"] = config.optim.strides(*cut)[0]
         if shards > 1:
             sampling["constrain_group"] = mesh.constrain_group(placed)
     return step_lib.make_step(
         outputs,
         tx,
-        seed=run.seed,
-        hessian_outputs=loss.outputs_of(twice_differentiable, run.loss_chunk),
+        seed=config.seed,
+        hessian_outputs=loss.outputs_of(twice_differentiable, config.loss_chunk),
         constrain=mesh.constrain_activations(placed),
         over_rows=functools.partial(mesh.over_rows, placed),
-        accumulation=run.accumulation,
+        accumulation=config.accumulation,
         **sampling,
     )

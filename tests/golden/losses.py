@@ -22,9 +22,11 @@ WITHIN = 1e-6  # relative
 def losses(optimizer: str, folder: str) -> list[float]:
     """Training losses, and held-out ones at the end."""
     run = preset("tiny", optimizer)
-    output = dataclasses.replace(run.run, folder=f"{folder}/{optimizer}", log_every=1, quiet=True)
+    output = dataclasses.replace(
+        run.output, folder=f"{folder}/{optimizer}", log_every=1, quiet=True
+    )
     mesh = dataclasses.replace(run.mesh, data=2, fsdp=2, tensor=2)
-    history = train(dataclasses.replace(run, steps=10, mesh=mesh, run=output))
+    history = train(dataclasses.replace(run, steps=10, mesh=mesh, output=output))
     return [row[name] for row in history for name in ("loss", "heldout_loss") if name in row]
 
 

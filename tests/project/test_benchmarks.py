@@ -12,7 +12,7 @@ import train
 from benchmarks import estimator_variance, leaderboard, matrix_cost, update_cost
 from models import DecoderConfig
 from train import data
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 
 
 @functools.cache
@@ -231,8 +231,8 @@ def test_the_board_has_the_losses_that_the_trainer_reaches(tmp_path, monkeypatch
     rows = leaderboard.sweep(["sophia-g", "lion"], path, QUIET, steps=6, seeds=1, **SMALL)
     assert rows["sophia-g"]["state_bytes"] == pytest.approx(8, rel=0.01)
     assert rows["lion"]["state_bytes"] == pytest.approx(4, rel=0.01)
-    shown = RunConfig(folder=str(tmp_path / "run"), quiet=True, compile_cache="")
-    run = leaderboard.candidate("sophia-g", 3e-3, steps=6, seed=0, run=shown, **SMALL)
+    shown = OutputConfig(folder=str(tmp_path / "run"), quiet=True, compile_cache="")
+    run = leaderboard.candidate("sophia-g", 3e-3, steps=6, seed=0, output=shown, **SMALL)
     assert rows["sophia-g"]["losses"] == [train.train(run)[-1]["heldout_loss"]]
     assert json.loads(path.read_text())[run.hash]["command"].startswith("python -m train tiny")
 

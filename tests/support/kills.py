@@ -30,8 +30,8 @@ from train.parallel import xla_flags
 
 xla_flags.add(xla_flags.QUICK)  # compiling is what takes long here
 WORDS = """--model.width 16 --model.layers 1 --model.heads 2 --batch-size 8
---sequence-length 64 --steps 60 --warmup-steps 5 --evaluate-every 20 --run.checkpoint-every 2
---run.log-every 1 --run.sample-length 0"""
+--sequence-length 64 --steps 60 --warmup-steps 5 --evaluate-every 20 --output.checkpoint-every 2
+--output.log-every 1 --output.sample-length 0"""
 OPTIMIZER = sys.argv[3]
 MOMENTS = ("save", "line", "term", "save", "line", "start")
 TIMED = ("tokens_per_second",)
@@ -92,9 +92,9 @@ def attempts(folder, kills, cache, log):
             "tiny",
             OPTIMIZER,
             *WORDS.split(),
-            "--run.folder",
+            "--output.folder",
             str(folder),
-            "--run.compile-cache",
+            "--output.compile-cache",
             cache,
         ]
         if not new:

@@ -5,14 +5,14 @@ import dataclasses
 from models import DecoderConfig
 from train import data
 from train.config.presets import preset
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 
 MODEL = DecoderConfig(vocab_size=256, context=16, width=16, layers=1, heads=2)
 
 
 def small(folder, optimizer="sophia-g", **changes):
     defaults = {"steps": 12, "batch_size": 8, "sequence_length": 16, "warmup_steps": 2}
-    shown = RunConfig(
+    shown = OutputConfig(
         folder=str(folder),
         log_every=1,
         checkpoint_every=6,
@@ -24,6 +24,6 @@ def small(folder, optimizer="sophia-g", **changes):
         preset("tiny", optimizer),
         model=MODEL,
         data=data.DataConfig(heldout_fraction=0.003),
-        run=shown,
+        output=shown,
         **defaults | {"evaluate_every": 12} | changes,
     )

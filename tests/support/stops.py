@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 WORDS = """tiny adamw --model.width 256 --model.layers 4 --model.heads 8 --batch-size 8 --steps 30
---warmup-steps 1 --evaluate-every 10 --run.checkpoint-every 1000 --run.log-every 1"""
+--warmup-steps 1 --evaluate-every 10 --output.checkpoint-every 1000 --output.log-every 1"""
 
 
 def rows(folder: Path) -> list[dict]:
@@ -47,7 +47,7 @@ FEW = ["--data.heldout-fraction", ".0005"]
 PHASES = {
     "compiling": (said("compiling the step"), 1.0, FEW),
     "step": (trained(3), 0.0, FEW),
-    "save": (saving, 0.0, [*FEW, "--run.checkpoint-every", "2"]),
+    "save": (saving, 0.0, [*FEW, "--output.checkpoint-every", "2"]),
     "evaluation": (trained(10), 5.0, []),
     "sample": (done, 0.5, FEW),
 }
@@ -57,7 +57,7 @@ def stop(folder: Path, words: list[str], phase: str) -> tuple[float, int, str]:
     """(seconds, exit code, steps with digests)."""
     begun, wait, flags = PHASES[phase]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "train", *words, *flags, "--run.folder", str(folder)]
+    command = [sys.executable, "-m", "train", *words, *flags, "--output.folder", str(folder)]
     with folder.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         while not begun(folder) and process.poll() is None:
@@ -73,11 +73,11 @@ def stop(folder: Path, words: list[str], phase: str) -> tuple[float, int, str]:
 
 def main(place: Path, words: list[str]) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    cache = ["--run.compile-cache", str(place / "xla")]
+    cache = ["--output.compile-cache", str(place / "xla")]
     print("phase       seconds  exit code  saved steps  said")
     for phase in PHASES:
         # Compiling must take its time, all else need not.
-        own = ["--run.compile-cache", ""] if phase == "compiling" else cache
+        own = ["--output.compile-cache", ""] if phase == "compiling" else cache
         seconds, code, saved = stop(place / phase, [*words, *own], phase)
         told = re.findall(
             r"^stopped .*;|^to train longer", (place / f"{phase}.log").read_text(), re.M

@@ -18,7 +18,7 @@ import train
 from train import loop, program
 from train.checkpoint import warm_start
 from train.config.presets import preset
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 from train.data import DataConfig, load
 from train.step.batch import Batch
 
@@ -42,7 +42,7 @@ def small(folder, optimizer, *, rate=1e-2, **changes):
     fields = {
         "model": MODEL,
         "optim": dataclasses.replace(base.optim, learning_rate=rate),
-        "run": RunConfig(folder=str(folder), compile_cache="", quiet=True, log_every=1),
+        "run": OutputConfig(folder=str(folder), compile_cache="", quiet=True, log_every=1),
         "batch_size": 32,
         "sequence_length": 32,
         "warmup_steps": 10,

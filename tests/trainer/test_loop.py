@@ -84,7 +84,7 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
         report(meter, step, measured, sampled)
 
     run = small(tmp_path / "cut")
-    run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False))
+    run = dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "refresh_due", before)
         patch.setattr(loop.Meter, "report", after)
@@ -111,7 +111,7 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
     folder = tmp_path / "[lr=.01]" / "[" / "run"
     run = small(folder, steps=3)
-    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
+    train.train(dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False)))
     lines = capsys.readouterr().out.strip().splitlines()
     command = f"{loop.config.python()} -m train resume '{folder}' --steps 6"
     assert lines[-1] == command
@@ -124,7 +124,7 @@ def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
 def test_adamw_is_not_offered_as_its_own_reference(optimizer, offered):
     run = small("unused", optimizer)
     shown = report._comparison(run, None, "")
-    assert ("--run.recompute-reference" in shown) == offered
+    assert ("--output.recompute-reference" in shown) == offered
     assert not report._comparison(run, None, "stopped at step 3")
 
 
@@ -152,7 +152,7 @@ def test_programs_are_compiled_before_the_first_step_and_never_again(
     monkeypatch.setattr(program, "assemble", kept)
     monkeypatch.setattr(loop.Meter, "report", lambda *args: events.append("step"))
     run = small(tmp_path / "run", steps=5)
-    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False)))
+    train.train(dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False)))
     assert events == [True, False, *["step"] * 5]
     shown = capsys.readouterr().out
     for name in ("step that samples curvature", "plain step"):
@@ -209,7 +209,9 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 def test_a_run_that_saved_nothing_yet_starts_again_but_a_lost_checkpoint_is_named(tmp_path, capsys):
     run = small(tmp_path / "run", "adamw", steps=4)
-    run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False, sample_length=0))
+    run = dataclasses.replace(
+        run, output=dataclasses.replace(run.output, quiet=False, sample_length=0)
+    )
     history = train.train(run)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert losses(train.resume(tmp_path / "run")) == losses(history)
@@ -231,8 +233,8 @@ def test_a_run_that_saved_nothing_yet_starts_again_but_a_lost_checkpoint_is_name
 
 def test_checkpoints_come_by_the_clock_too(tmp_path):
     run = small(tmp_path / "run", "adamw", steps=4)
-    shown = dataclasses.replace(run.run, checkpoint_minutes=1e-9, keep_checkpoints=9)
-    train.train(dataclasses.replace(run, run=shown))
+    shown = dataclasses.replace(run.output, checkpoint_minutes=1e-9, keep_checkpoints=9)
+    train.train(dataclasses.replace(run, output=shown))
     with loop._checkpoints(run, tmp_path / "run") as checkpoints:
         assert checkpoints.steps == [1, 2, 3, 4]
 
@@ -309,8 +311,8 @@ def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoi
     train.train(small(folder, "adamw", steps=6))
     run = loop.config.load(folder)
     hot = dataclasses.replace(run.optim, learning_rate=1e30, weight_decay=1e30)
-    shown = dataclasses.replace(run.run, checkpoint_every=1, keep_checkpoints=1)
-    loop.config.save(dataclasses.replace(run, optim=hot, run=shown), folder)
+    shown = dataclasses.replace(run.output, checkpoint_every=1, keep_checkpoints=1)
+    loop.config.save(dataclasses.replace(run, optim=hot, output=shown), folder)
     with pytest.raises(ValueError, match=r"step 6: optim.learning_rate 0\.01 -> 1e\+30.*Put back"):
         train.resume(folder, steps=12)
     with pytest.raises(FloatingPointError, match=r"at step 7, .* not saved.*step 6 is kept"):
@@ -323,7 +325,9 @@ def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(tmp_path, m
     """Such are never saved: it was damaged on disk."""
     folder, here = tmp_path / "run", policy.wrong_here
     run = small(folder, "adamw", steps=6)
-    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
+    train.train(
+        dataclasses.replace(run, output=dataclasses.replace(run.output, checkpoint_every=3))
+    )
 
     def damaged_at_6(step, state):
         tokens = state["params"]["tokens"]["embedding"] * (jnp.nan if step == 6 else 1)
@@ -338,7 +342,9 @@ def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(tmp_path, m
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
     folder = tmp_path / "run"
     run = small(folder, "adamw", steps=6)
-    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=3)))
+    train.train(
+        dataclasses.replace(run, output=dataclasses.replace(run.output, checkpoint_every=3))
+    )
     checkpoints = folder / "checkpoints"
     (checkpoints / "3").rename(checkpoints / "5")
     shutil.rmtree(checkpoints / "6")
@@ -381,7 +387,7 @@ def test_bad_steps_change_nothing_and_a_sample_of_curvature_is_retaken(tmp_path,
     """Also across a resume right after the step at which the sample was due."""
     sampled = spoiled(monkeypatch, 4, 10)
     run = small(tmp_path / "run", steps=14)
-    run = dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_every=11))
+    run = dataclasses.replace(run, output=dataclasses.replace(run.output, checkpoint_every=11))
     history = train.train(run)
     rows = {row["step"]: row for row in history if "grad_norm" in row}
     assert [step for step, row in rows.items() if math.isnan(row["loss"])] == [5, 11]
@@ -403,7 +409,7 @@ def test_bad_steps_change_nothing_and_a_sample_of_curvature_is_retaken(tmp_path,
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     spoiled(monkeypatch, 2, 4, 5, 6)
     run = small(tmp_path / "run", "adamw")
-    run = dataclasses.replace(run, run=dataclasses.replace(run.run, max_bad_steps=3))
+    run = dataclasses.replace(run, output=dataclasses.replace(run.output, max_bad_steps=3))
     with pytest.raises(FloatingPointError, match=r"at 3 steps in a row, up to step 7: none of"):
         train.train(run)
     assert max(losses(jsonl.read_history(tmp_path / "run"))) == 7
@@ -423,7 +429,7 @@ def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, mo
     assert baseline.find(run).stale and baseline.is_twin(run)
     shipped = baseline.SHIPPED.read_bytes()
     train.train(
-        dataclasses.replace(run, run=dataclasses.replace(run.run, recompute_reference=True))
+        dataclasses.replace(run, output=dataclasses.replace(run.output, recompute_reference=True))
     )
     folder, beside = sorted((tmp_path / "runs").iterdir())
     assert beside.name == f"{folder.name}-reference"
@@ -448,7 +454,7 @@ def test_the_shipped_reference_belongs_to_the_shipped_config():
     found = baseline.find(preset())
     assert found is not None
     assert not found.stale, (
-        f"renew it: python -m train --run.recompute-reference ({found.command}), then copy "
+        f"renew it: python -m train --output.recompute-reference ({found.command}), then copy "
         f"{baseline.OWN} over {baseline.SHIPPED}"
     )
     assert json.loads(baseline.SHIPPED.read_text())[baseline.twin(preset()).hash]

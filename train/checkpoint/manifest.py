@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "flax", "numpy")
-FREE = ("run", "mesh", "steps", "base")
+FREE = ("run", "output", "mesh", "steps", "base")
 """Fields of a config that may differ on resume: where it runs, what it writes, how long."""
 PLACES = ("source", "heldout_source", "tokenizer", "cache", "download", "tfds_folder")
 """Fields of its data that may: whether it is the same data the fingerprint says."""

@@ -28,7 +28,7 @@ class Places:
 STAYED = Places()
 
 
-def placed(run: Config, now: Places) -> Config:
+def placed(config: Config, now: Places) -> Config:
     """The config with the data where it is now, in paths that mean the same from any folder.
 
     Raises:
@@ -42,16 +42,16 @@ def placed(run: Config, now: Places) -> Config:
         given["tokenizer"] = places.absolute(given["tokenizer"])
     if "cache" in given:
         given["cache"] = absolute(given["cache"])
-    data = dataclasses.replace(run.data, **given)
+    data = dataclasses.replace(config.data, **given)
     if now.source and not now.tokenizer and _lost_tokenizer(data):
         own = settled(dataclasses.replace(data, tokenizer=DataConfig.tokenizer)).tokenizer
         if own != DataConfig.tokenizer:
             data = dataclasses.replace(data, tokenizer=own)
-    return dataclasses.replace(run, data=data)
+    return dataclasses.replace(config, data=data)
 
 
 @contextlib.contextmanager
-def explained(run: Config) -> Iterator[None]:
+def explained(config: Config) -> Iterator[None]:
     """Adds to an error of reading the data of a saved run where it was looked for.
 
     Raises:
@@ -60,7 +60,7 @@ def explained(run: Config) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if not (lost := _lost(run.data)):
+        if not (lost := _lost(config.data)):
             raise
         text = f"{error}".rstrip(".")
         path, flag = next(iter(lost.items()))

@@ -44,7 +44,7 @@ def plain(folder: Path, stack: contextlib.ExitStack) -> Path:
     if _SPECIAL.search(place):
         raise ValueError(
             f"neither {folder} nor the temporary folder {place} is free of the characters [ ] * ? "
-            "\\: set TMPDIR to a folder without them, or choose another --run.folder."
+            "\\: set TMPDIR to a folder without them, or choose another --output.folder."
         )
     link = Path(place) / "checkpoints"
     link.symlink_to(folder, target_is_directory=True)

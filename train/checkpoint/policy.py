@@ -20,18 +20,23 @@ class Saver:
 
     def __init__(
         self,
-        run: Config,
+        config: Config,
         programs: program.Program,
         checkpoints: store.Checkpoints,
         meter: Meter,
     ):
-        self.run, self.programs, self.checkpoints, self.meter = run, programs, checkpoints, meter
+        self.config, self.programs, self.checkpoints, self.meter = (
+            config,
+            programs,
+            checkpoints,
+            meter,
+        )
         self.clock = time.perf_counter()
         self.stale = -1  # up to this step `overdue` was raised before the last save
 
     def overdue(self) -> bool:
         """By the clock of this process."""
-        minutes = self.run.run.checkpoint_minutes
+        minutes = self.config.output.checkpoint_minutes
         return minutes > 0 and time.perf_counter() - self.clock > 60 * minutes
 
     def save(
@@ -48,7 +53,7 @@ class Saver:
           FloatingPointError: parameters, or what the optimizer keeps, are not finite. Such a state
             must never push a good one out, and no later step can mend it.
         """
-        due = step % self.run.run.checkpoint_every == 0
+        due = step % self.config.output.checkpoint_every == 0
         if not (due or (overdue and step > self.stale) or last):
             return
         self.meter.flush()
@@ -58,7 +63,7 @@ class Saver:
                 f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
             )
         self.meter.log.sync()
-        settings, health = serialize.to_json(self.run), self.meter.health
+        settings, health = serialize.to_json(self.config), self.meter.health
         beside = manifest.make(step, settings, self.programs.data().fingerprint, health)
         self.checkpoints.save(step, state, record=beside, force=True)
         self.clock, self.stale = time.perf_counter(), step + processes.late()

@@ -26,7 +26,7 @@ class Start(NamedTuple):
 
 
 def restored(
-    run: Config,
+    config: Config,
     folder: Path,
     programs: program.Program,
     checkpoints: store.Checkpoints,
@@ -38,9 +38,9 @@ def restored(
     """The state to go on from, and what to say about it.
 
     Args:
-      run: the config that goes on.
+      config: the config that goes on.
       folder: of the run.
-      programs: of `run`.
+      programs: of `config`.
       checkpoints: in `folder`.
       initial: makes the state of step 0.
       step: of a checkpoint; default the newest that can be read.
@@ -52,13 +52,13 @@ def restored(
     notes: list[str] = []
 
     def accept(saved: Any) -> None:
-        now, fingerprint = serialize.to_json(run), programs.data().fingerprint
+        now, fingerprint = serialize.to_json(config), programs.data().fingerprint
         with reading.fields_of(f"the record of a checkpoint in {checkpoints.directory}"):
             notes[:] = manifest.check(saved, now, fingerprint, allow_changes=allow_changes)
 
     processes.on_main(checkpoints.repair)
     if step is None:
-        again = processes.on_main(lambda: _begin_again(run, folder, checkpoints))
+        again = processes.on_main(lambda: _begin_again(config, folder, checkpoints))
         if said := processes.from_main(again or ""):
             return Start(initial(), notes=(said,))
     _verify(checkpoints, step)
@@ -74,16 +74,16 @@ def restored(
         {"checkpoint": done},
         "Some cannot read the newest: see that all can, or name an older one with --step.",
     )
-    if run.steps < done:
+    if config.steps < done:
         raise ValueError(
-            f"steps={run.steps} is less than the {done} that the checkpoint has done: ask for "
+            f"steps={config.steps} is less than the {done} that the checkpoint has done: ask for "
             "more, or start from an older one with --step."
         )
     health = _health(checkpoints)
     notes = [*checkpoints.notes, *notes]
     if step is not None and (later := checkpoints.abandon_later()):
         notes.append(f"going on from step {step}: the later checkpoints, {later}, are deleted")
-    if done == run.steps:
+    if done == config.steps:
         notes.append(f"step {done} was the last: nothing is left to train")
     return Start(state, health, tuple(notes))
 
@@ -105,7 +105,7 @@ def _health(checkpoints: store.Checkpoints) -> Health:
         )
 
 
-def _begin_again(run: Config, folder: Path, checkpoints: store.Checkpoints) -> str:
+def _begin_again(config: Config, folder: Path, checkpoints: store.Checkpoints) -> str:
     """Clears the way for a run that was killed before its first checkpoint, and says so.
 
     Its metrics are kept under another name: should the checkpoints have been deleted, they are all
@@ -118,7 +118,7 @@ def _begin_again(run: Config, folder: Path, checkpoints: store.Checkpoints) -> s
     rows = jsonl.read_history(folder) if path.exists() else []
     if not rows:
         return said
-    if max(row["step"] for row in rows) > 2 * run.run.checkpoint_every:
+    if max(row["step"] for row in rows) > 2 * config.output.checkpoint_every:
         return ""
     aside = path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
     path.rename(aside)

@@ -23,7 +23,7 @@ Model = models.DecoderConfig | models.EncoderConfig
 class Saved(NamedTuple):
     """A run as it was at one of its checkpoints."""
 
-    run: Config
+    config: Config
     evaluate: Callable[..., dict[str, float]]
     step: int
     params: Any
@@ -44,8 +44,8 @@ def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYE
       ValueError: the folder holds no run.
       CheckpointError: no checkpoint can be read.
     """
-    run = moved.placed(serialize.load(folder), data)
-    programs = program.assemble_trained(run)
+    config = moved.placed(serialize.load(folder), data)
+    programs = program.assemble_trained(config)
     checkpoints = store.Checkpoints(folder / "checkpoints", save_interval=1)
     with checkpoints:
         done, state = checkpoints.restore(
@@ -56,20 +56,20 @@ def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYE
         )
     fingerprint = checkpoints.record.get("fingerprint", "")
     notes, params = tuple(checkpoints.notes), state["params"]
-    return Saved(run, programs.evaluate, done, params, notes, programs.data, fingerprint)
+    return Saved(config, programs.evaluate, done, params, notes, programs.data, fingerprint)
 
 
-def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
+def start_from(path: Path, config: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
     """Parameters of another run, or of a Hugging Face folder, in the place of fresh ones.
 
     Args:
       path: of a run, or of a folder with `config.json` and safetensors.
-      run: what is to be trained. Layers may be stacked in one and not in the other, and the
+      config: what is to be trained. Layers may be stacked in one and not in the other, and the
         vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
         for another task or other classes, stays fresh as a whole.
-      fresh: parameters of `run`, on its mesh.
-      class_names: of the data of `run`. The classes of what it starts from are put in their order,
-        by name; other names are other classes.
+      fresh: parameters of `config`, on its mesh.
+      class_names: of the data of `config`. The classes of what it starts from are put in their
+        order, by name; other names are other classes.
 
     Raises:
       ValueError: other parameters than such a head's differ in name or shape, or the run there
@@ -87,17 +87,19 @@ def start_from(path: Path, run: Config, fresh: Any, class_names: tuple[str, ...]
                 f"{command_line.call('resume', path)}, or start from another."
             )
         there = load(path)
-        _check_tokenizer(path, there.run, run)
-        params = _padded(there.params, there.run.model, run.model)
-        if class_names and there.run.data.task == "classify":
+        _check_tokenizer(path, there.config, config)
+        params = _padded(there.params, there.config.model, config.model)
+        if class_names and there.config.data.task == "classify":
             params = _in_order(params, class_names, _names_in(path, there))
     else:
-        params = huggingface.load(path, vocab_multiple=run.model.vocab_multiple)[1]
+        params = huggingface.load(path, vocab_multiple=config.model.vocab_multiple)[1]
         if class_names:
             params = _in_order(params, class_names, huggingface.read_notes(path).class_names)
     params = models.unstack_blocks(params)
-    params = models.stack_blocks(params) if run.model.scan_layers else params
-    if isinstance(run.model, models.EncoderConfig) and not _same(fresh["head"], params.get("head")):
+    params = models.stack_blocks(params) if config.model.scan_layers else params
+    if isinstance(config.model, models.EncoderConfig) and not _same(
+        fresh["head"], params.get("head")
+    ):
         params = {**params, "head": fresh["head"]}
     return _replace(path, fresh, params)
 
@@ -127,8 +129,8 @@ def _is_run(path: Path) -> bool:
     return "optimizer" in read_json(path / "config.json")
 
 
-def _check_tokenizer(path: Path, there: Config, run: Config) -> None:
-    theirs, ours = there.data.tokenizer, run.data.tokenizer
+def _check_tokenizer(path: Path, there: Config, config: Config) -> None:
+    theirs, ours = there.data.tokenizer, config.data.tokenizer
     if theirs != ours and tokenizers.load(theirs).hash != tokenizers.load(ours).hash:
         raise ValueError(
             f"{path} was trained on tokens of {theirs}, which are not those of {ours}: set "

@@ -65,27 +65,27 @@ def export(folder: Path, output: Path, loaded: warm_start.Saved) -> list[str]:
     Raises:
       ValueError: the tokenizer cannot be read, or no model of `transformers` computes this one.
     """
-    run, tokenizer = loaded.run, program.load_tokenizer(loaded.run)
-    kept = _kept(folder, run)
+    config, tokenizer = loaded.config, program.load_tokenizer(loaded.config)
+    kept = _kept(folder, config)
     own = _has_tokenizer(kept, tokenizer)
     notes = huggingface.read_notes(kept) if kept.is_dir() else huggingface.Notes({}, ())
     ids = _ids(tokenizer) | (notes.ids if own else {})
-    names, told = _class_names(run)
+    names, told = _class_names(config)
     params = loaded.params
     if names and (numbers := classes.order(notes.class_names, names)):
         names, params = notes.class_names, classes.permuted(params, numbers)
-    huggingface.save(params, run.model, output, ids=ids, class_names=names)
+    huggingface.save(params, config.model, output, ids=ids, class_names=names)
     for name in for_transformers.KEPT:
         (output / name).unlink(missing_ok=True)
     if own:
         for_transformers.copy(kept, output)
     elif tokenizer.files or tokenizer.name == "bytes":
-        encoder = isinstance(run.model, EncoderConfig)
-        for_transformers.write(tokenizer, output, length=run.model.context, encoder=encoder)
+        encoder = isinstance(config.model, EncoderConfig)
+        for_transformers.write(tokenizer, output, length=config.model.context, encoder=encoder)
     else:
         told.append(f"the tokenizer {tokenizer.name} has no files: {output} is without one")
     stated = output / "generation_config.json"
-    if isinstance(run.model, DecoderConfig) and not stated.exists():
+    if isinstance(config.model, DecoderConfig) and not stated.exists():
         some = {key: ids[key] for key in _ids(tokenizer)}
         replace_text(stated, json.dumps(some, indent=2) + "\n")
     return told
@@ -125,44 +125,44 @@ def _config(
         data=dataclasses.replace(source, task=task),
         sequence_length=min(made.sequence_length, model.context),
         start_from=str(folder),
-        run=dataclasses.replace(made.run, folder=str(run)),
+        output=dataclasses.replace(made.output, folder=str(run)),
     )
 
 
-def _check_classes(folder: Path, run: Config, theirs: tuple[str, ...]) -> None:
-    if run.data.source == DataConfig.source:
+def _check_classes(folder: Path, config: Config, theirs: tuple[str, ...]) -> None:
+    if config.data.source == DataConfig.source:
         raise ValueError(
             f"{folder} is a classifier of {', '.join(theirs) or 'unnamed classes'}: name labelled "
             "texts for it, such as --data.source csv:reviews.csv."
         )
-    ours = _data_names(run)
+    ours = _data_names(config)
     if theirs and classes.order(ours, theirs) is None:
         raise ValueError(
-            f"{folder} is a classifier of {', '.join(theirs)}, but {run.data.source} has the "
+            f"{folder} is a classifier of {', '.join(theirs)}, but {config.data.source} has the "
             f"classes {', '.join(ours)}: give its labels those names, or the numbers from 0."
         )
 
 
-def _data_names(run: Config) -> tuple[str, ...]:
+def _data_names(config: Config) -> tuple[str, ...]:
     """The class names of a run's data, which is read."""
-    sizes = {"batch_size": run.batch_size, "sequence_length": run.sequence_length}
-    return data.load(run.data, **sizes, seed=run.seed).class_names
+    sizes = {"batch_size": config.batch_size, "sequence_length": config.sequence_length}
+    return data.load(config.data, **sizes, seed=config.seed).class_names
 
 
-def _class_names(run: Config) -> tuple[tuple[str, ...], list[str]]:
+def _class_names(config: Config) -> tuple[tuple[str, ...], list[str]]:
     """The same, and what to tell where they cannot be known."""
-    if run.data.task != "classify":
+    if config.data.task != "classify":
         return (), []
     try:
-        with moved.explained(run):
-            return _data_names(run), []
+        with moved.explained(config):
+            return _data_names(config), []
     except (OSError, ValueError) as error:
         return (), [f"classes are written as LABEL_0, LABEL_1, ...: {error}"]
 
 
-def _kept(folder: Path, run: Config) -> Path:
+def _kept(folder: Path, config: Config) -> Path:
     """What was kept of the source of a run, or of the imported run that it started from."""
-    own, other = files.inside(folder, PRETRAINED), Path(run.data.tokenizer).expanduser()
+    own, other = files.inside(folder, PRETRAINED), Path(config.data.tokenizer).expanduser()
     return other if other.name == PRETRAINED and not own.exists() else own
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,28 @@ _USUAL = {
     "vocab": "vocab-size",
     "random-seed": "seed",
 }
+
+
+OLD = {"--run.": "--output."}
+"""Beginnings of flags that have another name now."""
+
+
+def current(args: Sequence[str]) -> list[str]:
+    """The words with flags under their names of today; a changed one is told.
+
+    >>> current(["--run.quiet", "--steps", "9"])
+    ['--output.quiet', '--steps', '9']
+    """
+    return [_current(word) for word in args]
+
+
+def _current(word: str) -> str:
+    for old, new in OLD.items():
+        if word.startswith(old):
+            flag = word.partition("=")[0]
+            print(f"{flag} is now {flag.replace(old, new)}", file=sys.stderr)
+            return word.replace(old, new, 1)
+    return word
 
 
 def check(args: Sequence[str], defaults: Mapping[str, Any], program: str) -> None:

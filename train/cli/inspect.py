@@ -83,7 +83,7 @@ def evaluate(run: Folder, step: int | None = None, data: moved.Places = moved.ST
       data: where its data is now, if it has moved.
     """
     loaded = _load(run, step, data)
-    with moved.explained(loaded.run):
+    with moved.explained(loaded.config):
         now = loaded.data().fingerprint
     if loaded.fingerprint not in ("", now):
         print(
@@ -125,10 +125,10 @@ def sample(
         raise ValueError(f"--length {length} is negative: it is the number of tokens to add.")
     sampling.check_seed(seed)
     loaded = _load(run, step, data)
-    with moved.explained(loaded.run):
-        tokenizer = program.load_tokenizer(loaded.run)
+    with moved.explained(loaded.config):
+        tokenizer = program.load_tokenizer(loaded.config)
     tokens = sampling.sample(
-        loaded.run.model,
+        loaded.config.model,
         loaded.params,
         tokenizer.encode(prompt),
         length=length,
@@ -153,7 +153,7 @@ def export(
     """
     files.check_local(output, "the folder to write")
     loaded = _load(run, step, data)
-    with moved.explained(loaded.run):
+    with moved.explained(loaded.config):
         notes = convert.export(run, output, loaded)
     for note in notes:
         print(note, file=sys.stderr)

@@ -87,7 +87,7 @@ def _main(args: list[str]) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         new = not args or args[0] not in COMMANDS
-        cure = ". Choose a folder that can be written with --run.folder." if new else ""
+        cure = ". Choose a folder that can be written with --output.folder." if new else ""
         sys.exit(f"error: {error}{cure}")
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
@@ -108,9 +108,9 @@ def _run(args: list[str]) -> None:
     else:
         from train import loop  # the heavier half
 
-        run, processes = parse_all(args)
+        config, processes = parse_all(args)
         distributed.start(processes)
-        loop.train(run)
+        loop.train(config)
 
 
 def _command(name: str) -> Callable[..., Any]:
@@ -139,7 +139,7 @@ def parse_all(
     args: Sequence[str], prog: str = "python -m train"
 ) -> tuple[schema.Config, DistributedConfig]:
     """The config, and the processes that share the work."""
-    names = []
+    args, names = flags.current(args), []
     for arg in args[:2]:
         if arg.startswith("-"):
             break

@@ -8,37 +8,37 @@ from train.config.schema import Config
 from train.optimizers.sophia import SophiaG, SophiaH
 
 
-def fitted(run: Config, args: Sequence[str]) -> tuple[Config, str]:
+def fitted(config: Config, args: Sequence[str]) -> tuple[Config, str]:
     """A preset whose share of rows suits the batch that a command line names.
 
     Args:
-      run: the preset.
+      config: the preset.
       args: the words of the command line. A share that they name is left as it is.
 
     Returns:
       (the preset with that batch, what to say of it: empty if the share is as it was)
     """
-    if not isinstance(run.optim, SophiaG | SophiaH):
-        return run, ""
-    known = _cutting(run, args)
-    rows, pieces, optim = known.batch_size, known.accumulation, _as_told(run.optim, known)
+    if not isinstance(config.optim, SophiaG | SophiaH):
+        return config, ""
+    known = _cutting(config, args)
+    rows, pieces, optim = known.batch_size, known.accumulation, _as_told(config.optim, known)
     if known.batch_fraction is not None or min(rows, pieces, optim.update_interval) < 1:
-        return run, ""
+        return config, ""
     fit = optim.fitted(rows, pieces, regroup=known.groups is None)
     if fit == optim or rows % pieces:
-        return run, ""
+        return config, ""
     said = f"--optim.batch-fraction {fit.batch_fraction:.4g}"
     if fit.groups != optim.groups:
         said += f" --optim.groups {fit.groups}"
     cut = f" in {pieces} micro-batches" * (pieces > 1)
-    run = dataclasses.replace(run, batch_size=rows, accumulation=pieces, optim=fit)
-    return run, f"{said}: the preset's share, fitted to a batch of {rows}{cut}."
+    config = dataclasses.replace(config, batch_size=rows, accumulation=pieces, optim=fit)
+    return config, f"{said}: the preset's share, fitted to a batch of {rows}{cut}."
 
 
-def _cutting(run: Config, args: Sequence[str]) -> argparse.Namespace:
+def _cutting(config: Config, args: Sequence[str]) -> argparse.Namespace:
     """What the words say of how the batch is cut."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, default in (("batch-size", run.batch_size), ("accumulation", run.accumulation)):
+    for name, default in (("batch-size", config.batch_size), ("accumulation", config.accumulation)):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", type=int, default=default)
     for name, kind in (("batch-fraction", str), ("groups", int), ("update-interval", int)):
         flags = f"--optim.{name}", f"--optim.{name.replace('-', '_')}"

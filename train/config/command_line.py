@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.config.output import RunConfig
+from train.config.output import OutputConfig
 from train.config.presets import preset
 from train.config.schema import Config
 from train.optimizers.registry import name_of
@@ -27,14 +27,14 @@ def call(*words: object) -> str:
     return shlex.join([python(), "-m", "train", *map(str, words)])
 
 
-def command(run: Config) -> str:
+def command(config: Config) -> str:
     """The command line of a run, with a flag for each departure from its preset.
 
     >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
     'python -m train tiny adamw --steps 500'
     """
-    names = (run.base, name_of(run.optim))
-    return " ".join(["python -m train", *names, *_flags(run, preset(*names))])
+    names = (config.base, name_of(config.optim))
+    return " ".join(["python -m train", *names, *_flags(config, preset(*names))])
 
 
 def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
@@ -42,7 +42,7 @@ def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
     for field in dataclasses.fields(value):
         new, old = getattr(value, field.name), getattr(default, field.name)
         name = prefix + field.name.replace("_", "-")
-        if isinstance(new, RunConfig) or field.name == "base" or new == old:
+        if isinstance(new, OutputConfig) or field.name == "base" or new == old:
             continue
         if dataclasses.is_dataclass(new):
             flags += _flags(new, old, name + ".")

@@ -7,7 +7,7 @@ from train.logging import profiler
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class OutputConfig:
     """What a run writes and shows; nothing here changes what it computes."""
 
     folder: str = ""
@@ -48,13 +48,15 @@ class RunConfig:
     def __post_init__(self):
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"run.{name}={getattr(self, name)} must be at least 1.")
+                raise ValueError(f"output.{name}={getattr(self, name)} must be at least 1.")
         for name, zero in (("sample_length", "samples none"), ("evaluate_tokens", "reads all")):
             if getattr(self, name) < 0:
-                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 {zero}.")
+                raise ValueError(f"output.{name}={getattr(self, name)} is negative; 0 {zero}.")
         for name in ("checkpoint_minutes", "spike"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"run.{name}={getattr(self, name)} is negative; 0 turns it off.")
+                raise ValueError(
+                    f"output.{name}={getattr(self, name)} is negative; 0 turns it off."
+                )
         for name in ("folder", "compile_cache"):
-            files.check_local(getattr(self, name), f"--run.{name.replace('_', '-')}")
+            files.check_local(getattr(self, name), f"--output.{name.replace('_', '-')}")
         profiler.parse(self.profile)

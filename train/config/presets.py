@@ -11,7 +11,7 @@ import difflib
 from typing import Any
 
 from models import PRESETS, EncoderConfig
-from train.config.output import RunConfig
+from train.config.output import OutputConfig
 from train.config.schema import Config
 from train.config.sizes import GPT2_SIZE
 from train.data.config import DataConfig
@@ -109,7 +109,7 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
         LARGE[model][optimizer],
         data,
         base=model,
-        run=RunConfig(checkpoint_every=1000),
+        output=OutputConfig(checkpoint_every=1000),
         steps=100_000,
         batch_size=480,
         sequence_length=min(1024, shape.context),

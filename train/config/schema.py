@@ -12,7 +12,7 @@ import tyro
 from models import DecoderConfig, EncoderConfig
 from train import files
 from train.config import checks
-from train.config.output import RunConfig
+from train.config.output import OutputConfig
 from train.config.sizes import GPT2_SIZE
 from train.data.config import DataConfig
 from train.optimizers.registry import Optimizer, name_of
@@ -38,7 +38,7 @@ class Config:
     """What it is trained on."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How devices are arranged."""
-    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
     """What is written and shown."""
     steps: int = 1200
     """Optimizer steps."""
@@ -65,7 +65,7 @@ class Config:
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     evaluate_every: int = 200
-    """Steps between evaluations on held-out text; --run.evaluate-tokens says how much of it."""
+    """Steps between evaluations on held-out text; --output.evaluate-tokens says how much of it."""
     seed: int = 0
     """Of initial parameters, data order, and curvature samples."""
     start_from: str = ""
@@ -140,14 +140,14 @@ class Config:
     def hash(self) -> str:
         """Changes with whatever can change the result, not with where it runs or is written."""
         fields: dict[str, Any] = dataclasses.asdict(self) | {"optimizer": name_of(self.optim)}
-        fields = {k: v for k, v in fields.items() if k not in ("run", "mesh", "precision")}
+        fields = {k: v for k, v in fields.items() if k not in ("output", "mesh", "precision")}
         fields["warmup_steps"] = self.warmup
         places = ("cache", "download", "tfds_folder")
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in places}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resolved(run: Config, platform: str) -> Config:
+def resolved(config: Config, platform: str) -> Config:
     """The config with the precision that it has on a platform, so that it stays when that changes.
 
     What it starts from and its cache mean the same from any folder.
@@ -155,13 +155,13 @@ def resolved(run: Config, platform: str) -> Config:
     >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
     ('bfloat16', 'float32')
     """
-    dtype = run.precision
+    dtype = config.precision
     if dtype == "auto":
-        dtype = "bfloat16" if platform in ("gpu", "tpu") else run.model.dtype
-    model = dataclasses.replace(run.model, dtype=dtype)
-    kept = dataclasses.replace(run.data, cache=absolute(run.data.cache))
-    start = absolute(run.start_from)
-    return dataclasses.replace(run, model=model, data=kept, precision=dtype, start_from=start)
+        dtype = "bfloat16" if platform in ("gpu", "tpu") else config.model.dtype
+    model = dataclasses.replace(config.model, dtype=dtype)
+    kept = dataclasses.replace(config.data, cache=absolute(config.data.cache))
+    start = absolute(config.start_from)
+    return dataclasses.replace(config, model=model, data=kept, precision=dtype, start_from=start)
 
 
 def absolute(path: str) -> str:

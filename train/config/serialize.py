@@ -8,7 +8,7 @@ from typing import Any
 from models import PRESETS, reading
 from train import files
 from train.config import checks
-from train.config.output import RunConfig
+from train.config.output import OutputConfig
 from train.config.schema import Config
 from train.data.config import DataConfig
 from train.optimizers.registry import OPTIMIZERS, name_of
@@ -31,12 +31,14 @@ def from_json(fields: dict[str, Any]) -> Config:
     True
     """
     fields = dict(fields)
+    if "run" in fields:  # its name until version 0.2
+        fields["output"] = fields.pop("run")
     kinds = {
         "model": type(PRESETS[fields["base"]]),
         "optim": OPTIMIZERS[fields.pop("optimizer")],
         "data": DataConfig,
         "mesh": MeshConfig,
-        "run": RunConfig,
+        "output": OutputConfig,
     }
     made = {name: checks.make(kind, fields[name], f"{name}.") for name, kind in kinds.items()}
     return checks.make(Config, fields | made)
@@ -64,8 +66,8 @@ def load(folder: Path) -> Config:
     cure = "It was edited, cut short, or written by another version; restore it from a copy."
     fields = reading.read_json(path)
     try:
-        run = from_json(fields)
+        config = from_json(fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be read as a run's config ({what}). {cure}") from error
-    return dataclasses.replace(run, data=run.data.in_run(folder))
+    return dataclasses.replace(config, data=config.data.in_run(folder))

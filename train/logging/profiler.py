@@ -22,7 +22,7 @@ def parse(steps: str) -> tuple[int, int] | None:
     first, _, last = steps.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(
-            f"run.profile={steps!r} names no steps: write FIRST:LAST, such as 10:15, from 1 on."
+            f"output.profile={steps!r} names no steps: write FIRST:LAST, such as 10:15, from 1 on."
         )
     return int(first), int(last)
 

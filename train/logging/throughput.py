@@ -29,9 +29,9 @@ class Meter:
     sample instead.
     """
 
-    def __init__(self, run: Config, log: run_log.RunLog, first: int, health: Health):
-        self.run, self.log, self.health = run, log, health
-        self.spikes = Spikes(run.run.spike, log.kept) if run.run.spike else None
+    def __init__(self, config: Config, log: run_log.RunLog, first: int, health: Health):
+        self.config, self.log, self.health = config, log, health
+        self.spikes = Spikes(config.output.spike, log.kept) if config.output.spike else None
         self.peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
         self._pending: deque[tuple[int, Mapping[str, jax.Array], bool]] = deque()
         self.restart(first)
@@ -60,7 +60,7 @@ class Meter:
         while len(self._pending) > keep:
             step, measured, sampled = self._pending.popleft()
             self._count(float(measured["skipped"]) > 0.5, sampled)
-            if step % self.run.run.log_every == 0 or step in (1, self.run.steps):
+            if step % self.config.output.log_every == 0 or step in (1, self.config.steps):
                 self._record(step, measured)
             self._check(step)
 
@@ -73,7 +73,7 @@ class Meter:
 
     def _check(self, step: int) -> None:
         count = self.health.in_a_row
-        if count >= self.run.run.max_bad_steps:
+        if count >= self.config.output.max_bad_steps:
             raise FloatingPointError(
                 f"the loss or the gradient is not finite at {count} steps in a row, up to step "
                 f"{step}: none of them changed the model. Lower --optim.learning-rate, or lengthen "
@@ -85,10 +85,10 @@ class Meter:
         now = time.perf_counter()  # what follows may wait for the next step, whose time it is
         del values["skipped"]
         seconds = max(now - self.clock, 1e-9)
-        tokens = (step - self.since) * self.run.batch_size * self.run.sequence_length
+        tokens = (step - self.since) * self.config.batch_size * self.config.sequence_length
         # The optimizer counts the steps before this one that were not left out.
         counted = step - 1 - self.health.skipped + (self.health.in_a_row > 0)
-        values["learning_rate"] = float(jax.device_get(self.run.schedule(counted)))
+        values["learning_rate"] = float(jax.device_get(self.config.schedule(counted)))
         values["skipped_steps"] = self.health.skipped
         if self.spikes:
             values["spikes"], excess = self.spikes.add(values["loss"])
@@ -96,7 +96,9 @@ class Meter:
                 self.log.print(f"step {step}: loss {values['loss']:.3f} is a spike, {excess}")
         values["tokens_per_second"] = tokens / seconds
         if self.peak:
-            steps = model_flops(self.run.model, self.run.batch_size, self.run.sequence_length)
+            steps = model_flops(
+                self.config.model, self.config.batch_size, self.config.sequence_length
+            )
             values["mfu"] = (step - self.since) * steps / seconds / self.peak
         self.log.train(step, values)
         self._restart(step, now)

@@ -22,7 +22,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, start: int = 0):
         # Steps after `start` are about to be run again: those of a run before are not shown.
-        library = need("tensorboardX", "tensorboard", "--run.tensorboard")
+        library = need("tensorboardX", "tensorboard", "--output.tensorboard")
         self._writer = library.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -39,7 +39,7 @@ class Wandb:
     """A run of a project at Weights & Biases; a run that is resumed goes on there too."""
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
-        library = need("wandb", "wandb", "--run.wandb")
+        library = need("wandb", "wandb", "--output.wandb")
         self._run = library.init(
             project=project,
             dir=str(folder),

@@ -17,7 +17,7 @@ TABLE = "['tokens']['embedding']"
 
 
 def collectives(
-    run: Config, abstract: Any, mesh: Mesh, samples: bool, *, scatter: bool = True
+    config: Config, abstract: Any, mesh: Mesh, samples: bool, *, scatter: bool = True
 ) -> dict[str, Collective]:
     """What a device exchanges in a step: kind -> number of arrays, bytes of the results.
 
@@ -30,9 +30,9 @@ def collectives(
       scatter: whether gradients are summed where they are kept, as on GPU and TPU. XLA on CPU sums
         all of them everywhere.
     """
-    part = cut(run, mesh, samples)
-    gathers, sums, again = _passes(run, part)
-    again_gathered = run.model.scan_layers or run.model.remat != "none"
+    part = cut(config, mesh, samples)
+    gathers, sums, again = _passes(config, part)
+    again_gathered = config.model.scan_layers or config.model.remat != "none"
     found = {"all-gather": [0, 0], "all-reduce": [0, 0], "reduce-scatter": [0, 0]}
 
     def add(kind: str, times: int, size: int) -> None:
@@ -41,9 +41,9 @@ def collectives(
 
     for path, x in jax.tree.leaves_with_path(abstract.params):
         shard, whole = shard_bytes(x), gathered_bytes(x)
-        times = sums + again * (tied(run.model) and jax.tree_util.keystr(path) == TABLE)
+        times = sums + again * (tied(config.model) and jax.tree_util.keystr(path) == TABLE)
         if shard < whole:
-            layers = run.model.layers if scanned(run, path) else 1
+            layers = config.model.layers if scanned(config, path) else 1
             add(
                 "all-gather",
                 layers * (gathers + sums * (again_gathered and in_block(path))),
@@ -53,8 +53,8 @@ def collectives(
         if mesh.shape["data"] > 1 or (shard == whole and row_devices(mesh) > 1):
             add("all-reduce", times, shard)
     if mesh.shape["tensor"] > 1:
-        stream = part.rows * run.sequence_length * run.model.width * itemsize(run.model)
-        add("all-reduce", run.accumulation * _tensor_sums(run.model, scatter), stream)
+        stream = part.rows * config.sequence_length * config.model.width * itemsize(config.model)
+        add("all-reduce", config.accumulation * _tensor_sums(config.model, scatter), stream)
     return {kind: Collective(*both) for kind, both in found.items() if both[0]}
 
 
@@ -72,7 +72,7 @@ def tied(config: Model) -> bool:
     return not config.classes if isinstance(config, models.EncoderConfig) else config.tied
 
 
-def _passes(run: Config, part: Cut) -> tuple[int, int, int]:
+def _passes(config: Config, part: Cut) -> tuple[int, int, int]:
     """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
 
     Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
@@ -80,8 +80,8 @@ def _passes(run: Config, part: Cut) -> tuple[int, int, int]:
     side by side add the two gradients of a table before they are summed over devices.
     """
     if not part.groups:
-        return run.accumulation, run.accumulation, run.accumulation
-    if isinstance(run.optim, SophiaH):
+        return config.accumulation, config.accumulation, config.accumulation
+    if isinstance(config.optim, SophiaH):
         products = part.rounds * part.draws
         gathers, sums, again = products, 2 * products, products
     elif part.apart:
@@ -91,5 +91,5 @@ def _passes(run: Config, part: Cut) -> tuple[int, int, int]:
         gathers = rest and (part.beside or part.rounds > 1)
         sums = part.rounds * (1 + part.draws) + rest - 1
         again = rest - 1 if part.beside else sums
-    plain, n = run.accumulation, part.sampled
+    plain, n = config.accumulation, part.sampled
     return plain + n * gathers, plain + n * sums, plain + n * again

@@ -51,7 +51,7 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     """What a run needs on a mesh; see `plan`."""
 
-    run: Config
+    config: Config
     mesh: dict[str, int]  # devices of each axis
     parameters: int
     steps: dict[str, Step]  # "plain" and "curvature", or "every step"
@@ -70,19 +70,19 @@ class Plan(NamedTuple):
     @property
     def curvature(self) -> float:
         """Operations that samples add, as a share of all steps without."""
-        plain = self.run.batch_size * self.run.sequence_length * self.flops_per_token
-        return curvature_flops(self.run, self.row_devices) / plain / self.interval
+        plain = self.config.batch_size * self.config.sequence_length * self.flops_per_token
+        return curvature_flops(self.config, self.row_devices) / plain / self.interval
 
     def tokens_per_second(self, peak: float, mfu: float = 0.4) -> float:
         """Of all devices, each of which could do `peak` operations a second and does a share."""
         return self.devices * peak * mfu / (self.flops_per_token * (1 + self.curvature))
 
 
-def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
+def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     """What a run needs on so many devices, which need not exist.
 
     Args:
-      run: its config. Precision "auto" is planned as on CPU.
+      config: its config. Precision "auto" is planned as on CPU.
       devices: their number; 0 for the fewest that the mesh needs.
       compile: also compile the programs, and read what XLA says of them.
 
@@ -95,27 +95,28 @@ def plan(run: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
     (119104, 952844)
     """
-    run = resolved(run, "cpu")
-    least = max(run.mesh.fsdp * run.mesh.tensor * max(run.mesh.data, 1), 1)
-    program = assemble(run, fake_devices(devices or least))
+    config = resolved(config, "cpu")
+    least = max(config.mesh.fsdp * config.mesh.tensor * max(config.mesh.data, 1), 1)
+    program = assemble(config, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
-    kinds = dict.fromkeys(refresh_due(run.optim, step) for step in (1, 0))
-    interval = run.optim.update_interval if isinstance(run.optim, SophiaG | SophiaH) else 1
+    kinds = dict.fromkeys(refresh_due(config.optim, step) for step in (1, 0))
+    interval = config.optim.update_interval if isinstance(config.optim, SophiaG | SophiaH) else 1
     return Plan(
-        run=run,
+        config=config,
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(program.abstract.params)),
-        steps={NAMES[kind]: _step(run, program, mesh, kind, compile) for kind in kinds},
+        steps={NAMES[kind]: _step(config, program, mesh, kind, compile) for kind in kinds},
         interval=interval if len(kinds) > 1 else 1,
-        flops_per_token=model_flops(run.model, 1, run.sequence_length) / run.sequence_length,
+        flops_per_token=model_flops(config.model, 1, config.sequence_length)
+        / config.sequence_length,
     )
 
 
-def _step(run: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
-    shapes = run, program.abstract, mesh, refresh is not False
-    flops = step_flops(run)
+def _step(config: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
+    shapes = config, program.abstract, mesh, refresh is not False
+    flops = step_flops(config)
     if refresh is not False:
-        flops += curvature_flops(run, row_devices(mesh))
+        flops += curvature_flops(config, row_devices(mesh))
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,

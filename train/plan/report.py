@@ -40,13 +40,13 @@ def command(args: Sequence[str]) -> None:
     if known.help:
         print(HELP)
         return
-    run, console = parse(words, "python -m train plan"), Console()
-    figures = plan(run, devices=known.devices, compile=known.compile)
+    config, console = parse(words, "python -m train plan"), Console()
+    figures = plan(config, devices=known.devices, compile=known.compile)
     show(figures, console, known.peak_tflops)
-    if run.precision == "auto" and run.model.dtype != "bfloat16":
+    if config.precision == "auto" and config.model.dtype != "bfloat16":
         console.print(
-            f"These are figures in {run.model.dtype}; on GPU and TPU a run is in bfloat16 unless "
-            "told otherwise: add --precision bfloat16."
+            f"These are figures in {config.model.dtype}; on GPU and TPU a run is in bfloat16 "
+            "unless told otherwise: add --precision bfloat16."
         )
 
 
@@ -67,12 +67,12 @@ def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> N
 
 
 def _head(figures: Plan, console: Console) -> None:
-    run = figures.run
+    config = figures.config
     axes = " x ".join(f"{name} {size}" for name, size in figures.mesh.items())
     console.print(
-        f"{run.name}: {figures.parameters:,} parameters on {figures.devices} devices ({axes}); "
-        f"{run.batch_size} x {run.sequence_length} tokens a step, {run.model.dtype}, "
-        f"{run.model.attention} attention. Estimated from shapes; nothing was allocated.",
+        f"{config.name}: {figures.parameters:,} parameters on {figures.devices} devices ({axes}); "
+        f"{config.batch_size} x {config.sequence_length} tokens a step, {config.model.dtype}, "
+        f"{config.model.attention} attention. Estimated from shapes; nothing was allocated.",
         highlight=False,
     )
 
@@ -118,7 +118,7 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
         "device",
         ("TFLOP/s", f"tokens / s at {MFU:.0%} MFU", "days for the run"),
     )
-    tokens = figures.run.steps * figures.run.batch_size * figures.run.sequence_length
+    tokens = figures.config.steps * figures.config.batch_size * figures.config.sequence_length
     for name, peak in chips.items():
         rate = figures.tokens_per_second(1e12 * peak, MFU)
         table.add_row(name, f"{peak:,.1f}", f"{rate:,.0f}", f"{tokens / rate / 86400:,.2f}")
@@ -127,17 +127,20 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
 
 def _idle(figures: Plan) -> str:
     """A better sample where devices wait for rows; empty where there is none, or none waits."""
-    run, devices = figures.run, figures.row_devices
-    if not isinstance(run.optim, SophiaG | SophiaH):
+    config, devices = figures.config, figures.row_devices
+    if not isinstance(config.optim, SophiaG | SophiaH):
         return ""
-    size = run.batch_size, run.accumulation
-    every, stride = run.optim.strides(*size)
-    rows, groups = run.batch_size // (run.accumulation * stride), run.optim.groups_of(*size)
-    fraction = run.optim.slices * run.accumulation * devices / (every * run.batch_size)
-    if groups > 1 and rows // groups < devices and run.optim.shards(devices, *size) == 1:
-        fewer = max(rows // devices, 1) * run.accumulation // every
+    size = config.batch_size, config.accumulation
+    every, stride = config.optim.strides(*size)
+    rows, groups = (
+        config.batch_size // (config.accumulation * stride),
+        config.optim.groups_of(*size),
+    )
+    fraction = config.optim.slices * config.accumulation * devices / (every * config.batch_size)
+    if groups > 1 and rows // groups < devices and config.optim.shards(devices, *size) == 1:
+        fewer = max(rows // devices, 1) * config.accumulation // every
         cure = "0 takes them side by side"
-        if isinstance(run.optim, SophiaH):
+        if isinstance(config.optim, SophiaH):
             cure = f"{fewer} is faster, and noisier"
         return (
             f"{groups} sets of {rows // groups} sampled rows, one after the other, leave devices "
@@ -155,7 +158,7 @@ def _compiled(figures: Plan) -> Table:
     table = _table("by hand and by XLA", "one device, one step", ("by hand", "XLA", "error"))
     for name, step in figures.steps.items():
         for label, ours, theirs in _pairs(step):
-            looped = label == "GFLOP" and figures.run.model.scan_layers
+            looped = label == "GFLOP" and figures.config.model.scan_layers
             error = "loops once" if looped else f"{ours / theirs - 1:+.1%}" if theirs else ""
             table.add_row(f"{name}: {label}", f"{ours:,.1f}", f"{theirs:,.1f}", error)
         table.add_section()

@@ -23,7 +23,7 @@ def test_an_overdue_save_comes_once(processes, want, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(distributed, "_any", jnp.array)
     run = preset()
-    run = dataclasses.replace(run, run=dataclasses.replace(run.run, checkpoint_minutes=2.5))
+    run = dataclasses.replace(run, output=dataclasses.replace(run.output, checkpoint_minutes=2.5))
     programs = SimpleNamespace(data=lambda: SimpleNamespace(fingerprint=""))
     meter, checkpoints = SimpleNamespace(log=mock.Mock(), health=Health()), mock.Mock()
     meter.flush = mock.Mock()

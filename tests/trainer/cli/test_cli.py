@@ -66,7 +66,7 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
         ("prepare text:a -o gs://bucket/out", "gs://bucket/out is an address"),
         ("prepare text:a --output=gs://bucket/out", "gs://bucket/out is an address"),
         ("tiny --start-from hdfs://a/b", "hdfs://a/b is an address"),
-        ("tiny --run.folder /dev/null/run", "Choose a folder that can be written"),
+        ("tiny --output.folder /dev/null/run", "Choose a folder that can be written"),
         ("tiny --mesh.fsdp 3", "does not use 8 devices exactly"),
         ("tiny --batch-size 12", "does not divide over 8 devices"),
     ],
@@ -77,7 +77,7 @@ def test_a_mistake_ends_with_one_line_that_names_the_cure(words, message, tmp_pa
         main.main(words.split())
 
 
-@pytest.mark.parametrize("flag", ["--run.folder", "--data.cache", "--data.source"])
+@pytest.mark.parametrize("flag", ["--output.folder", "--data.cache", "--data.source"])
 def test_an_object_store_is_refused_before_training(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
@@ -85,7 +85,7 @@ def test_an_object_store_is_refused_before_training(flag, tmp_path, monkeypatch,
     assert "gs://bucket/run is an address" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="gs://bucket/run is an address"):
-        schema.RunConfig(folder="gs://bucket/run")
+        schema.OutputConfig(folder="gs://bucket/run")
 
 
 def test_every_flag_is_known_to_be_one():
@@ -140,7 +140,7 @@ def test_a_folder_is_to_be_chosen_for_a_new_run_alone(words, cure, monkeypatch):
     monkeypatch.setattr(main, "_run", fails)
     with pytest.raises(SystemExit, match="Permission denied") as ended:
         main.main(words)
-    assert ("--run.folder" in str(ended.value)) == cure
+    assert ("--output.folder" in str(ended.value)) == cure
 
 
 def test_the_help_names_every_model_optimizer_and_flag():

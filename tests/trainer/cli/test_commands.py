@@ -15,7 +15,7 @@ from train import loop, program
 from train.checkpoint import moved, warm_start
 from train.cli import inspect, main
 from train.config.presets import preset
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 from train.config.serialize import load
 from train.data import DataConfig
 from train.parallel.mesh import MeshConfig
@@ -25,14 +25,14 @@ from train.parallel.mesh import MeshConfig
 def run(tmp_path_factory):
     """The folder of a run of eight steps on rows over eight devices."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    shown = RunConfig(folder=str(folder), compile_cache="", quiet=True, checkpoint_every=8)
+    shown = OutputConfig(folder=str(folder), compile_cache="", quiet=True, checkpoint_every=8)
     loop.train(
         dataclasses.replace(
             preset("tiny", "adamw"),
             model=DecoderConfig(vocab_size=256, context=16, width=16, layers=2, heads=2),
             data=DataConfig(heldout_fraction=0.003),
             mesh=MeshConfig(fsdp=8),
-            run=shown,
+            output=shown,
             steps=8,
             warmup_steps=2,
             batch_size=8,
@@ -98,7 +98,7 @@ def test_a_run_may_start_from_another_in_the_other_layout(run, tmp_path):
         mesh=MeshConfig(tensor=2),
         steps=9,
         model=dataclasses.replace(load(run).model, scan_layers=True),
-        run=dataclasses.replace(load(run).run, folder=str(tmp_path / "next")),
+        output=dataclasses.replace(load(run).output, folder=str(tmp_path / "next")),
     )
     loop.begin(start)
     before, after = warm_start.load(run).params, warm_start.load(tmp_path / "next").params
@@ -139,7 +139,7 @@ def test_another_model_is_refused_by_the_name_of_a_leaf(run, tmp_path):
         load(run),
         start_from=str(run),
         model=wider,
-        run=dataclasses.replace(load(run).run, folder=str(tmp_path / "next")),
+        output=dataclasses.replace(load(run).output, folder=str(tmp_path / "next")),
     )
     with pytest.raises(ValueError, match=r"'query'\] is \(16, 16\), not \(32, 32\)"):
         loop.begin(start)
@@ -184,9 +184,9 @@ def corpus_run(tmp_path, monkeypatch):
     """Two steps on a text that is named by a path from the current folder."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("to be or not to be " * 500)
-    words = "tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --steps 2 --run.quiet"
+    words = "tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --steps 2 --output.quiet"
     words += " --batch-size 8 --sequence-length 16 --data.source text:text.txt --data.cache cache"
-    main.main([*words.split(), "--run.folder", "run", "--run.compile-cache", ""])
+    main.main([*words.split(), "--output.folder", "run", "--output.compile-cache", ""])
     return tmp_path / "run"
 
 
@@ -252,9 +252,9 @@ def test_a_folder_of_tokens_that_moved_brings_its_tokenizer(tmp_path, monkeypatc
     Path("text.txt").write_text("to be or not " * 900)
     main.main(["train-tokenizer", "text:text.txt", "-o", "tok.json", "--vocab-size", "270"])
     main.main(["prepare", "text:text.txt", "-o", "old/bin", "--data.tokenizer", "tok.json"])
-    words = "tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --steps 2 --run.quiet"
+    words = "tiny adamw --model.width 16 --model.layers 1 --model.heads 2 --steps 2 --output.quiet"
     words += " --batch-size 8 --sequence-length 16 --data.source bin:old/bin"
-    main.main([*words.split(), "--model.vocab-size", "270", "--run.folder", "run"])
+    main.main([*words.split(), "--model.vocab-size", "270", "--output.folder", "run"])
     Path("old").rename("new")
     lost = re.escape(f"Nothing is at {tmp_path / 'old/bin'}")
     for command in ("eval run", "sample run to", "export run out", "resume run"):

@@ -21,7 +21,7 @@ from train.checkpoint import classes, warm_start
 from train.cli import convert, main
 from train.config import serialize
 from train.config.presets import preset
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 from train.data import embedded, tokenizers
 from train.data.tokenizers import for_transformers
 
@@ -275,7 +275,7 @@ def test_classes_keep_their_names_and_numbers(classifier, tmp_path, capsys):
     main.main(["import", str(source), str(run), "--data.source", texts])
     loaded = warm_start.load(run)
     assert sorted(NAMES) == ["bad", "good", "so-so"]
-    inside = logits(loaded.run.model, loaded.params)
+    inside = logits(loaded.config.model, loaded.params)
     np.testing.assert_allclose(inside, before[[2, 0, 1]], rtol=1e-5)
     main.main(["export", str(run), str(out)])
     assert huggingface.read_notes(out).class_names == NAMES
@@ -301,13 +301,13 @@ def test_a_new_run_has_the_classes_of_a_folder_by_name(classifier, tmp_path):
             ),
             sequence_length=16,
             start_from=str(source),
-            run=RunConfig(folder=str(tmp_path / name), compile_cache="", quiet=True),
+            output=OutputConfig(folder=str(tmp_path / name), compile_cache="", quiet=True),
         )
         loop.begin(start)
         found = logits(model, warm_start.load(tmp_path / name).params)
         assert np.allclose(found, before[[2, 0, 1]], rtol=1e-5) == same, name
-    shown = dataclasses.replace(start.run, folder=str(tmp_path / "again"))
-    loop.begin(dataclasses.replace(start, start_from=str(tmp_path / "a"), run=shown))
+    shown = dataclasses.replace(start.output, folder=str(tmp_path / "again"))
+    loop.begin(dataclasses.replace(start, start_from=str(tmp_path / "a"), output=shown))
     found = logits(
         model, warm_start.load(tmp_path / "again").params
     )  # of a run with other names, too

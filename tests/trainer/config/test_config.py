@@ -53,7 +53,7 @@ def test_a_changed_model_keeps_its_name():
 @pytest.mark.parametrize("field", ["log_every", "checkpoint_every", "keep_checkpoints"])
 def test_an_interval_of_zero_is_refused_by_name(field):
     with pytest.raises(ValueError, match=rf"run\.{field}=0 must be at least 1"):
-        schema.RunConfig(**{field: 0})
+        schema.OutputConfig(**{field: 0})
 
 
 def test_published_sizes_have_the_published_hyperparameters():
@@ -74,7 +74,7 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else():
     run = preset()
     elsewhere = dataclasses.replace(
         run,
-        run=dataclasses.replace(run.run, folder="elsewhere"),
+        output=dataclasses.replace(run.output, folder="elsewhere"),
         mesh=dataclasses.replace(run.mesh, fsdp=4),
     )
     assert elsewhere.hash == run.hash
@@ -147,8 +147,8 @@ def changed(*path, to):
         (changed("seed", to=None), "seed is None"),
         (changed("warmup_steps", to="few"), "warmup_steps is 'few'"),
         (changed("precision", to="float8"), "precision is 'float8'"),
-        (changed("run", "quiet", to=0), "run.quiet is 0"),
-        (changed("run", "folder", to=7), "run.folder is 7"),
+        (changed("output", "quiet", to=0), "output.quiet is 0"),
+        (changed("output", "folder", to=7), "output.folder is 7"),
         (changed("data", "task", to={"a": 1}), "data.task is"),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_run_on_ids_alone_fits_its_vocabulary_and_prints_ids(tmp_path, monkeyp
         run,
         model=model,
         data=DataConfig(source="bin:nano"),
-        run=dataclasses.replace(run.run, folder="run", sample_length=9, compile_cache=""),
+        output=dataclasses.replace(run.output, folder="run", sample_length=9, compile_cache=""),
         steps=2,
         warmup_steps=1,
         batch_size=8,

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from train.config.presets import preset
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 from train.logging import figures, jsonl, run_log, throughput
 from train.plan import flops
 
@@ -270,7 +270,7 @@ def test_the_time_of_a_step_is_that_between_two_results(monkeypatch, tmp_path):
         now += 7
         return np.float32(0.1)
 
-    run = dataclasses.replace(preset("tiny", "adamw"), run=RunConfig(log_every=1))
+    run = dataclasses.replace(preset("tiny", "adamw"), output=OutputConfig(log_every=1))
     monkeypatch.setattr(type(run), "schedule", property(lambda run: waits))
     with run_log.RunLog(tmp_path, 4, quiet=True) as log:
         watched = throughput.Meter(run, log, 0, throughput.Health())

@@ -7,7 +7,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from train.config.schema import RunConfig
+from train.config.schema import OutputConfig
 from train.logging import profiler, run_log, trackers
 from train.logging.throughput import Spikes
 
@@ -109,13 +109,13 @@ def test_a_full_disk_is_named(tmp_path):
 @pytest.mark.parametrize("steps", ["5", "5:3", "0:3", "a:b", "1:2:3", "-1:2"])
 def test_a_profile_of_no_steps_is_refused(steps):
     with pytest.raises(ValueError, match="write FIRST:LAST"):
-        RunConfig(profile=steps)
+        OutputConfig(profile=steps)
 
 
 @pytest.mark.parametrize("wrong", [{"checkpoint_minutes": -1}, {"spike": -1}, {"max_bad_steps": 0}])
 def test_wrong_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"run\.{next(iter(wrong))}="):
-        RunConfig(**wrong)
+        OutputConfig(**wrong)
 
 
 @pytest.mark.parametrize("last", [2, 9])

@@ -20,7 +20,7 @@ from train.parallel.processes import DistributedConfig, _arguments
 WORDS = """tiny adamw --data.heldout-fraction .003
 --model.width 16 --model.layers 1 --model.heads 2 --model.context 16
 --batch-size 16 --sequence-length 16 --steps 8 --warmup-steps 2 --evaluate-every 8
---run.checkpoint-every 4 --run.log-every 1 --run.sample-length 20"""
+--output.checkpoint-every 4 --output.log-every 1 --output.sample-length 20"""
 
 
 def test_one_process_is_the_default():
@@ -110,7 +110,13 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     """Two of four devices, fsdp 4; process 1 alone is told to stop; one of eight goes on."""
     folder, words = tmp_path / "two", [*WORDS.split(), "--mesh.fsdp", "4"]
     port = free_port()
-    words_two = [*words, "--run.folder", str(folder), "--run.compile-cache", str(tmp_path / "xla")]
+    words_two = [
+        *words,
+        "--output.folder",
+        str(folder),
+        "--output.compile-cache",
+        str(tmp_path / "xla"),
+    ]
     both = [start(words_two, "stop", 4, port, i) for i in range(2)]
     texts = [process.communicate(timeout=900) for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
@@ -128,7 +134,7 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     resumed = loop.resume(folder, mesh=mesh, compile_cache="")
     assert any((folder / "checkpoints" / str(step)).iterdir())
     one = loop.train(
-        parse([*words, "--run.folder", str(tmp_path / "one"), "--run.compile-cache", ""])
+        parse([*words, "--output.folder", str(tmp_path / "one"), "--output.compile-cache", ""])
     )
     a, b = losses(resumed), losses(one)
     assert list(a) == list(b) == list(range(1, 9))
@@ -140,8 +146,8 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
 def test_where_one_process_fails_none_waits_and_the_run_can_go_on(tmp_path):
     """JAX would wait five minutes at the exit of the one for the other, which waits for it."""
     folder, port = tmp_path / "two", free_port()
-    words = [*WORDS.split(), "--run.folder", str(folder), "--run.checkpoint-every", "2"]
-    words += ["--run.compile-cache", ""]
+    words = [*WORDS.split(), "--output.folder", str(folder), "--output.checkpoint-every", "2"]
+    words += ["--output.compile-cache", ""]
     both = [start(words, "fail", 5, port, i) for i in range(2)]
     errors = [process.communicate(timeout=200)[1] for process in both]
     assert all(process.returncode for process in both), errors

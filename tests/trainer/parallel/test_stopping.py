@@ -116,7 +116,7 @@ def test_while_a_sample_is_drawn_which_is_left_out(whole, tmp_path, monkeypatch,
 
     monkeypatch.setattr(report.sample, "sample", slow)
     run = of(tmp_path / "run")
-    run = dataclasses.replace(run, run=dataclasses.replace(run.run, quiet=False))
+    run = dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False))
     assert rows(train.train(run)) == whole
     assert not (tmp_path / "run" / "sample.txt").exists()
     assert "to train longer" in capsys.readouterr().out
@@ -146,8 +146,8 @@ def test_a_state_is_saved_before_it_is_judged_and_the_best_is_kept(tmp_path, mon
     monkeypatch.setattr(program, "assemble", watched)
     monkeypatch.setattr(loop.checkpoint.Checkpoints, "save", saving)
     run = of(tmp_path / "run", evaluate_every=2)
-    shown = dataclasses.replace(run.run, checkpoint_every=2, keep_checkpoints=1)
-    train.train(dataclasses.replace(run, run=shown))
+    shown = dataclasses.replace(run.output, checkpoint_every=2, keep_checkpoints=1)
+    train.train(dataclasses.replace(run, output=shown))
     assert events == [(kind, step) for step in (2, 4, 6, 8) for kind in ("saved", "judged")]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["4", "8"]
@@ -160,8 +160,8 @@ def test_a_state_is_saved_before_it_is_judged_and_the_best_is_kept(tmp_path, mon
 def test_an_evaluation_reads_whole_batches(tokens, want):
     """Of 8 rows of 16 tokens."""
     run = of("unused")
-    shown = dataclasses.replace(run.run, evaluate_tokens=tokens)
-    assert judging.batches(dataclasses.replace(run, run=shown)) == want
+    shown = dataclasses.replace(run.output, evaluate_tokens=tokens)
+    assert judging.batches(dataclasses.replace(run, output=shown)) == want
 
 
 def test_the_last_evaluation_reads_all(tmp_path, monkeypatch):
@@ -173,5 +173,7 @@ def test_the_last_evaluation_reads_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Data, "heldout", noted)
     run = of(tmp_path / "run")
-    train.train(dataclasses.replace(run, run=dataclasses.replace(run.run, evaluate_tokens=300)))
+    train.train(
+        dataclasses.replace(run, output=dataclasses.replace(run.output, evaluate_tokens=300))
+    )
     assert asked == [3, None]
