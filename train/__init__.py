@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from train.loop import resume, train
 
 __all__ = ["Config", "preset", "resume", "train"]
+_HOMES = {"Config": "train.config.schema", "preset": "train.config.presets"}
 
 
 def __getattr__(name: str) -> Any:
     # At first use: the command line needs tyro, `train.step` does not.
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
-    home = "train.config.schema" if name in ("Config", "preset") else "train.loop"
     try:
-        return getattr(importlib.import_module(home), name)
+        return getattr(importlib.import_module(_HOMES.get(name, "train.loop")), name)
     except ModuleNotFoundError as error:
         if cure := missing(error):
             raise ModuleNotFoundError(cure, name=error.name) from error

@@ -19,7 +19,6 @@ from train.config.schema import Config, OutputConfig
 from train.extras import check_installed
 from train.logging import jsonl, profiler, run_log, trackers
 from train.logging.throughput import Health, Meter
-from train.optimizers.registry import refresh_due
 from train.parallel import processes, signals
 from train.parallel.mesh import MeshConfig
 from train.step.train_step import TrainState
@@ -262,7 +261,7 @@ def _steps(
         if stopped or first == config.steps:  # the schedule may be a new one
             keep.save(first, state, last=True)
         while done < config.steps and not stopped:
-            refresh = _refresh(config, done, meter.health)
+            refresh = _refresh(programs, done, meter.health)
             state, measured = step[refresh](state, programs.batch(done))
             done += 1
             meter.report(done, measured, refresh is True)
@@ -290,9 +289,9 @@ def _log(
     return run_log.RunLog(folder, config.steps, first, quiet=config.output.quiet, writers=takers)
 
 
-def _refresh(config: Config, step: int, health: Health) -> bool | None:
+def _refresh(programs: program.Program, step: int, health: Health) -> bool | None:
     """Whether this step samples curvature: if it is due, or was at a step that changed nothing."""
-    due = refresh_due(config.optim, step)
+    due = programs.due(step)
     return True if due is False and health.owed else due
 
 
@@ -310,7 +309,7 @@ def _compiled(
     """
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
-    due = [_refresh(config, step, Health(owed=owed and step == steps.start)) for step in steps]
+    due = [_refresh(programs, step, Health(owed=owed and step == steps.start)) for step in steps]
     for refresh in dict.fromkeys(due):
         if told():
             break

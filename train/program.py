@@ -18,7 +18,7 @@ from train import data
 from train.config.schema import Config, resolved
 from train.data import tokenizers
 from train.data.tokenizers import Tokenizer
-from train.optimizers.registry import SophiaGeometric
+from train.optimizers.registry import SophiaGeometric, refresh_due
 from train.optimizers.sophia import SophiaG, SophiaH
 from train.parallel import mesh
 from train.step import heldout, loss
@@ -32,6 +32,7 @@ class Program(NamedTuple):
     apply: Callable[..., jax.Array]  # (params, tokens[B, T]) -> logits
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, refresh: static bool or None) -> (state, metrics); state is donated
+    due: Callable[[int], bool | None]  # step -> `refresh` of its program
     compile: Any  # refresh -> the compiled step of that kind, (state, batch) -> (state, metrics)
     evaluate: Any  # params, of `evaluate.make_evaluate` -> dict of floats, or None
     data: Callable[[], data.Data]  # read at the first call, with its errors
@@ -67,6 +68,7 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Program:
         apply=model.apply,
         init=jax.jit(init, out_shardings=shardings),
         step=step,
+        due=functools.partial(refresh_due, config.optim),
         compile=functools.partial(_compile, step, abstract, shapes),
         evaluate=_evaluate(config, placed, outputs, loaded),
         data=loaded,

@@ -19,6 +19,7 @@ import models
 import train
 from train import baseline, loop, program, report
 from train.checkpoint import policy, store, warm_start
+from train.config import command_line, serialize
 from train.config.presets import preset
 from train.logging import jsonl
 from train.parallel import processes
@@ -58,7 +59,7 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
     assert last["bits_per_byte"] == pytest.approx(last["heldout_loss"] / math.log(2))
     assert {"win_rate", "hessian_age", "grad_norm", "learning_rate"} <= history[0].keys()
     assert (folder / "loss.png").stat().st_size > 10_000
-    assert loop.config.load(folder).model == MODEL
+    assert serialize.load(folder).model == MODEL
 
 
 @pytest.mark.newest
@@ -102,10 +103,10 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     train.train(small(tmp_path / "run", steps=6))
     history = train.resume(tmp_path / "run", steps=8)
     assert max(losses(history)) == 8
-    assert loop.config.load(tmp_path / "run").steps == 8
+    assert serialize.load(tmp_path / "run").steps == 8
     with pytest.raises(ValueError, match="steps=7 is less than the 8"):
         train.resume(tmp_path / "run", steps=7)
-    assert loop.config.load(tmp_path / "run").steps == 8
+    assert serialize.load(tmp_path / "run").steps == 8
 
 
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
@@ -113,7 +114,7 @@ def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
     run = small(folder, steps=3)
     train.train(dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False)))
     lines = capsys.readouterr().out.strip().splitlines()
-    command = f"{loop.config.python()} -m train resume '{folder}' --steps 6"
+    command = f"{command_line.python()} -m train resume '{folder}' --steps 6"
     assert lines[-1] == command
     assert f"curves: {folder}/loss.png" in lines
     assert "bits a byte on held-out text" in "\n".join(lines)
@@ -196,7 +197,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
             history = train.train(sharded)
         else:
             history = train.resume(folder, step=6, mesh=mesh)
-            assert loop.config.load(folder).mesh == mesh
+            assert serialize.load(folder).mesh == mesh
         seen.append(list(losses(history).values()))
         with loop._checkpoints(sharded, folder) as checkpoints:
             step, state = checkpoints.restore(program.assemble(sharded).abstract)
@@ -291,7 +292,7 @@ def test_a_run_that_went_back_stays_there_though_it_is_killed_before_it_saves(
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.saver, "Saver", killed)
+        patch.setattr(loop.policy, "Saver", killed)
         with pytest.raises(InterruptedError):
             train.resume(folder, step=6)
     assert max(losses(jsonl.read_history(folder))) == 6  # those of the other future are cut
@@ -309,10 +310,10 @@ def test_a_taken_folder_is_refused(finished):
 def test_parameters_that_are_not_finite_stop_the_run_and_spare_the_good_checkpoint(tmp_path):
     folder = tmp_path / "run"
     train.train(small(folder, "adamw", steps=6))
-    run = loop.config.load(folder)
+    run = serialize.load(folder)
     hot = dataclasses.replace(run.optim, learning_rate=1e30, weight_decay=1e30)
     shown = dataclasses.replace(run.output, checkpoint_every=1, keep_checkpoints=1)
-    loop.config.save(dataclasses.replace(run, optim=hot, output=shown), folder)
+    serialize.save(dataclasses.replace(run, optim=hot, output=shown), folder)
     with pytest.raises(ValueError, match=r"step 6: optim.learning_rate 0\.01 -> 1e\+30.*Put back"):
         train.resume(folder, steps=12)
     with pytest.raises(FloatingPointError, match=r"at step 7, .* not saved.*step 6 is kept"):

@@ -104,7 +104,7 @@ def check(args: Sequence[str], defaults: Mapping[str, Any], program: str) -> Non
       defaults: prefix -> the dataclass of its flags.
       program: what lists them with `--help`.
 
-    >>> from train.config.schema import preset
+    >>> from train.config.presets import preset
     >>> check(["--optim.lr", "3"], {"": preset()}, "python -m train")
     Traceback (most recent call last):
     ...

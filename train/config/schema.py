@@ -26,6 +26,7 @@ _WARMUP, _LONG_WARMUP = 100, 2000  # published with the large models: 2000 of 10
 class Config:
     """A training run.
 
+    >>> from train.config.presets import preset
     >>> preset("tiny", "adamw").name
     'tiny-adamw'
     """
@@ -118,6 +119,7 @@ class Config:
     def warmup(self) -> int:
         """`warmup_steps`, or what None stands for.
 
+        >>> from train.config.presets import preset
         >>> preset("tiny").warmup, dataclasses.replace(preset("tiny"), steps=60).warmup
         (100, 6)
         """
@@ -152,6 +154,7 @@ def resolved(config: Config, platform: str) -> Config:
 
     What it starts from and its cache mean the same from any folder.
 
+    >>> from train.config.presets import preset
     >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
     ('bfloat16', 'float32')
     """

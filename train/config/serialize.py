@@ -27,6 +27,7 @@ def from_json(fields: dict[str, Any]) -> Config:
       KeyError, TypeError, AttributeError, ValueError: a field is missing, unknown or of another
         type.
 
+    >>> from train.config.presets import preset
     >>> from_json(to_json(preset())) == preset()
     True
     """

@@ -90,7 +90,7 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
       ValueError: the mesh does not fit the devices, or the run not the mesh; jax has started with
         fewer devices.
 
-    >>> from train.config.schema import preset
+    >>> from train.config.presets import preset
     >>> figures = plan(preset("tiny", "adamw"), devices=1)
     >>> figures.parameters, figures.steps["every step"].memory.optimizer
     (119104, 952844)

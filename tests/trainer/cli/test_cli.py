@@ -54,7 +54,7 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
         ("tiny adamw --optim.beta1 .9", r"Did you mean --optim\.b1\?"),
         ("tiny adamw --bs 8", r"Did you mean --batch-size\?"),
         ("tiny adamw --seq_len 8", r"--seq_len. Did you mean --sequence-length\?"),
-        ("tiny adamw --out-dir x", r"Did you mean --run\.folder\?"),
+        ("tiny adamw --out-dir x", r"Did you mean --output\.folder\?"),
         ("tiny adamw --batchsize 8", r"Did you mean --batch-size\?"),
         ("tiny adamw --optim.learnin-rate 8", r"Did you mean --optim\.learning-rate\?"),
         ("tiny adamw --xyzzy 8", r"unknown flag --xyzzy. All are listed by .* tiny adamw --help"),

@@ -14,10 +14,12 @@ from models import PRESETS, DecoderConfig, huggingface
 from train import loop, program
 from train.checkpoint import moved, warm_start
 from train.cli import inspect, main
+from train.config import serialize
 from train.config.presets import preset
 from train.config.schema import OutputConfig
 from train.config.serialize import load
 from train.data import DataConfig
+from train.logging.jsonl import read_history
 from train.parallel.mesh import MeshConfig
 
 
@@ -45,7 +47,7 @@ def run(tmp_path_factory):
 def test_eval_prints_what_the_run_measured(run, capsys):
     main.main(["eval", str(run)])
     shown = capsys.readouterr().out
-    last = [row for row in loop.metrics.read_history(run) if "heldout_loss" in row][-1]
+    last = [row for row in read_history(run) if "heldout_loss" in row][-1]
     assert f"heldout loss: {last['heldout_loss']:.4f}" in shown
     assert f"bits per byte: {last['bits_per_byte']:.4f}" in shown
     assert f"{run} at step 8" in shown
@@ -60,7 +62,7 @@ def test_a_run_is_loaded_in_shards_and_without_its_optimizer(run, monkeypatch):
     matrix = loaded.params["tokens"]["embedding"]
     assert matrix.shape == (256, 16)
     assert {x.data.shape for x in matrix.addressable_shards} == {(256, 2)}
-    last = [row for row in loop.metrics.read_history(run) if "heldout_loss" in row][-1]
+    last = [row for row in read_history(run) if "heldout_loss" in row][-1]
     reached = loaded.evaluate(loaded.params)
     assert reached["heldout_loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
 
@@ -83,8 +85,8 @@ def test_export_and_import_give_back_the_model_bit_by_bit(run, tmp_path, capsys)
     main.main(["import", str(tmp_path / "hf"), str(tmp_path / "again"), "--optimizer", "lion"])
     assert re.search(r"again holds the model; go on with: .* sample", capsys.readouterr().out)
     before, after = warm_start.load(run), warm_start.load(tmp_path / "again")
-    assert after.step == 0 and after.run.name == "gpt2-30m-lion"
-    assert after.run.model.scan_layers and after.run.model.bias
+    assert after.step == 0 and after.config.name == "gpt2-30m-lion"
+    assert after.config.model.scan_layers and after.config.model.bias
     main.main(["export", str(tmp_path / "again"), str(tmp_path / "hf2")])
     want, have = (huggingface.load(tmp_path / name)[1] for name in ("hf", "hf2"))
     jax.tree.map(np.testing.assert_array_equal, have, want)
@@ -222,7 +224,7 @@ def test_an_imported_model_is_resumed_for_as_many_steps_as_one_likes(run, tmp_pa
     made = dataclasses.replace(load(tmp_path / "again"), batch_size=8)
     assert dataclasses.replace(made, steps=60).warmup == 6
     made = dataclasses.replace(made, warmup_steps=2000)
-    loop.config.save(made, tmp_path / "again")
+    serialize.save(made, tmp_path / "again")
     with pytest.raises(SystemExit, match="give --warmup-steps too"):
         main.main(["resume", str(tmp_path / "again"), "--steps", "60"])
     words = ["resume", str(tmp_path / "again"), "--steps", "60", "--warmup-steps", "5"]

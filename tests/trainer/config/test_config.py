@@ -52,7 +52,7 @@ def test_a_changed_model_keeps_its_name():
 
 @pytest.mark.parametrize("field", ["log_every", "checkpoint_every", "keep_checkpoints"])
 def test_an_interval_of_zero_is_refused_by_name(field):
-    with pytest.raises(ValueError, match=rf"run\.{field}=0 must be at least 1"):
+    with pytest.raises(ValueError, match=rf"output\.{field}=0 must be at least 1"):
         schema.OutputConfig(**{field: 0})
 
 

@@ -22,7 +22,7 @@ from train.logging.throughput import Spikes
 def test_a_missing_library_names_the_extra(make, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=rf"--run\.{extra} needs .*'\.\[{extra}\]'"):
+    with pytest.raises(ValueError, match=rf"--output\.{extra} needs .*'\.\[{extra}\]'"):
         make(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_a_profile_of_no_steps_is_refused(steps):
 
 @pytest.mark.parametrize("wrong", [{"checkpoint_minutes": -1}, {"spike": -1}, {"max_bad_steps": 0}])
 def test_wrong_numbers_are_refused(wrong):
-    with pytest.raises(ValueError, match=rf"run\.{next(iter(wrong))}="):
+    with pytest.raises(ValueError, match=rf"output\.{next(iter(wrong))}="):
         OutputConfig(**wrong)
 
 

@@ -11,6 +11,8 @@ import train
 from train import evaluate as judging
 from train import loop, program, report
 from train.checkpoint import policy
+from train.checkpoint.store import Checkpoints
+from train.config import serialize
 from train.data.rows import Data
 from train.logging import jsonl
 from train.parallel import signals
@@ -89,7 +91,7 @@ def test_while_a_program_compiles_before_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "_compile", slow)
     assert stopped(run, tmp_path / "run") == 0
     assert compiled == [True]
-    assert loop.config.load(tmp_path / "run").steps == 8  # it can be resumed
+    assert serialize.load(tmp_path / "run").steps == 8  # it can be resumed
 
 
 def test_while_a_state_is_saved(whole, tmp_path, monkeypatch):
@@ -142,9 +144,9 @@ def test_a_state_is_saved_before_it_is_judged_and_the_best_is_kept(tmp_path, mon
         events.append(("saved", step))
         return save(checkpoints, step, *args, **how)
 
-    save = loop.checkpoint.Checkpoints.save
+    save = Checkpoints.save
     monkeypatch.setattr(program, "assemble", watched)
-    monkeypatch.setattr(loop.checkpoint.Checkpoints, "save", saving)
+    monkeypatch.setattr(Checkpoints, "save", saving)
     run = of(tmp_path / "run", evaluate_every=2)
     shown = dataclasses.replace(run.output, checkpoint_every=2, keep_checkpoints=1)
     train.train(dataclasses.replace(run, output=shown))

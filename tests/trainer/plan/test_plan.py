@@ -218,7 +218,7 @@ def test_a_plan_is_of_the_precision_that_a_run_has():
         ]
     ]
     asked, own, wide, default = (plan(run, devices=8) for run in runs)
-    assert asked.steps == own.steps and asked.run.model.dtype == "bfloat16"
+    assert asked.steps == own.steps and asked.config.model.dtype == "bfloat16"
     assert wide.steps == default.steps
     narrow, full = (p.steps["every step"].memory for p in (asked, wide))
     assert narrow.activations < full.activations and narrow.parameters == full.parameters
