@@ -57,7 +57,7 @@ def test_a_run_is_loaded_in_shards_and_without_its_optimizer(run, monkeypatch):
     """Also where its rows do not divide over the devices that are here."""
     monkeypatch.setattr(program, "_optimizer", None)
     uneven = dataclasses.replace(load(run), batch_size=9, accumulation=3)
-    monkeypatch.setattr(warm_start.config, "load", lambda folder: uneven)
+    monkeypatch.setattr(warm_start.serialize, "load", lambda folder: uneven)
     loaded = warm_start.load(run)
     matrix = loaded.params["tokens"]["embedding"]
     assert matrix.shape == (256, 16)
