@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from train import baseline, evaluate, files, lock, program, report
+from train import baseline, evaluate, files, inputs, lock, program, report
 from train.checkpoint import manifest, moved, policy, store, warm_start
 from train.checkpoint.restore import Start, restored
 from train.config import command_line, schema, serialize
@@ -19,6 +19,7 @@ from train.config.schema import Config, OutputConfig
 from train.extras import check_installed
 from train.logging import jsonl, profiler, run_log, trackers
 from train.logging.throughput import Health, Meter
+from train.optimizers.base import Due
 from train.parallel import processes, signals
 from train.parallel.mesh import MeshConfig
 from train.step.train_step import TrainState
@@ -50,7 +51,7 @@ def train(config: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
         KeyboardInterrupt, and ends a loop over runs.
     """
     config = schema.resolved(config, jax.default_backend())
-    config = processes.on_all(functools.partial(program.settled, config))
+    config = processes.on_all(functools.partial(inputs.settled, config))
     with _new(config) as folder:
         if config.output.recompute_reference:
             baseline.recompute(config, folder, train)
@@ -69,7 +70,7 @@ def begin(config: Config) -> None:
       ValueError, CheckpointError, OSError: as in `train`.
     """
     config = schema.resolved(config, jax.default_backend())
-    config = processes.on_all(functools.partial(program.settled, config))
+    config = processes.on_all(functools.partial(inputs.settled, config))
     with _new(config) as folder:
         programs = program.assemble(config)
         with _checkpoints(config, folder) as checkpoints:
@@ -261,10 +262,10 @@ def _steps(
         if stopped or first == config.steps:  # the schedule may be a new one
             keep.save(first, state, last=True)
         while done < config.steps and not stopped:
-            refresh = _refresh(programs, done, meter.health)
-            state, measured = step[refresh](state, programs.batch(done))
+            due = _due(programs, done, meter.health)
+            state, measured = step[due](state, programs.batch(done))
             done += 1
-            meter.report(done, measured, refresh is True)
+            meter.report(done, measured, True in due)
             trace(done, measured)
             stopped, overdue = agree(stop.is_set(), keep.overdue())
             keep.save(done, state, overdue=overdue, last=stopped or done == config.steps)
@@ -289,10 +290,9 @@ def _log(
     return run_log.RunLog(folder, config.steps, first, quiet=config.output.quiet, writers=takers)
 
 
-def _refresh(programs: program.Program, step: int, health: Health) -> bool | None:
-    """Whether this step samples curvature: if it is due, or was at a step that changed nothing."""
-    due = programs.due(step)
-    return True if due is False and health.owed else due
+def _due(programs: program.Program, step: int, health: Health) -> Due:
+    """What this step renews: what is due, and what was due at a skipped step before it."""
+    return programs.optimizer.due(step, pending=health.owed)
 
 
 def _compiled(
@@ -302,17 +302,17 @@ def _compiled(
     owed: bool,
     log: run_log.RunLog,
     told: Callable[[], bool],
-) -> dict[bool | None, Any]:
-    """The programs that these steps need, by `refresh`: what does not compile fails before them.
+) -> dict[Due, Any]:
+    """The programs that these steps need, by what they renew, so that errors come before the steps.
 
-    Where the run is `told` to stop, those that are left are not compiled.
+    If the run is `told` to stop, the remaining programs are not compiled.
     """
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
-    due = [_refresh(programs, step, Health(owed=owed and step == steps.start)) for step in steps]
-    for refresh in dict.fromkeys(due):
+    due = [_due(programs, step, Health(owed=owed and step == steps.start)) for step in steps]
+    for kind in dict.fromkeys(due):
         if told():
             break
-        with log.compiling(names[refresh]):
-            compiled[refresh] = programs.compile(refresh)
+        with log.compiling(names[kind.refresh]):
+            compiled[kind] = programs.compile(kind)
     return compiled

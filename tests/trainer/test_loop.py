@@ -22,6 +22,7 @@ from train.checkpoint import policy, store, warm_start
 from train.config import command_line, serialize
 from train.config.presets import preset
 from train.logging import jsonl
+from train.optimizers.base import BuiltOptimizer
 from train.parallel import processes
 from train.step.loss import outputs_of, token_losses
 
@@ -68,16 +69,16 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     number, moment, finished, tmp_path, monkeypatch, capsys
 ):
-    due, report, handler = loop.refresh_due, loop.Meter.report, signal.getsignal(number)
+    due, report, handler = BuiltOptimizer.due, loop.Meter.report, signal.getsignal(number)
 
     asked = []
 
-    def before(optimizer, step):
+    def before(optimizer, step, pending=False):
         asked.append(step)
         # The first to ask is what compiles.
         if asked.count(7) == 2 and step == 7 and moment == "before the step":
             os.kill(os.getpid(), number)
-        return due(optimizer, step)
+        return due(optimizer, step, pending)
 
     def after(meter, step, measured, sampled):
         if step == 8 and moment == "after the step":
@@ -87,7 +88,7 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     run = small(tmp_path / "cut")
     run = dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "refresh_due", before)
+        patch.setattr(BuiltOptimizer, "due", before)
         patch.setattr(loop.Meter, "report", after)
         with pytest.raises(KeyboardInterrupt, match="step 8"):
             train.train(run)
@@ -139,9 +140,9 @@ def test_programs_are_compiled_before_the_first_step_and_never_again(
     def watched(*args, **kwargs):
         step = make_step(*args, **kwargs)
 
-        def traced(state, batch, refresh):
-            events.append(refresh)
-            return step(state, batch, refresh)
+        def traced(state, batch, due):
+            events.append(due.refresh)
+            return step(state, batch, due)
 
         return traced
 
@@ -170,7 +171,7 @@ def test_a_program_that_does_not_compile_leaves_the_folder_free(tmp_path, monkey
 
     run = small(tmp_path / "run", "adamw", steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(program, "_compile", fails)
+        patch.setattr(program, "compile_step", fails)
         with pytest.raises(ValueError, match="no such kernel"):
             train.train(run)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -369,11 +370,11 @@ def spoiled(monkeypatch, *bad):
 
             return spoilt if step in bad else whole
 
-        def compile(refresh):
-            step = programs.compile(refresh)
+        def compile(due):
+            step = programs.compile(due)
 
             def noted(state, batch):
-                sampled[-1][1] = refresh
+                sampled[-1][1] = due.refresh
                 return step(state, batch)
 
             return noted
@@ -417,10 +418,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 def test_only_optimizers_with_an_interval_sample_curvature():
-    sophia, adamw = (preset("tiny", name).optim for name in ("sophia-h", "adamw"))
-    due = [step for step in range(25) if loop.refresh_due(sophia, step)]
-    assert due == [0, 10, 20]
-    assert not any(loop.refresh_due(adamw, step) for step in range(25))
+    runs = (preset("tiny", name) for name in ("sophia-h", "adamw"))
+    sophia, adamw = (run.optim.build(run.context()) for run in runs)
+    assert [step for step in range(25) if sophia.due(step).refresh] == [0, 10, 20]
+    assert not any(adamw.due(step).refresh for step in range(25))
 
 
 def test_the_reference_is_adamw_with_the_same_budget_and_goes_stale(tmp_path, monkeypatch):

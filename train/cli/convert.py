@@ -13,7 +13,7 @@ from models.config_json import write_class_names
 from models.reading import read_json
 from models.weights import inside
 from models.writing import replace_text
-from train import data, files, loop, program
+from train import data, files, inputs, loop
 from train.checkpoint import classes, moved, warm_start
 from train.config import presets
 from train.config.schema import Config
@@ -65,7 +65,7 @@ def export(folder: Path, output: Path, loaded: warm_start.Saved) -> list[str]:
     Raises:
       ValueError: the tokenizer cannot be read, or no model of `transformers` computes this one.
     """
-    config, tokenizer = loaded.config, program.load_tokenizer(loaded.config)
+    config, tokenizer = loaded.config, inputs.load_tokenizer(loaded.config)
     kept = _kept(folder, config)
     own = _has_tokenizer(kept, tokenizer)
     notes = huggingface.read_notes(kept) if kept.is_dir() else huggingface.Notes({}, ())

@@ -74,7 +74,13 @@ _USUAL = {
 }
 
 
-OLD = {"--run.": "--output."}
+OLD = {
+    "--run.": "--output.",
+    "--optim.spread": "--optim.amortize",
+    "--optim.no-spread": "--optim.no-amortize",
+    "--optim.b2-numbers": "--optim.b2-vector",
+    "--optim.b2_numbers": "--optim.b2_vector",
+}
 """Beginnings of flags that have another name now."""
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from train import files, loop, program
+from train import files, inputs, loop
 from train import generate as sampling
 from train.checkpoint import moved, warm_start
 from train.cli import convert, flags
@@ -126,7 +126,7 @@ def sample(
     sampling.check_seed(seed)
     loaded = _load(run, step, data)
     with moved.explained(loaded.config):
-        tokenizer = program.load_tokenizer(loaded.config)
+        tokenizer = inputs.load_tokenizer(loaded.config)
     tokens = sampling.sample(
         loaded.config.model,
         loaded.params,

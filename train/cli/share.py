@@ -43,7 +43,7 @@ def _cutting(config: Config, args: Sequence[str]) -> argparse.Namespace:
     for name, kind in (("batch-fraction", str), ("groups", int), ("update-interval", int)):
         flags = f"--optim.{name}", f"--optim.{name.replace('-', '_')}"
         parser.add_argument(*flags, type=kind, dest=name.replace("-", "_"))
-    parser.add_argument("--optim.spread", action="store_true", dest="spread")
+    parser.add_argument("--optim.amortize", action="store_true", dest="amortize")
     try:
         return parser.parse_known_args(args)[0]
     except argparse.ArgumentError:  # the command line itself will name the mistake
@@ -53,4 +53,4 @@ def _cutting(config: Config, args: Sequence[str]) -> argparse.Namespace:
 def _as_told(optim: SophiaG | SophiaH, known: argparse.Namespace) -> SophiaG | SophiaH:
     told = {name: getattr(known, name) for name in ("groups", "update_interval")}
     told = {name: value for name, value in told.items() if value is not None}
-    return dataclasses.replace(optim, spread=optim.spread or known.spread, **told)
+    return dataclasses.replace(optim, amortize=optim.amortize or known.amortize, **told)

@@ -15,8 +15,8 @@ from train.config import checks
 from train.config.output import OutputConfig
 from train.config.sizes import GPT2_SIZE
 from train.data.config import DataConfig
-from train.optimizers.registry import Optimizer, name_of
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import OptimizerConfig, TrainContext
+from train.optimizers.registry import name_of
 from train.parallel.mesh import MeshConfig
 
 _WARMUP, _LONG_WARMUP = 100, 2000  # published with the large models: 2000 of 100,000 steps
@@ -33,7 +33,7 @@ class Config:
 
     model: DecoderConfig | EncoderConfig
     """Shape of the model."""
-    optim: Optimizer
+    optim: OptimizerConfig
     """The optimizer and its hyperparameters."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """What it is trained on."""
@@ -84,8 +84,6 @@ class Config:
                 f"batch_size={self.batch_size} does not divide into accumulation="
                 f"{self.accumulation} micro-batches; choose a multiple of {self.accumulation}."
             )
-        if isinstance(self.optim, SophiaG | SophiaH):
-            self.optim.estimator(1, self.batch_size, self.accumulation)
         checks.check_numbers(dataclasses.asdict(self), "--")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(
@@ -109,6 +107,7 @@ class Config:
                 f"steps={self.steps}, or the learning rate never reaches its peak: give "
                 "--warmup-steps too, about a tenth of --steps."
             )
+        self.optim.build(self.context())  # raises what does not fit the run
 
     @property
     def name(self) -> str:
@@ -136,6 +135,22 @@ class Config:
             self.warmup,
             self.steps,
             self.final_learning_rate * peak,
+        )
+
+    def context(self, row_devices: int = 1) -> TrainContext:
+        """What an optimizer may need to know of the run.
+
+        Args:
+          row_devices: devices over which rows are spread.
+        """
+        return TrainContext(
+            schedule=self.schedule,
+            seed=self.seed,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            row_devices=row_devices,
+            max_grad_norm=self.gradient_clip or None,
         )
 
     @property

@@ -7,17 +7,30 @@ from jax.sharding import Mesh
 
 import models
 from train.config.schema import Config
-from train.optimizers.sophia import SophiaH
+from train.optimizers.base import SamplingPlan
 from train.parallel.mesh import row_devices
 from train.plan.flops import Model
 from train.plan.hlo import Collective
-from train.plan.memory import Cut, cut, gathered_bytes, in_block, itemsize, scanned, shard_bytes
+from train.plan.memory import (
+    DeviceShare,
+    device_share,
+    gathered_bytes,
+    in_block,
+    itemsize,
+    scanned,
+    shard_bytes,
+)
 
 TABLE = "['tokens']['embedding']"
 
 
 def collectives(
-    config: Config, abstract: Any, mesh: Mesh, samples: bool, *, scatter: bool = True
+    config: Config,
+    abstract: Any,
+    mesh: Mesh,
+    sampling: SamplingPlan | None,
+    *,
+    scatter: bool = True,
 ) -> dict[str, Collective]:
     """What a device exchanges in a step: kind -> number of arrays, bytes of the results.
 
@@ -30,7 +43,7 @@ def collectives(
       scatter: whether gradients are summed where they are kept, as on GPU and TPU. XLA on CPU sums
         all of them everywhere.
     """
-    part = cut(config, mesh, samples)
+    part = device_share(config, mesh, sampling)
     gathers, sums, again = _passes(config, part)
     again_gathered = config.model.scan_layers or config.model.remat != "none"
     found = {"all-gather": [0, 0], "all-reduce": [0, 0], "reduce-scatter": [0, 0]}
@@ -72,7 +85,7 @@ def tied(config: Model) -> bool:
     return not config.classes if isinstance(config, models.EncoderConfig) else config.tied
 
 
-def _passes(config: Config, part: Cut) -> tuple[int, int, int]:
+def _passes(config: Config, part: DeviceShare) -> tuple[int, int, int]:
     """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
 
     Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
@@ -81,15 +94,15 @@ def _passes(config: Config, part: Cut) -> tuple[int, int, int]:
     """
     if not part.groups:
         return config.accumulation, config.accumulation, config.accumulation
-    if isinstance(config.optim, SophiaH):
+    if part.cost == "product":
         products = part.rounds * part.draws
         gathers, sums, again = products, 2 * products, products
-    elif part.apart:
+    elif part.idle:
         gathers, sums, again = 1, part.rounds * part.draws, 0
     else:
         rest = part.share < 1
-        gathers = rest and (part.beside or part.rounds > 1)
+        gathers = rest and (part.parallel or part.rounds > 1)
         sums = part.rounds * (1 + part.draws) + rest - 1
-        again = rest - 1 if part.beside else sums
+        again = rest - 1 if part.parallel else sums
     plain, n = config.accumulation, part.sampled
     return plain + n * gathers, plain + n * sums, plain + n * again

@@ -4,8 +4,9 @@ What must be there: state and batch exactly, activations as autodiff keeps them 
 XLA's own layout, copies and order of work are left out; `train.plan.plan` compares.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 import models
 from train import data
 from train.config.schema import Config
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import SamplingPlan
 from train.parallel.mesh import row_devices
 from train.plan.flops import Model
 
@@ -47,52 +48,62 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-class Cut(NamedTuple):
-    """What of a micro-batch one device bears."""
+class DeviceShare(NamedTuple):
+    """Per-device share of a micro-batch, and how its curvature sample is split."""
 
     rows: int
-    share: float  # of the rows, whose curvature is sampled, or as many where some devices are idle
-    groups: int  # whose gradients of one parameter live at once; 0 if nothing is sampled
-    rounds: int  # one after the other, each with its own sums over devices
-    draws: int  # of labels or probes
-    sampled: int  # micro-batches, of all
-    beside: bool  # groups go side by side
-    apart: bool  # with idle devices beside them, and the gradient of all rows by itself
+    share: float = 0.0  # of the rows that are sampled, devices that wait counted as if they worked
+    groups: int = 0  # whose gradients of one parameter are alive at once; 0 samples nothing
+    rounds: int = 0  # groups one after the other, each with its own sums over devices
+    draws: int = 0  # of labels or probes
+    sampled: int = 0  # micro-batches, of all
+    parallel: bool = False  # groups go side by side
+    idle: bool = False  # a round leaves devices idle, so the sample shares no forward pass
+    cost: Literal["", "backward", "product"] = ""  # of a draw
 
 
-def cut(config: Config, mesh: Mesh, samples: bool) -> Cut:
-    """How a mesh and an optimizer cut a micro-batch; `samples` on a step that takes curvature."""
-    rows = config.batch_size // config.accumulation // row_devices(mesh)
-    if not samples or not isinstance(config.optim, SophiaG | SophiaH):
-        return Cut(rows, 0.0, 0, 0, 0, 0, False, False)
-    size, devices = (config.batch_size, config.accumulation), row_devices(mesh)
-    groups, shards = config.optim.groups_of(*size), config.optim.shards(devices, *size)
-    every, stride = config.optim.strides(*size)
-    rounds = math.ceil(groups / shards)
-    return Cut(
+def device_share(config: Config, mesh: Mesh, sampling: SamplingPlan | None) -> DeviceShare:
+    """How a mesh and a sampling plan divide a micro-batch; no plan on a step that samples nothing.
+
+    Args:
+      config: of the run.
+      mesh: it runs on.
+      sampling: of a step that samples curvature, else None.
+    """
+    devices = row_devices(mesh)
+    rows = config.batch_size // config.accumulation // devices
+    if sampling is None:
+        return DeviceShare(rows)
+    groups, parallel = sampling.groups, sampling.parallel_groups
+    return DeviceShare(
         rows=rows,
-        share=rounds * shards / groups / stride,
-        groups=max(shards // devices, 1),
-        rounds=rounds,
-        draws=config.optim.num_samples,
-        sampled=config.accumulation // every,
-        beside=shards > 1,
-        apart=groups % shards > 0,
+        share=sampling.rounds * parallel / groups / sampling.row_stride,
+        groups=max(parallel // devices, 1),
+        rounds=sampling.rounds,
+        draws=sampling.draws,
+        sampled=config.accumulation // sampling.microbatch_stride,
+        parallel=parallel > 1,
+        idle=groups % parallel > 0,
+        cost=sampling.cost,
     )
 
 
-def memory(config: Config, abstract: Any, mesh: Mesh, samples: bool) -> Memory:
+def memory(config: Config, abstract: Any, mesh: Mesh, sampling: SamplingPlan | None) -> Memory:
     """Bytes of a step on one device.
 
     Args:
       config: its config.
       abstract: the `TrainState`, as shapes with shardings.
       mesh: theirs.
-      samples: whether this step samples curvature.
+      sampling: of a step that samples curvature, else None.
     """
     params, tensor = jax.tree.leaves(abstract.params), mesh.shape["tensor"]
     here, whole = sum(map(shard_bytes, params)), _whole(config, abstract.params)
-    part = cut(config, mesh, samples)
+    part = device_share(config, mesh, sampling)
+    if part.cost == "product":  # cuDNN attention has no second derivative
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, attention="xla")
+        )
     rows, gathered = _live(config, part), sum(whole) if mesh.shape["fsdp"] > 1 else 0
     return Memory(
         parameters=here,
@@ -132,15 +143,15 @@ def batch_bytes(config: Config) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
-def _live(config: Config, part: Cut) -> float:
+def _live(config: Config, part: DeviceShare) -> float:
     """Rows that go forward and back at once: a sample in rounds is apart from the other rows."""
-    if part.rounds > 1 and not part.apart and isinstance(config.optim, SophiaG):
+    if part.rounds > 1 and not part.idle and part.cost == "backward":
         return part.rows * max(1 - part.share, part.share / part.rounds)
     return part.rows
 
 
 def _curvature(
-    config: Config, part: Cut, here: int, largest: int, gathered: int, tensor: int
+    config: Config, part: DeviceShare, here: int, largest: int, gathered: int, tensor: int
 ) -> int:
     """The sample itself, and what the passes that make it keep beside the gradient's.
 
@@ -149,9 +160,9 @@ def _curvature(
     """
     tokens = part.rows * part.share / part.rounds * config.sequence_length
     loss, blocks = logits(config, tensor), activations(config, tensor)
-    if part.apart:  # XLA holds what gradient and sample keep at once, and gathers for each
+    if part.idle:  # XLA holds what gradient and sample keep at once, and gathers for each
         return round(here + part.groups * largest + tokens * (loss + blocks) + gathered)
-    if isinstance(config.optim, SophiaG):
+    if part.cost == "backward":
         rest = largest if part.share < 1 else 0  # the other rows go back by themselves
         twice = max(tokens * loss, tokens * 2 * _way_back(config, tensor) - tokens * loss)
         return round(here + part.groups * largest + rest + twice)
@@ -199,7 +210,7 @@ def _way_back(config: Config, tensor: int) -> float:
 
 def _scores(config: Config) -> int:
     """Of a token: float32 scores and their softmax, or cuDNN's sums."""
-    if config.model.attention == "cudnn" and not isinstance(config.optim, SophiaH):
+    if config.model.attention == "cudnn":
         return FLOAT32 * config.model.heads
     return 2 * FLOAT32 * config.model.heads * config.sequence_length
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from train.config.schema import Config, resolved
-from train.optimizers.registry import refresh_due
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import Due
 from train.parallel import xla_flags
 from train.parallel.mesh import row_devices
 from train.plan import collectives as traffic
@@ -56,7 +55,9 @@ class Plan(NamedTuple):
     parameters: int
     steps: dict[str, Step]  # "plain" and "curvature", or "every step"
     interval: int  # steps between two that sample curvature; 1 without any
-    flops_per_token: float  # of loss and gradient: what MFU is a share of
+    flops_per_token: float  # of loss and gradient, the numerator of MFU
+    curvature_flops: float  # of one sample, over all devices
+    idle: str  # advice if devices wait while curvature is sampled
 
     @property
     def devices(self) -> int:
@@ -71,7 +72,7 @@ class Plan(NamedTuple):
     def curvature(self) -> float:
         """Operations that samples add, as a share of all steps without."""
         plain = self.config.batch_size * self.config.sequence_length * self.flops_per_token
-        return curvature_flops(self.config, self.row_devices) / plain / self.interval
+        return self.curvature_flops / plain / self.interval
 
     def tokens_per_second(self, peak: float, mfu: float = 0.4) -> float:
         """Of all devices, each of which could do `peak` operations a second and does a share."""
@@ -99,38 +100,39 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     least = max(config.mesh.fsdp * config.mesh.tensor * max(config.mesh.data, 1), 1)
     program = assemble(config, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
-    kinds = dict.fromkeys(refresh_due(config.optim, step) for step in (1, 0))
-    interval = config.optim.update_interval if isinstance(config.optim, SophiaG | SophiaH) else 1
+    optimizer = program.optimizer
+    kinds = dict.fromkeys(map(optimizer.due, (1, 0)))
     return Plan(
         config=config,
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(program.abstract.params)),
-        steps={NAMES[kind]: _step(config, program, mesh, kind, compile) for kind in kinds},
-        interval=interval if len(kinds) > 1 else 1,
+        steps={NAMES[kind.refresh]: _step(config, program, mesh, kind, compile) for kind in kinds},
+        interval=optimizer.refresh_interval,
         flops_per_token=model_flops(config.model, 1, config.sequence_length)
         / config.sequence_length,
+        curvature_flops=curvature_flops(config, optimizer.sampling, row_devices(mesh)),
+        idle=config.optim.idle(config.context(row_devices(mesh))),
     )
 
 
-def _step(config: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
-    shapes = config, program.abstract, mesh, refresh is not False
-    flops = step_flops(config)
-    if refresh is not False:
-        flops += curvature_flops(config, row_devices(mesh))
+def _step(config: Config, program: Program, mesh: Any, due: Due, compile: bool) -> Step:
+    sampling = None if due.refresh is False else program.optimizer.sampling
+    shapes = config, program.abstract, mesh, sampling
+    flops = step_flops(config) + curvature_flops(config, sampling, row_devices(mesh))
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,
         traffic.collectives(*shapes),
         traffic.collectives(*shapes, scatter=False),
-        compiled(program, refresh) if compile else None,
+        compiled(program, due) if compile else None,
     )
 
 
-def compiled(program: Program, refresh: bool | None) -> Compiled:
+def compiled(program: Program, due: Due) -> Compiled:
     """What XLA says of a program: its memory, operations and collectives, on one device."""
     start = time.perf_counter()
     # For speed alone: what a program needs is decided before code is made of it.
-    executable = program.compile(refresh, options=xla_flags.known(xla_flags.QUICK))
+    executable = program.compile(due, options=xla_flags.known(xla_flags.QUICK))
     seconds = time.perf_counter() - start
     used = executable.memory_analysis()
     new = used.output_size_in_bytes - used.alias_size_in_bytes

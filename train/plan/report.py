@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cli.main import parse
-from train.optimizers.sophia import SophiaG, SophiaH
 from train.plan.flops import PEAKS
 from train.plan.hlo import KINDS, Collective
 from train.plan.plan import Plan, Step, options, plan
@@ -54,7 +53,7 @@ def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> N
     """Prints a plan; tokens a second are those at `MFU` of the peak given, or of known chips."""
     _head(figures, console)
     console.print(_memory(figures), _collectives(figures), _speed(figures, peak_tflops))
-    if waiting := _idle(figures):
+    if waiting := figures.idle:
         console.print(waiting, highlight=False)
     if any(step.compiled for step in figures.steps.values()):
         console.print(_compiled(figures))
@@ -123,35 +122,6 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
         rate = figures.tokens_per_second(1e12 * peak, MFU)
         table.add_row(name, f"{peak:,.1f}", f"{rate:,.0f}", f"{tokens / rate / 86400:,.2f}")
     return table
-
-
-def _idle(figures: Plan) -> str:
-    """A better sample where devices wait for rows; empty where there is none, or none waits."""
-    config, devices = figures.config, figures.row_devices
-    if not isinstance(config.optim, SophiaG | SophiaH):
-        return ""
-    size = config.batch_size, config.accumulation
-    every, stride = config.optim.strides(*size)
-    rows, groups = (
-        config.batch_size // (config.accumulation * stride),
-        config.optim.groups_of(*size),
-    )
-    fraction = config.optim.slices * config.accumulation * devices / (every * config.batch_size)
-    if groups > 1 and rows // groups < devices and config.optim.shards(devices, *size) == 1:
-        fewer = max(rows // devices, 1) * config.accumulation // every
-        cure = "0 takes them side by side"
-        if isinstance(config.optim, SophiaH):
-            cure = f"{fewer} is faster, and noisier"
-        return (
-            f"{groups} sets of {rows // groups} sampled rows, one after the other, leave devices "
-            f"waiting: --optim.groups {cure}."
-        )
-    if groups < rows or rows >= devices or fraction > 1:
-        return ""
-    return (
-        f"{devices - rows} of {devices} devices wait while {rows} rows are sampled: "
-        f"--optim.batch-fraction {fraction:.4g} --optim.groups 0, a row a device, takes no longer."
-    )
 
 
 def _compiled(figures: Plan) -> Table:

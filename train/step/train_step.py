@@ -12,6 +12,7 @@ import sophia_optax
 from models.decoder import Constrain, identity
 from sophia_optax.estimators.base import sum_over
 from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
+from train.optimizers.base import Due, SamplingPlan
 from train.step import skip_nonfinite
 from train.step.batch import Batch
 from train.step.loss import Outputs, OverRows, mean_loss, normalized, token_losses
@@ -35,39 +36,36 @@ def make_step(
     outputs: Outputs,
     tx: optax.GradientTransformation,
     *,
-    estimator: sophia_optax.Estimator | None = None,
+    sampling: SamplingPlan | None = None,
     seed: int = 0,
     hessian_outputs: Outputs | None = None,
     constrain: Constrain = identity,
     constrain_group: Constrain | None = None,
     over_rows: OverRows | None = None,
     accumulation: int = 1,
-    sample_every: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The step of any optimizer; those that sample curvature find what they need.
+    """The training step of any optimizer.
 
     Args:
-      outputs: the model as a function of batches, of `train.step.loss.outputs_of`.
-      tx: the optimizer.
-      estimator: what curvature is sampled with, if `tx` uses any: it is evaluated with the
-        gradient (`value_grad_and_hessian`), and `tx` is given the sample.
-      seed: of the samples; `tx` would draw the same with its own, until a step is left out.
-      hessian_outputs: the model as the Hessian is taken of it, such as with attention that can be
-        differentiated twice; default `outputs`.
+      outputs: the model as a function of batches: `train.step.loss.outputs_of`.
+      tx: the optimizer, with gradient clipping.
+      sampling: how curvature is sampled; the sample shares the forward pass of the gradient
+        (`value_grad_and_hessian`) and is passed to `tx`. None samples nothing.
+      seed: of the samples.
+      hessian_outputs: the model for Hessian-vector products, with attention that is twice
+        differentiable; default `outputs`.
       constrain: sharding of activations.
-      constrain_group: the same inside a group of rows, where the estimator spreads groups over the
-        devices under vmap; default `constrain`.
-      over_rows: how to evaluate a loss in chunks where its rows are: `parallel.mesh.over_rows`.
-      accumulation: K, micro-batches that are evaluated one after the other. Each has every K-th
-        row, so that a shard of the batch is cut and never moved, and counts by its weights: loss,
-        gradient and sample are those of the batch in one piece.
-      sample_every: n, a divisor of K: curvature is sampled from every n-th micro-batch.
+      constrain_group: the same inside a group of rows, if the estimator maps groups over the
+        devices with vmap; default `constrain`.
+      over_rows: evaluates a chunked loss where its rows are: `parallel.mesh.over_rows`.
+      accumulation: K, micro-batches that are evaluated one after the other. Micro-batch i has the
+        rows i, i + K, ..., so that a shard of the batch is cut and never moved, and counts by its
+        weights: loss, gradient and sample are those of the whole batch.
 
     Returns:
-      `(state, batch, refresh) -> (state, metrics)` with a `Batch` and refresh a Python bool,
-      static under jit: one program for plain steps, one for those that also sample curvature;
-      None leaves it to `tx`, and means every step if an `estimator` is passed. Metrics are
-      float32 scalars.
+      `(state, batch, due) -> (state, metrics)` with a `Batch`, and a `Due` that is static under
+      jit: one program for plain steps, one for those that sample curvature as well. `tx.update`
+      is passed `value`, `hessian`, `refresh` and `renew`. Metrics are float32 scalars.
     """
     tx = optax.with_extra_args_support(tx)
     hessian_outputs = hessian_outputs or outputs
@@ -78,8 +76,6 @@ def make_step(
     def obj_fn(params, batch):
         return mean_loss(hessian_outputs(params, batch, constrain), batch, over_rows)
 
-    model = {"obj_fn": obj_fn, "logits_fn": logits_fn}
-
     def gradient(params, share, numbers, batch):
         del numbers
 
@@ -88,22 +84,23 @@ def make_step(
 
         return _part(share, jax.value_and_grad(loss)(params))
 
-    both = None
-    if estimator:
-        shared = functools.partial(value_grad_and_hessian(estimator), loss_fn=token_losses, **model)
-        both = functools.partial(_sums_and_sample, gradient, shared, sample_every)
+    sample = None
+    if sampling:
+        functions = {"loss_fn": token_losses, "obj_fn": obj_fn, "logits_fn": logits_fn}
+        shared = functools.partial(value_grad_and_hessian(sampling.estimator), **functions)
+        stride = sampling.microbatch_stride
+        sample = functools.partial(_sums_and_sample, gradient, shared, stride)
 
-    def step(state: TrainState, batch: Batch, refresh: bool):
-        batch = normalized(batch)
-        parts = _parts(batch, accumulation)
-        if both and refresh is not False:
+    def step(state: TrainState, batch: Batch, due: Due = Due()):  # noqa: B008
+        parts = _parts(normalized(batch), accumulation)
+        if sample and due.refresh is not False:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
-            (loss, grads), hessian = both(key, state.params, parts)
+            (loss, grads), hessian = sample(key, state.params, parts)
         else:
             (loss, grads), hessian = _sum(gradient, state.params, parts), None
         norm = optax.tree.norm(grads)
-        extra = model | {"inputs": batch, "weights": batch.weights, "value": loss}
-        update = functools.partial(_update, tx, hessian=hessian, refresh=refresh, **extra)
+        extra = {"value": loss, "hessian": hessian} | due._asdict()
+        update = functools.partial(_update, tx, **extra)
         old = (state.params, state.opt_state)
         (params, opt_state), skipped = skip_nonfinite.if_finite(update, old, grads, loss, norm)
         metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
