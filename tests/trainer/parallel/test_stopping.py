@@ -80,7 +80,7 @@ def test_in_an_evaluation_within_a_batch_and_it_is_made_up_for(at, whole, tmp_pa
 
 
 def test_while_a_program_compiles_before_the_next_one(tmp_path, monkeypatch):
-    compiled, compile = [], program._compile
+    compiled, compile = [], program.compile_step
 
     def slow(*args):
         compiled.append(args[-1])
@@ -88,7 +88,7 @@ def test_while_a_program_compiles_before_the_next_one(tmp_path, monkeypatch):
         return compile(*args)
 
     run = small(tmp_path / "run", "sophia-g", steps=8)
-    monkeypatch.setattr(program, "_compile", slow)
+    monkeypatch.setattr(program, "compile_step", slow)
     assert stopped(run, tmp_path / "run") == 0
     assert compiled == [True]
     assert serialize.load(tmp_path / "run").steps == 8  # it can be resumed
