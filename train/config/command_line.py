@@ -1,4 +1,4 @@
-"""Command lines that can be pasted: of a config, and of a command on a run."""
+"""Command lines to paste: for a config, and for commands on a run."""
 
 import dataclasses
 import shlex
@@ -13,13 +13,13 @@ from train.optimizers.registry import name_of
 
 
 def python() -> str:
-    """The interpreter, as it is called from here."""
+    """The interpreter, relative to the working directory if it lies inside."""
     running, here = Path(sys.executable), Path.cwd()
     return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
 
 
 def call(*words: object) -> str:
-    """A command line that can be pasted, whatever is in its paths.
+    """A command line to paste, with its paths quoted.
 
     >>> call("resume", Path("my runs/a")).partition(" ")[2]
     "-m train resume 'my runs/a'"
@@ -28,7 +28,7 @@ def call(*words: object) -> str:
 
 
 def command(config: Config) -> str:
-    """The command line of a run, with a flag for each departure from its preset.
+    """The command line of a run: its preset, and a flag for each field that differs.
 
     >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
     'python -m train tiny adamw --steps 500'

@@ -18,7 +18,7 @@ from train.parallel.mesh import MeshConfig
 RENAMED = {"run": "output"}
 """Fields of a config by the names that older versions saved."""
 RENAMED_OPTIM = {"spread": "amortize", "b2_numbers": "b2_vector"}
-"""The same of an optimizer's fields."""
+"""Fields of an optimizer by the names that older versions saved."""
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a config under the field names of today.
+    """The JSON of a config with today's field names.
 
     >>> renamed({"run": {}, "optim": {"spread": True}})
     {'output': {}, 'optim': {'amortize': True}}

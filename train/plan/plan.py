@@ -1,7 +1,7 @@
 """What a run needs, before anything is allocated: `python -m train plan gpt2-770m sophia-g`.
 
-Figures by hand come from shapes alone, at once; with `--compile` XLA's own stand beside them, of
-the run's programs compiled for as many fake CPU devices, and never run.
+Estimates come from shapes alone, at once. With `--compile` the run's programs are compiled for fake
+CPU devices, never run, and XLA's own figures stand beside the estimates.
 """
 
 import argparse
@@ -32,18 +32,18 @@ class Compiled(NamedTuple):
     arguments: int
     temporaries: int
     total: int
-    flops: float  # the body of a loop once
+    flops: float  # a loop's body counts once
     collectives: dict[str, Collective]
-    seconds: float  # that compiling took
+    seconds: float  # of compilation
 
 
 class Step(NamedTuple):
-    """One program: of plain steps, or of those that sample curvature."""
+    """One program: the plain step, or the step that samples curvature."""
 
     memory: memory.Memory  # bytes on one device
-    flops: float  # products of matrices alone, on one device
-    collectives: dict[str, Collective]  # of one device, where gradients are summed where kept
-    on_cpu: dict[str, Collective]  # the same where they are summed everywhere, as XLA does there
+    flops: float  # of matrix products, on one device
+    collectives: dict[str, Collective]  # of one device; gradients are reduce-scattered
+    on_cpu: dict[str, Collective]  # the same; gradients are all-reduced, as XLA does on CPU
     compiled: Compiled | None
 
 
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     mesh: dict[str, int]  # devices of each axis
     parameters: int
     steps: dict[str, Step]  # "plain" and "curvature", or "every step"
-    interval: int  # steps between two that sample curvature; 1 without any
+    interval: int  # steps between curvature samples; 1 without any
     flops_per_token: float  # of loss and gradient, the numerator of MFU
     curvature_flops: float  # of one sample, over all devices
     idle: str  # advice if devices wait while curvature is sampled
@@ -65,31 +65,36 @@ class Plan(NamedTuple):
 
     @property
     def row_devices(self) -> int:
-        """Over which rows are spread."""
+        """Devices over which rows are spread."""
         return self.mesh["data"] * self.mesh["fsdp"]
 
     @property
     def curvature(self) -> float:
-        """Operations that samples add, as a share of all steps without."""
+        """FLOPs of curvature samples over the FLOPs of plain steps, averaged over an interval."""
         plain = self.config.batch_size * self.config.sequence_length * self.flops_per_token
         return self.curvature_flops / plain / self.interval
 
     def tokens_per_second(self, peak: float, mfu: float = 0.4) -> float:
-        """Of all devices, each of which could do `peak` operations a second and does a share."""
+        """Throughput of all devices together.
+
+        Args:
+          peak: FLOP/s of one device.
+          mfu: fraction of the peak that is reached.
+        """
         return self.devices * peak * mfu / (self.flops_per_token * (1 + self.curvature))
 
 
 def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
-    """What a run needs on so many devices, which need not exist.
+    """What a run needs on a number of devices, which need not exist.
 
     Args:
-      config: its config. Precision "auto" is planned as on CPU.
-      devices: their number; 0 for the fewest that the mesh needs.
-      compile: also compile the programs, and read what XLA says of them.
+      config: of the run. Precision "auto" is planned as on CPU.
+      devices: number of devices; 0 for the fewest that the mesh needs.
+      compile: also compile the programs and read XLA's figures.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the run not the mesh; jax has started with
-        fewer devices.
+      ValueError: the mesh does not fit the devices, or the run does not fit the mesh; jax has
+        started with fewer devices.
 
     >>> from train.config.presets import preset
     >>> figures = plan(preset("tiny", "adamw"), devices=1)
@@ -129,9 +134,9 @@ def _step(config: Config, program: Program, mesh: Any, due: Due, compile: bool) 
 
 
 def compiled(program: Program, due: Due) -> Compiled:
-    """What XLA says of a program: its memory, operations and collectives, on one device."""
+    """XLA's figures of a program on one device."""
     start = time.perf_counter()
-    # For speed alone: what a program needs is decided before code is made of it.
+    # Faster compilation: memory and collectives are decided before code generation.
     executable = program.compile(due, options=xla_flags.known(xla_flags.QUICK))
     seconds = time.perf_counter() - start
     used = executable.memory_analysis()
@@ -147,10 +152,10 @@ def compiled(program: Program, due: Due) -> Compiled:
 
 
 def fake_devices(number: int) -> list[Any]:
-    """So many CPU devices, of which jax then has no others; nothing is allocated on them.
+    """Fake CPU devices; jax sees no other devices then, and nothing is allocated on them.
 
     Raises:
-      ValueError: `number` is less than one, or jax has looked for devices and found fewer.
+      ValueError: `number` is less than one, or jax has started with fewer devices.
     """
     if number < 1:
         raise ValueError(f"a plan for {number} devices: choose at least 1 with --devices.")
