@@ -1,4 +1,4 @@
-"""One training step: loss, gradient, update. No input or output, no schedule of its own."""
+"""One training step: loss, gradient, curvature sample, update."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from train.step.loss import Outputs, OverRows, mean_loss, normalized, token_loss
 
 
 class TrainState(NamedTuple):
-    """All that a run must keep to go on."""
+    """The state of a run: all that a checkpoint must hold to go on."""
 
     step: jax.Array  # int32 (), steps done
     params: Any
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, seed: int):
-    """State at step 0; jit it with `out_shardings` so that each shard is made in place."""
+    """State at step 0; under jit with `out_shardings` each device makes its own shard."""
     params = init(jax.random.key(seed))
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
@@ -68,28 +68,16 @@ def make_step(
       is passed `value`, `hessian`, `refresh` and `renew`. Metrics are float32 scalars.
     """
     tx = optax.with_extra_args_support(tx)
-    hessian_outputs = hessian_outputs or outputs
-
-    def logits_fn(params, batch):
-        return outputs(params, batch, constrain_group or constrain)
-
-    def obj_fn(params, batch):
-        return mean_loss(hessian_outputs(params, batch, constrain), batch, over_rows)
-
-    def gradient(params, share, numbers, batch):
-        del numbers
-
-        def loss(params):
-            return mean_loss(outputs(params, batch, constrain), batch, over_rows)
-
-        return _part(share, jax.value_and_grad(loss)(params))
-
-    sample = None
+    loss_of = _loss_of(outputs, constrain, over_rows)
+    gradient, sample = functools.partial(_gradient, loss_of), None
     if sampling:
-        functions = {"loss_fn": token_losses, "obj_fn": obj_fn, "logits_fn": logits_fn}
-        shared = functools.partial(value_grad_and_hessian(sampling.estimator), **functions)
-        stride = sampling.microbatch_stride
-        sample = functools.partial(_sums_and_sample, gradient, shared, stride)
+        shared = functools.partial(
+            value_grad_and_hessian(sampling.estimator),
+            loss_fn=token_losses,
+            obj_fn=_loss_of(hessian_outputs or outputs, constrain, over_rows),
+            logits_fn=lambda params, batch: outputs(params, batch, constrain_group or constrain),
+        )
+        sample = functools.partial(_sums_and_sample, gradient, shared, sampling.microbatch_stride)
 
     def step(state: TrainState, batch: Batch, due: Due = Due()):  # noqa: B008
         parts = _parts(normalized(batch), accumulation)
@@ -110,23 +98,38 @@ def make_step(
     return step
 
 
+def _loss_of(outputs: Outputs, constrain: Constrain, over_rows: OverRows | None):
+    """Mean loss as a function of (params, batch)."""
+
+    def loss_of(params: Any, batch: Batch) -> jax.Array:
+        return mean_loss(outputs(params, batch, constrain), batch, over_rows)
+
+    return loss_of
+
+
+def _gradient(loss_of: Callable[..., jax.Array], params, share, numbers, batch: Batch) -> Any:
+    """A micro-batch's (loss, gradient), as its contribution to those of the batch."""
+    del numbers
+    return _part(share, jax.value_and_grad(loss_of)(params, batch))
+
+
 def _update(tx: optax.GradientTransformationExtraArgs, old: Any, grads: Any, **extra: Any) -> Any:
-    """(parameters, state of the optimizer) after a step."""
+    """(parameters, optimizer state) after a step."""
     params, opt_state = old
     updates, opt_state = tx.update(grads, opt_state, params, **extra)
     return optax.apply_updates(params, updates), opt_state
 
 
 def micro_batches(batch: Any, number: int) -> Any:
-    """Leaves [B, ...] to [K, B / K, ...]: micro-batch i has the rows i, i + K, i + 2 K, ..."""
+    """Leaves [B, ...] to [K, B / K, ...]: micro-batch i holds the rows i, i + K, i + 2 K, ..."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
 
 
 class _Parts(NamedTuple):
     """Micro-batches; leaves lead with their number K."""
 
-    share: jax.Array  # float32[K], of what counts in the batch
-    numbers: jax.Array  # int32[K, B / K], of the rows in the batch
+    share: jax.Array  # float32[K], of the weight of the batch
+    numbers: jax.Array  # int32[K, B / K], row numbers in the batch
     batch: Batch
 
 
@@ -140,12 +143,12 @@ def _parts(batch: Batch, number: int) -> _Parts:
 
 
 def _part(share: jax.Array, means: Any) -> Any:
-    """What a micro-batch adds to the means of the batch; nothing if nothing counts in it."""
+    """A micro-batch's contribution to the means of the batch; 0 if its weights are all 0."""
     return jax.tree.map(lambda x: jnp.where(share > 0, share.astype(x.dtype) * x, 0), means)
 
 
 def _sums_and_sample(gradient, shared, every: int, key, params, parts: _Parts):
-    """((loss, gradient), sample of the rows of every n-th micro-batch)."""
+    """((loss, gradient), curvature sample on every n-th micro-batch)."""
 
     def sample(params, share, numbers, batch):
         means = shared(key, params, inputs=batch, weights=batch.weights, row_numbers=numbers)
@@ -161,7 +164,7 @@ def _sums_and_sample(gradient, shared, every: int, key, params, parts: _Parts):
 
 
 def _sum(function: Callable[..., Any], params: Any, parts: _Parts) -> Any:
-    """The sum of `function(params, *part)` over the parts, one after the other."""
+    """Sum of `function(params, *part)` over the micro-batches, one after the other."""
     if len(parts.share) == 1:
         return function(params, *jax.tree.map(lambda x: x[0], parts))
 
