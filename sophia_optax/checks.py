@@ -1,5 +1,6 @@
 """Errors that name the cause and the cure, shared by the transforms."""
 
+import inspect
 import math
 from typing import Any
 
@@ -206,6 +207,19 @@ def unmasked(owner: str, params: optax.Params) -> None:
             "with `mask_compatible_extra_args=True` so that it masks `hessian` like the gradient. "
             "Where params is a single array, wrap it in a dict first."
         )
+
+
+def takes_positional(function: Any, number: int) -> bool:
+    """Whether `function` can be called with `number` positional arguments."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind_partial(*range(number))
+    except TypeError:
+        return False
+    except ValueError:  # some builtins have no signature
+        return True
+    return True
 
 
 def same_shapes(name: str, tree: Any, like: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = Any
@@ -40,6 +41,28 @@ def varying_like(x: jax.Array, like: Tree) -> jax.Array:
     """Marked as differing over the manual axes over which some leaf of `like` differs."""
     axes = frozenset().union(*map(varies_over, jax.tree.leaves(like))) - varies_over(x)
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def sum_over(
+    function: Callable[[Any], tuple[Tree, Tree]], xs: Any, axis_name: AxisName = None
+) -> tuple[Tree, Tree]:
+    """Applies `function` to each row of `xs` in turn: (sum of first results, all second results).
+
+    The running sum starts with the sharding of what is added to it, as `jax.lax.scan` requires.
+    """
+    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
+    zeros = varying(jax.tree.map(_zeros_like, shapes), axis_name)
+
+    def add(total, x):
+        part, kept = function(x)
+        return optax.tree.add(total, part), kept
+
+    return jax.lax.scan(add, zeros, xs)
+
+
+def _zeros_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros with the sharding of `shape`, on explicit and on manual axes."""
+    return varying_like(jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding), shape)
 
 
 def across(collective: Callable, tree: Tree, axis_name: AxisName) -> Tree:

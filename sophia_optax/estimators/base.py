@@ -6,16 +6,14 @@ and how to average them.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sophia_optax import checks
-from sophia_optax.sharding import AxisName, Tree, varying, varying_like
+from sophia_optax.sharding import AxisName, Tree, sum_over
 
 _MISSING: Any = object()
 
@@ -68,7 +66,7 @@ class Sampler:
 
 def check_estimator(estimator: Any) -> None:
     """Refuses what cannot be called as an estimator is."""
-    if _takes(estimator, 3):
+    if checks.takes_positional(estimator, 3):
         return
     name = getattr(estimator, "__name__", repr(estimator))
     raise TypeError(
@@ -76,31 +74,6 @@ def check_estimator(estimator: Any) -> None:
         "factory returns, such as `estimator=hutchinson()` with its parentheses, or a function of "
         "that form."
     )
-
-
-def check_denominator(denominator: Any, factories: tuple[Any, ...]) -> None:
-    """Refuses what cannot be called with (h, v), and the factories of denominators."""
-    if _takes(denominator, 2) and denominator not in factories:
-        return
-    name = getattr(denominator, "__name__", repr(denominator))
-    raise TypeError(
-        f"denominator={name} cannot be called as (h, v), the curvature and the second moment of "
-        "the gradient. Pass what a factory returns, such as `floor(.01, 1e-12)`, or "
-        "`lambda h, v: ...`, which need not read v."
-    )
-
-
-def _takes(function: Any, number: int) -> bool:
-    """Whether a function can be called with so many positional arguments."""
-    if not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind_partial(*range(number))
-    except TypeError:
-        return False
-    except ValueError:  # some builtins have no signature
-        return True
-    return True
 
 
 def mean_over_samples(
@@ -117,25 +90,6 @@ def mean_over_samples(
     return jax.tree.map(lambda s: s / num_samples, total)
 
 
-def sum_over(
-    function: Callable[[Any], tuple[Tree, Tree]], xs: Any, axis_name: AxisName = None
-) -> tuple[Tree, Tree]:
-    """(sum of the first results, all second results) over the rows of `xs`, one by one."""
-    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
-    zeros = varying(jax.tree.map(_zeros, shapes), axis_name)
-
-    def add(total, x):
-        part, kept = function(x)
-        return optax.tree.add(total, part), kept
-
-    return jax.lax.scan(add, zeros, xs)
-
-
 def check_params(owner: str, params: optax.Params) -> None:
     checks.given(owner, "params", params, "Call `tx.update(grads, state, params, ...)`.")
     checks.unmasked(owner, params)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that lie as what is added to them does, on explicit and on manual axes."""
-    return varying_like(jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding), shape)

@@ -13,7 +13,6 @@ from sophia_optax.estimators.base import (
     Sampler,
     check_params,
     mean_over_samples,
-    sum_over,
 )
 from sophia_optax.estimators.rows import (
     batch_size,
@@ -24,7 +23,7 @@ from sophia_optax.estimators.rows import (
     numbers_of,
 )
 from sophia_optax.numerics import widen
-from sophia_optax.sharding import AxisName, Tree, across, check_named, varying
+from sophia_optax.sharding import AxisName, Tree, across, check_named, sum_over, varying
 
 
 def hutchinson(

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.estimators.base import sum_over
 from sophia_optax.estimators.chunked_logits import LinearLogits
 from sophia_optax.estimators.rows import (
     batch_size,
@@ -19,7 +18,7 @@ from sophia_optax.estimators.rows import (
     numbers_of,
     row_axes,
 )
-from sophia_optax.sharding import AxisName, Spec, Tree, spec_of, with_auto_axes
+from sophia_optax.sharding import AxisName, Spec, Tree, spec_of, sum_over, with_auto_axes
 
 
 def sampled_rows(

@@ -10,8 +10,8 @@ import optax
 
 import sophia_optax
 from models.decoder import Constrain, identity
-from sophia_optax.estimators.base import sum_over
 from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
+from sophia_optax.sharding import sum_over
 from train.step import skip_nonfinite
 from train.step.batch import Batch
 from train.step.loss import Outputs, OverRows, mean_loss, normalized, token_losses
