@@ -180,7 +180,7 @@ class SophiaG(_Sophia):
             groups=self.groups_of(batch_size, accumulation),
             batch_fraction=1 / self.strides(batch_size, accumulation)[1],
             num_samples=self.num_samples,
-            shards=shards,
+            parallel_groups=shards,
             spmd_axis_name=ROWS if shards > 1 else None,
         )
 

@@ -87,7 +87,7 @@ def test_losses_and_two_derivatives_are_those_of_whole_logits(chunk, names):
 ESTIMATORS = {
     "one group": gauss_newton_bartlett(),
     "groups": gauss_newton_bartlett(groups=4),
-    "groups side by side": gauss_newton_bartlett(groups=4, shards=2),
+    "groups side by side": gauss_newton_bartlett(groups=4, parallel_groups=2),
     "draws of a half in groups": gauss_newton_bartlett(groups=2, num_samples=2, batch_fraction=0.5),
     "hutchinson": hutchinson(groups=2),
     "hutchinson, reverse": hutchinson(mode="reverse", num_samples=2),
@@ -108,7 +108,9 @@ def test_estimators_return_what_they_do_with_whole_logits(name):
 
 def test_on_a_mesh_the_matrix_is_one_for_all_shards():
     """Where the other rows of a share are spread over devices, as its groups are."""
-    gnb = gauss_newton_bartlett(groups=4, shards=4, batch_fraction=0.5, spmd_axis_name="data")
+    gnb = gauss_newton_bartlett(
+        groups=4, parallel_groups=4, batch_fraction=0.5, spmd_axis_name="data"
+    )
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     params, batch = jax.tree.map(
         lambda x: jnp.float32(x) if x.dtype == float else x, (PARAMS, BATCH)
@@ -169,7 +171,7 @@ def sample_of(estimate):
 
 PROGRAMS = {
     "gradient": lambda extra, *at: jax.value_and_grad(extra["obj_fn"])(*at),
-    "GNB": sample_of(gauss_newton_bartlett(groups=2, shards=2)),
+    "GNB": sample_of(gauss_newton_bartlett(groups=2, parallel_groups=2)),
     "GNB of a half": sample_of(gauss_newton_bartlett(groups=2, batch_fraction=0.5)),
     "hutchinson": sample_of(hutchinson(num_samples=2)),
 }
@@ -272,7 +274,7 @@ def test_other_forms_are_refused():
     for likelihood in ("bernoulli", "gaussian"):
         gnb = gauss_newton_bartlett(likelihood=likelihood)
         refuses(
-            "LinearLogits, of which only labels of likelihood 'categorical'",
+            "LinearLogits, which serve likelihood 'categorical' only",
             lambda: gnb(KEY, PARAMS, None, **extra_of(linear)),  # noqa: B023
         )
     short = extra_of(lambda params, batch: linear(params, jax.tree.map(lambda x: x[1:], batch)))

@@ -223,7 +223,9 @@ def test_groups_of_sampled_loss_fn_draw_apart():
 def test_shards_change_nothing(number):
     """Four groups one by one, two or three at once, all with idle places; draws scanned inside."""
     arguments = {"groups": 4, "num_samples": number, "weights": W}
-    one, *others = (row_sample("categorical", **arguments, shards=n) for n in (1, 2, 3, 4, 16))
+    one, *others = (
+        row_sample("categorical", **arguments, parallel_groups=n) for n in (1, 2, 3, 4, 16)
+    )
     for other, name in itertools.product(others, one):
         np.testing.assert_allclose(other[name], one[name], rtol=1e-6, atol=1e-9)
 
@@ -290,7 +292,7 @@ def test_sixteen_groups_cost_what_one_costs():
     }
 
     def cost(groups):
-        gnb = gauss_newton_bartlett(groups=groups, shards=groups)
+        gnb = gauss_newton_bartlett(groups=groups, parallel_groups=groups)
 
         def sample(params, x):
             return gnb(jax.random.key(0), params, None, logits_fn=tanh, inputs=x)

@@ -34,12 +34,15 @@ SPREAD = {"spmd_axis_name": AXES}
 CASES = {
     "one group": ({}, P(AXES)),
     "one group of a quarter": ({"batch_fraction": 0.25}, P(AXES)),
-    "a group a device": ({"groups": 8, "shards": 8, "batch_fraction": 0.25} | SPREAD, P()),
-    "a group a row": ({"groups": 16, "shards": 16, "batch_fraction": 0.25} | SPREAD, P()),
-    "fewer rows than devices": ({"groups": 4, "shards": 8, "batch_fraction": 1 / 16} | SPREAD, P()),
-    "four rounds": ({"groups": 32, "shards": 8} | SPREAD, P()),
+    "a group a device": ({"groups": 8, "parallel_groups": 8, "batch_fraction": 0.25} | SPREAD, P()),
+    "a group a row": ({"groups": 16, "parallel_groups": 16, "batch_fraction": 0.25} | SPREAD, P()),
+    "fewer rows than devices": (
+        {"groups": 4, "parallel_groups": 8, "batch_fraction": 1 / 16} | SPREAD,
+        P(),
+    ),
+    "four rounds": ({"groups": 32, "parallel_groups": 8} | SPREAD, P()),
     "a group on four devices": (
-        {"groups": 2, "shards": 2, "batch_fraction": 0.25, "spmd_axis_name": "data"},
+        {"groups": 2, "parallel_groups": 2, "batch_fraction": 0.25, "spmd_axis_name": "data"},
         P("fsdp"),
     ),
 }
@@ -127,7 +130,9 @@ def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
     program, placed = compiled(name)
     loss, gradient, h = program(*placed)
     near((loss, gradient), jax.jit(plain_step)(PARAMS, BATCH))
-    alone = {n: x for n, x in CASES[name][0].items() if n not in ("shards", "spmd_axis_name")}
+    alone = {
+        n: x for n, x in CASES[name][0].items() if n not in ("parallel_groups", "spmd_axis_name")
+    }
     gnb = gauss_newton_bartlett(**alone)
     sample = jax.jit(lambda p, batch: gnb(KEY, p, None, logits_fn=logits, inputs=batch))
     near(h, sample(PARAMS, BATCH))
@@ -150,7 +155,9 @@ def test_curvature_moves_what_another_gradient_would(name):
     # A group on several devices is reduced over these before it is squared, then over the others.
     assert sum(refresh["all-reduce"]) <= 1.2 * (passes + 1) * sum(plain["all-reduce"])
     moved = ("all-to-all", "collective-permute")
-    tokens = 2 * BATCH.nbytes if settings.get("groups", 1) % settings.get("shards", 1) else 0
+    tokens = (
+        2 * BATCH.nbytes if settings.get("groups", 1) % settings.get("parallel_groups", 1) else 0
+    )
     has, had = (sum(sum(made[kind]) for kind in moved) for made in (refresh, plain))
     assert has <= had + tokens
     assert bool(refresh["in a loop"]) == ("rounds" in name)
@@ -164,6 +171,6 @@ def test_temporaries_are_not_those_of_a_gradient_for_each_group(name):
 
 
 def test_a_batch_that_places_do_not_divide_is_refused():
-    settings = {"groups": 4, "shards": 24, "batch_fraction": 1 / 16} | SPREAD
-    with pytest.raises(ValueError, match="shards=24 does not divide the 64 rows"):
+    settings = {"groups": 4, "parallel_groups": 24, "batch_fraction": 1 / 16} | SPREAD
+    with pytest.raises(ValueError, match="parallel_groups=24 does not divide the 64 rows"):
         jax.eval_shape(refresh_step(settings, P()), PARAMS, BATCH)

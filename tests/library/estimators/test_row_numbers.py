@@ -26,7 +26,7 @@ def sample(estimate, params, extra):
 ESTIMATORS = {
     "GNB, a group a row": (lambda parts: gauss_newton_bartlett(groups=ROWS // parts), 4),
     "GNB, draws, groups side by side": (
-        lambda parts: gauss_newton_bartlett(groups=ROWS // parts, num_samples=2, shards=2),
+        lambda parts: gauss_newton_bartlett(groups=ROWS // parts, num_samples=2, parallel_groups=2),
         2,
     ),
     "Hutchinson, a set a row": (lambda parts: hutchinson(groups=ROWS // parts), 4),

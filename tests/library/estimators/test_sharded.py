@@ -59,7 +59,7 @@ def estimator(name, shards):
     return {
         "hutchinson": hutchinson(batch_fraction=0.5),
         "one group": gauss_newton_bartlett(),
-        "groups side by side": gauss_newton_bartlett(groups=8, shards=shards),
+        "groups side by side": gauss_newton_bartlett(groups=8, parallel_groups=shards),
         "groups one by one": gauss_newton_bartlett(groups=4, batch_fraction=0.5),
     }[name]
 
@@ -176,7 +176,7 @@ def by_hand(key, shards, groups):
         ("8", "data", {}, True),
         ("8", "data", {"groups": 2}, True),
         ("8", "data", {"groups": 2}, False),
-        ("8", "data", {"groups": 2, "shards": 2}, True),
+        ("8", "data", {"groups": 2, "parallel_groups": 2}, True),
         ("2x4", ("data", "model"), {"groups": 2}, True),
     ],
 )

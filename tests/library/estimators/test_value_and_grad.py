@@ -34,7 +34,7 @@ from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
 GNB = {
     "one group": {},
     "groups": {"groups": 4},
-    "groups side by side": {"groups": 4, "shards": 2},
+    "groups side by side": {"groups": 4, "parallel_groups": 2},
     "draws": {"num_samples": 3},
     "draws in groups": {"num_samples": 3, "groups": 2},
     "half": {"batch_fraction": 0.5},
@@ -228,7 +228,7 @@ def test_groups_cost_one_forward_pass_and_two_backward():
     sizes = {"w1": (64, 512), "b1": (512,), "w2": (512, 64), "b2": (64,)}
     params = {name: shape(size) for name, size in sizes.items()}
     batch = {"x": shape((256, 64)), "y": jax.ShapeDtypeStruct((256,), jnp.int32)}
-    gnb = gauss_newton_bartlett(groups=16, shards=16)  # the body of a scan is counted once
+    gnb = gauss_newton_bartlett(groups=16, parallel_groups=16)  # the body of a scan is counted once
     extra = {"logits_fn": logits_fn, "loss_fn": loss_fn}
 
     def apart(params, batch):
