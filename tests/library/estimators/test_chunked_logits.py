@@ -107,10 +107,9 @@ def test_estimators_return_what_they_do_with_whole_logits(name):
 
 
 def test_on_a_mesh_the_matrix_is_one_for_all_shards():
-    """Where the other rows of a share are spread over devices, as its groups are."""
-    gnb = gauss_newton_bartlett(
-        groups=4, parallel_groups=4, batch_fraction=0.5, spmd_axis_name="data"
-    )
+    """The remaining rows are spread over devices as the sampled groups are."""
+    spread = {"parallel_groups": 4, "spmd_axis_name": "data"}
+    gnb = gauss_newton_bartlett(groups=4, batch_fraction=0.5, **spread)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     params, batch = jax.tree.map(
         lambda x: jnp.float32(x) if x.dtype == float else x, (PARAMS, BATCH)

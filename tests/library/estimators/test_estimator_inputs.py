@@ -82,7 +82,7 @@ def test_shards_is_the_deprecated_name_of_parallel_groups():
     with pytest.warns(DeprecationWarning, match="the argument is now `parallel_groups`"):
         assert dtypes(sample(gauss_newton_bartlett(groups=4, shards=2), **EXTRA)) == {"float32"}
     with (
-        pytest.warns(DeprecationWarning),
+        pytest.warns(DeprecationWarning, match="parallel_groups"),
         pytest.raises(ValueError, match="parallel_groups=4 needs several groups"),
     ):
         gauss_newton_bartlett(shards=4)

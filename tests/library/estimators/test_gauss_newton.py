@@ -220,12 +220,11 @@ def test_groups_of_sampled_loss_fn_draw_apart():
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_shards_change_nothing(number):
-    """Four groups one by one, two or three at once, all with idle places; draws scanned inside."""
+def test_parallel_groups_change_nothing(number):
+    """Four groups in turn, two or three at a time, all at once, and with idle slots."""
     arguments = {"groups": 4, "num_samples": number, "weights": W}
-    one, *others = (
-        row_sample("categorical", **arguments, parallel_groups=n) for n in (1, 2, 3, 4, 16)
-    )
+    settings = ({"parallel_groups": n} for n in (1, 2, 3, 4, 16))
+    one, *others = (row_sample("categorical", **arguments, **more) for more in settings)
     for other, name in itertools.product(others, one):
         np.testing.assert_allclose(other[name], one[name], rtol=1e-6, atol=1e-9)
 
