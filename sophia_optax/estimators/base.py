@@ -1,8 +1,8 @@
-"""Estimators: one sample of the diagonal of the curvature.
+"""The protocol of estimators, which return one sample of the diagonal of the curvature.
 
-An estimator is a pure function `(key, params, updates, **extra) -> h`; h is shaped as params,
-float32 at least, in units of loss / parameter². `hessian_estimate` decides when to take samples
-and how to average them.
+An estimator is a pure function `(key, params, updates, **extra) -> h`. h is shaped as params,
+float32 or wider, in units of loss / parameter². `hessian_estimate` decides when samples are taken
+and how they are averaged.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ _MISSING: Any = object()
 
 
 class Estimator(Protocol):
-    """What `hessian_estimate` calls: one sample of diag H.
+    """A function that returns one sample of diag H; `hessian_estimate` calls it.
 
     Args:
-      key: a typed PRNG key, another one for each sample.
+      key: a typed PRNG key, a new one for each sample.
       params: the parameters.
       updates: the incoming gradient, shaped as params.
-      **extra: the extra arguments of `update`, and `axis_name`; unknown ones are ignored.
+      **extra: the extra arguments of `update`, and `axis_name`. An estimator ignores those that it
+        does not know.
 
     Returns:
-      One sample, shaped as params, float32 at least.
+      One sample, shaped as params, float32 or wider, in units of loss / parameter².
 
     >>> import jax, jax.numpy as jnp
     >>> def absolute(key, params, updates, **unused):
@@ -44,13 +45,13 @@ class Estimator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """An estimator of ours; some can also give the loss and its gradient in the same pass."""
+    """An estimator of this library; some also return the loss and its gradient."""
 
     name: str
     sample: Estimator
     with_gradient: Callable[..., tuple[Any, Tree, Tree]] | None = None
-    """`(key, params, *, has_aux, has_state, **extra) -> (loss and what is beside it, gradient, h)`,
-    of `value_grad_and_hessian`."""
+    """`(key, params, *, has_aux, has_state, **extra) -> ((loss, aux, state), gradient, h)`, for
+    `value_grad_and_hessian`."""
 
     def __call__(
         self, key: Any, params: Any = _MISSING, updates: Any = _MISSING, **extra: Any
@@ -58,14 +59,14 @@ class Sampler:
         if updates is _MISSING:
             raise TypeError(
                 f"the estimator {self.name}(...) was called with one argument, as a schedule is. "
-                "optax.inject_hyperparams takes every callable for a schedule: list it, "
+                "optax.inject_hyperparams treats every callable as a schedule unless you list it: "
                 '`static_args=("estimator", "weight_decay_mask")`.'
             )
         return self.sample(key, params, updates, **extra)
 
 
 def check_estimator(estimator: Any) -> None:
-    """Refuses what cannot be called as an estimator is."""
+    """Rejects an argument that cannot be called as (key, params, updates)."""
     if checks.takes_positional(estimator, 3):
         return
     name = getattr(estimator, "__name__", repr(estimator))
@@ -82,7 +83,7 @@ def mean_over_samples(
     num_samples: int,
     axis_name: AxisName = None,
 ) -> Tree:
-    """The mean of `sample` at `num_samples` keys; one key is used as it is."""
+    """The mean of `sample` over `num_samples` keys split from `key`; a single sample uses `key`."""
     if num_samples == 1:
         return sample(key)
     keys = jax.random.split(key, num_samples)
@@ -91,5 +92,6 @@ def mean_over_samples(
 
 
 def check_params(owner: str, params: optax.Params) -> None:
+    """Rejects params that are missing or masked."""
     checks.given(owner, "params", params, "Call `tx.update(grads, state, params, ...)`.")
     checks.unmasked(owner, params)
