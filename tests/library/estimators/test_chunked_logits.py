@@ -1,4 +1,4 @@
-"""Logits that are never held whole are as if they were: losses, labels, derivatives."""
+"""`LinearLogits` give the losses, labels and derivatives of whole logits."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ def loss_fn(logits, batch):
 
 
 def extra_of(logits_fn, inputs=BATCH):
-    """For both estimators."""
+    """Extra arguments of both estimators."""
 
     def obj_fn(params, batch):
         return jnp.mean(loss_fn(logits_fn(params, batch), batch))
@@ -96,7 +96,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_return_what_they_do_with_whole_logits(name):
-    """So labels are the same; with weights too."""
+    """So they draw the same labels, and count the same weights."""
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, PARAMS)
         have, want = (
@@ -130,7 +130,7 @@ def test_on_a_mesh_the_matrix_is_one_for_all_shards():
 
 
 def test_bfloat16_features_multiply_as_the_models_head_does():
-    """And the matrix's gradient, float32, is summed over chunks in float32."""
+    """The gradient of the matrix is float32, and is summed over chunks in float32."""
     features, matrix = jnp.bfloat16(LONG), jnp.float32(rng.normal(size=(V, D)))
 
     def losses(matrix):
@@ -145,7 +145,7 @@ def test_bfloat16_features_multiply_as_the_models_head_does():
     np.testing.assert_allclose(gradient, exact, atol=0.02 * np.abs(exact).max())
 
 
-# ---------------------------------------------------------------- what it holds
+# ---------------------------------------------------------------- memory
 
 LARGE = {"B": 4, "T": 64, "D": 8, "V": 512, "chunk": 8}
 
@@ -183,7 +183,7 @@ def test_whole_logits_are_in_no_program(name):
     assert largest_float(PROGRAMS[name], True) <= B * chunk * V
 
 
-def test_they_are_where_they_are_not_factors():
+def test_the_program_of_an_array_holds_whole_logits():
     B, T, _, V, _ = LARGE.values()
     assert largest_float(PROGRAMS["gradient"], False) >= B * T * V
 
@@ -193,7 +193,7 @@ def test_they_are_where_they_are_not_factors():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_shard_map_the_matrix_gradient_is_reduced_once(check_vma):
-    """After the loop over chunks; H u through it is exact too."""
+    """It is reduced after the loop over chunks, and H u through the loop is exact."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     rows, alike = PartitionSpec(("data", "fsdp")), PartitionSpec()
     mapped = jax.shard_map(
@@ -248,7 +248,7 @@ def test_in_shard_map_a_sample_is_that_of_whole_logits():
     close(sample(linear), sample(whole), rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- errors
 
 
 def refuses(match, function):

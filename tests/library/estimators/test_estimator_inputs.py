@@ -1,4 +1,4 @@
-"""What estimators accept (dtypes, trees, masks) and what they refuse, with cause and cure."""
+"""Inputs that estimators accept (dtypes, trees, masks), and errors that name cause and cure."""
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +228,7 @@ def test_masked_params_are_refused_and_a_sample_from_outside_is_the_cure(factory
 @pytest.mark.parametrize("compatible", [True, False])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_a_single_array_under_masked_is_estimated_or_refused(factory, compatible):
-    """There every extra argument has the structure of params, so a hole masks them all."""
+    """Every extra argument then has the structure of params, so a hole masks all of them."""
     params = jnp.array([0.5, -1.0])
     extra = {"obj_fn": lambda p: jnp.sum(p**4), "logits_fn": lambda p: X * p}
     tx = hessian_estimate(factory())

@@ -1,4 +1,4 @@
-"""A step that samples curvature on sharded parameters: what it returns, moves and keeps."""
+"""A step that samples curvature with sharded parameters: results, collectives and memory."""
 
 import collections
 import functools
@@ -58,7 +58,7 @@ def losses(logits, batch):
 
 
 def logits(params, batch, spec=None):
-    """Activations sharded as `spec`, the embedding gathered; None on one device."""
+    """Logits with activations sharded as `spec` and a gathered embedding; None for one device."""
     if spec is None:
         return MODEL.apply(params, batch[:, :-1])
 
@@ -86,7 +86,7 @@ def refresh_step(settings, spec):
 
 @functools.cache
 def compiled(name):
-    """The program on the mesh, and its arguments in their places."""
+    """(program compiled for the mesh, its arguments placed on the mesh)."""
     settings, spec = CASES.get(name, ({}, P(AXES)))
     step = functools.partial(plain_step, spec=spec)
     step = step if name == "plain" else refresh_step(settings, spec)
@@ -100,7 +100,7 @@ def compiled(name):
 
 
 def collectives(name):
-    """Of each kind the bytes of the arrays that it makes; "in a loop" those in a loop's body."""
+    """{collective: bytes of each array it makes}; "in a loop" lists those in loop bodies."""
     text = compiled(name)[0].as_text()
     bodies, made = re.findall(r"body=%?([\w.\-]+)", text), collections.defaultdict(list)
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -139,9 +139,9 @@ def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_curvature_moves_what_another_gradient_would(name):
-    """No array of the size of all parameters, nor one with an axis of groups; no activations.
+    """No collective makes an array of all parameters, or with an axis of groups, or activations.
 
-    A pass gathers the parameters once, and reduces its gradient and the sample once.
+    Each pass gathers the parameters once, and reduces its gradient and the sample once.
     """
     plain, refresh, settings = collectives("plain"), collectives(name), CASES[name][0]
     passes = 2 if "batch_fraction" in settings else 1
@@ -149,7 +149,7 @@ def test_curvature_moves_what_another_gradient_would(name):
         had, has = (sum(made) / ALL for made in (plain[kind], sizes))
         print(f"{name}, {kind}: {has:.2f} parameters, in a plain step {had:.2f}")
     assert max(itertools.chain(*refresh.values())) <= LARGEST < ALL / 2
-    assert sum(plain["all-gather"]) >= 0.95 * ALL  # they are in the count
+    assert sum(plain["all-gather"]) >= 0.95 * ALL  # the count sees the parameters
     assert sum(refresh["all-gather"]) <= 1.01 * passes * sum(plain["all-gather"])
     # A group on several devices is reduced over these before it is squared, then over the others.
     assert sum(refresh["all-reduce"]) <= 1.2 * (passes + 1) * sum(plain["all-reduce"])

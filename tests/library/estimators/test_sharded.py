@@ -144,7 +144,7 @@ def in_shard_map(estimate, *, axis_name="data", check_vma=True, mesh="8"):
     ("mode", "check_vma"), [("forward", True), ("forward", False), ("reverse", True)]
 )
 def test_hutchinson_in_shard_map_is_that_of_the_full_batch(mode, check_vma):
-    """Same probe on all shards, H u averaged."""
+    """All shards use the same probe, and H u is averaged."""
     estimate = hutchinson(mode=mode, num_samples=2)
     want = jit(lambda p, b: estimate(KEY, p, None, obj_fn=mean_loss, inputs=b))(PARAMS, BATCH)
     sample = in_shard_map(estimate, check_vma=check_vma)

@@ -1,4 +1,4 @@
-"""What `value_grad_and_hessian` refuses, with cause and cure."""
+"""Errors of `value_grad_and_hessian`, which name cause and cure."""
 
 import jax
 import jax.numpy as jnp

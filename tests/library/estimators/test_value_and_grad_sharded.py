@@ -35,7 +35,7 @@ def twice(weighted):
 
 
 def call(estimate, **more):
-    """`(params, batch)` to the three."""
+    """`(params, batch) -> (loss, gradient, h)`."""
 
     def function(params, batch):
         extra = {"obj_fn": obj_fn, "logits_fn": logits_fn, "loss_fn": loss_fn, "inputs": batch}
