@@ -57,7 +57,7 @@ class Sampler(NamedTuple):
 def gauss_newton(n: int = 1, groups: int = 1, interval: int = 10) -> Sampler:
     """Sophia-G on every n-th row, all groups side by side."""
     estimator = sophia_optax.gauss_newton_bartlett(
-        batch_fraction=1 / n, groups=groups, shards=groups
+        batch_fraction=1 / n, groups=groups, parallel_groups=groups
     )
     return Sampler(
         sophia_optax.sophia_g(1e-3, estimator=estimator, update_interval=interval), estimator

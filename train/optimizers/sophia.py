@@ -77,7 +77,7 @@ class SophiaG(Sophia):
             groups=groups,
             batch_fraction=1 / stride,
             num_samples=self.num_samples,
-            shards=parallel,
+            parallel_groups=parallel,
             spmd_axis_name=ROWS if parallel > 1 else None,
         )
         return SamplingPlan(

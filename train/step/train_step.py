@@ -10,8 +10,9 @@ import optax
 
 import sophia_optax
 from models.decoder import Constrain, identity
-from sophia_optax.estimators.base import sum_over
+from sophia_optax.estimators.rows import split_interleaved
 from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
+from sophia_optax.sharding import sum_over
 from train.optimizers.base import Due, SamplingPlan
 from train.step import skip_nonfinite
 from train.step.batch import Batch
@@ -120,11 +121,6 @@ def _update(tx: optax.GradientTransformationExtraArgs, old: Any, grads: Any, **e
     return optax.apply_updates(params, updates), opt_state
 
 
-def micro_batches(batch: Any, number: int) -> Any:
-    """Leaves [B, ...] to [K, B / K, ...]: micro-batch i holds the rows i, i + K, i + 2 K, ..."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
-
-
 class _Parts(NamedTuple):
     """Micro-batches; leaves lead with their number K."""
 
@@ -134,8 +130,8 @@ class _Parts(NamedTuple):
 
 
 def _parts(batch: Batch, number: int) -> _Parts:
-    cut = micro_batches(batch, number)
-    rows = micro_batches(jnp.arange(len(batch.inputs), dtype=jnp.int32), number)
+    cut = split_interleaved(batch, number)
+    rows = split_interleaved(jnp.arange(len(batch.inputs), dtype=jnp.int32), number)
     share = jnp.full(number, 1 / number, jnp.float32)
     if batch.weights is not None:
         share *= jnp.mean(cut.weights.reshape(number, -1), 1)

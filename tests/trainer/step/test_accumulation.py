@@ -13,6 +13,7 @@ import pytest
 import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson
+from sophia_optax.estimators.rows import split_interleaved
 from train import program
 from train.config.presets import preset
 from train.optimizers.base import Due, TrainContext
@@ -21,7 +22,7 @@ from train.optimizers.sophia import SophiaG, SophiaH
 from train.parallel.mesh import MeshConfig
 from train.step.batch import next_tokens
 from train.step.loss import mean_loss, outputs_of
-from train.step.train_step import init_state, make_step, micro_batches
+from train.step.train_step import init_state, make_step
 
 ROWS, SEED = 16, 5
 MODEL = models.split(DecoderConfig(vocab_size=32, context=8, width=8, layers=1, heads=2))
@@ -51,7 +52,7 @@ def five_steps(optim, accumulation):
 
 def test_a_micro_batch_has_every_kth_row():
     batch = jnp.arange(24).reshape(12, 2)
-    np.testing.assert_array_equal(micro_batches(batch, 3), [batch[i::3] for i in range(3)])
+    np.testing.assert_array_equal(split_interleaved(batch, 3), [batch[i::3] for i in range(3)])
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])

@@ -20,7 +20,7 @@ from train.step.train_step import TrainState, init_state, make_step
 MODEL = models.split(DecoderConfig(vocab_size=32, context=8, width=8, layers=1, heads=2))
 ESTIMATORS = {
     "sophia-g": gauss_newton_bartlett(),
-    "sophia-g in groups": gauss_newton_bartlett(groups=4, shards=2),
+    "sophia-g in groups": gauss_newton_bartlett(groups=4, parallel_groups=2),
     "sophia-g on half": gauss_newton_bartlett(groups=2, batch_fraction=0.5),
     "sophia-h": hutchinson(),
     "sophia-h on half": hutchinson(batch_fraction=0.5),
