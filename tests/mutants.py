@@ -18,6 +18,7 @@ import queue
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
@@ -88,16 +90,25 @@ def run_tests(copy: Path, arguments: Sequence[str], timeout: float | None) -> tu
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",  # a mutant of the same size and second would meet the old
         "JAX_PLATFORMS": "cpu",
+        # What a mutant leaves alone is compiled once: the key of a program is all of its text.
+        "JAX_COMPILATION_CACHE_DIR": str(copy.parent / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, *PYTEST, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True, **pipes)
-    try:
-        said = process.communicate(timeout=timeout)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        return "killed", f"hung: {process.communicate()[0]}"
-    return OUTCOMES.get(process.returncode, "error"), said
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+        pipes: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(
+            command, cwd=copy, env=environment, start_new_session=True, **pipes
+        )
+        try:
+            outcome = OUTCOMES.get(process.wait(timeout), "error")
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return "killed", "hung"
+        out.seek(0)
+        return outcome, out.read()
 
 
 def try_mutant(mutant: Mutant, copy: Path, timeout: float) -> dict[str, str | float]:
@@ -118,8 +129,6 @@ def try_mutant(mutant: Mutant, copy: Path, timeout: float) -> dict[str, str | fl
 
 
 def _reason(outcome: str, said: str) -> str:
-    if said.startswith("hung"):
-        return "hung"
     failed = re.search(r"^(?:FAILED|ERROR) (.*)", said, re.MULTILINE)
     if outcome == "survived":
         return ""
@@ -129,7 +138,7 @@ def _reason(outcome: str, said: str) -> str:
 def check_unmutated(pending: list[Mutant], copy: Path) -> None:
     """All tests that are to be run must pass as they are: else no kill proves anything."""
     selections = {m.tests: arguments_of(m, copy) for m in pending}
-    alone = [words for words in selections.values() if "-k" in words]
+    alone = [words for words in selections.values() if any(w.startswith("-") for w in words)]
     together = sorted({w for words in selections.values() if words not in alone for w in words})
     for words in [*([together] if together else []), *alone]:
         outcome, said = run_tests(copy, words, None)
