@@ -44,6 +44,8 @@ class OutputConfig:
     """Write event files for TensorBoard too, into the run's folder."""
     wandb: str = ""
     """Project at Weights & Biases that gets the metrics too; empty for none."""
+    trackio: str = ""
+    """Project in trackio's database on this machine that gets the metrics too; empty for none."""
 
     def __post_init__(self):
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):

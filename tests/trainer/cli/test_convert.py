@@ -18,10 +18,12 @@ from models import DecoderConfig, EncoderConfig, huggingface, split
 from models.presets import BYTE_IDS
 from train import data, loop, program
 from train.checkpoint import classes, warm_start
-from train.cli import convert, main
+from train.cli import main
 from train.config import serialize
 from train.config.presets import preset
 from train.config.schema import OutputConfig
+from train.convert import tokenizer_files
+from train.convert.to_hugging_face import special_ids
 from train.data import embedded, tokenizers
 from train.data.tokenizers import for_transformers
 
@@ -101,7 +103,7 @@ def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):
 
 def test_the_ids_of_the_byte_presets_are_those_of_the_byte_tokenizer():
     ours = tokenizers.load("bytes")
-    assert convert._ids(ours) == BYTE_IDS
+    assert special_ids(ours) == BYTE_IDS
     assert (ours.begin, ours.end, ours.pad) == (2, 3, 0)
 
 
@@ -147,12 +149,12 @@ def test_the_older_files_of_gpt2_are_made_a_tokenizer_json(tmp_path):
     (source / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
     kept = tmp_path / "kept"
     kept.mkdir()
-    loaded = tokenizers.load(convert._adopt(source, GPT2, kept))
+    loaded = tokenizers.load(tokenizer_files.adopt(source, GPT2, kept))
     assert loaded.encode("not to").tolist() == byte_pairs().encode(" not to").ids
     assert loaded.end == byte_pairs().token_to_id(END)
     llama = dataclasses.replace(GPT2, positions="rope")
     with pytest.raises(ValueError, match=r"has no tokenizer that can be read: save it as a tok"):
-        convert._adopt(source, llama, kept)
+        tokenizer_files.adopt(source, llama, kept)
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -163,7 +165,7 @@ def test_the_vocab_txt_of_bert_is_cased_as_its_config_says(lower, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     kept = tmp_path / "kept"
     kept.mkdir()
-    loaded = tokenizers.load(convert._adopt(tmp_path, model, kept))
+    loaded = tokenizers.load(tokenizer_files.adopt(tmp_path, model, kept))
     unknown = word_pieces().token_to_id("[UNK]")
     assert (loaded.encode("BE").tolist() == loaded.encode("be").tolist()) == lower
     assert (unknown in loaded.encode("BE")) != lower
@@ -245,7 +247,7 @@ def test_a_malformed_tokenizer_is_named(model, contents, tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "kept").mkdir()
     with pytest.raises(ValueError, match=rf"the tokenizer of {tmp_path} cannot be used: .*choose"):
-        convert._adopt(tmp_path, model, tmp_path / "kept")
+        tokenizer_files.adopt(tmp_path, model, tmp_path / "kept")
 
 
 # ---------------------------------------------------------------- classes
