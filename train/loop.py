@@ -79,7 +79,7 @@ def resume(
       warmup_steps: another number than before.
       mesh: another mesh than before.
       data: where the data is now, if it has moved. It must be the same data.
-      allow_changes: go on although config or data are not those of the checkpoint.
+      allow_changes: go on although config or data differ from the checkpoint.
       compile_cache: as in `OutputConfig`. A folder from elsewhere must not decide where compiled
         programs are read from, so the run's own setting only turns the cache off.
 
@@ -88,7 +88,7 @@ def resume(
 
     Raises:
       ValueError: the folder is missing, holds no run, or is in use; `steps` is less than the steps
-        done; config or data are not those of the checkpoint.
+        done; config or data differ from the checkpoint.
       CheckpointError: no checkpoint can be read.
       FloatingPointError, OSError, Stopped: as in `train`.
     """

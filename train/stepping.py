@@ -51,9 +51,9 @@ class _Host(NamedTuple):
     stop: threading.Event
     agree: processes.Agreement
 
-    def told(self) -> bool:
-        """Whether any process was told to stop."""
-        return _told(self.agree, self.stop)
+    def asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop."""
+        return _asked_to_stop(self.agree, self.stop)
 
 
 def _open_log(
@@ -77,7 +77,9 @@ def _host(
 ) -> _Host:
     """Compiles the programs, then writes the run's config and sets up what the host does."""
     first, agree = int(begun.state.step), processes.Agreement()
-    compiled = _compiled(run, first, begun.health, log, functools.partial(_told, agree, stop))
+    compiled = _compiled(
+        run, first, begun.health, log, functools.partial(_asked_to_stop, agree, stop)
+    )
     # Only now: a run that does not compile leaves its folder free.
     processes.on_main(lambda: serialize.save(run.config, run.folder))
     meter = Meter(run.config, log, first, begun.health)
@@ -97,10 +99,10 @@ def _host(
 
 
 def _until_stopped(run: Run, state: TrainState, host: _Host) -> tuple[TrainState, bool]:
-    """Steps to the last one, or until a process is told to stop; the returned state is saved."""
+    """Steps to the last one, or until a process is asked to stop; saves the last state."""
     done, steps, save = int(state.step), run.config.steps, host.autosave.save
     host.trace(done, state)
-    stopped = host.told() or not host.evaluate_if_missing(done, state.params)
+    stopped = host.asked_to_stop() or not host.evaluate_if_missing(done, state.params)
     if stopped or done == steps:  # the schedule may be a new one
         save(done, state, last=True)
     while done < steps and not stopped:
@@ -111,14 +113,14 @@ def _until_stopped(run: Run, state: TrainState, host: _Host) -> tuple[TrainState
         host.trace(done, measured)
         stopped, overdue = host.agree(host.stop.is_set(), host.autosave.overdue())
         save(done, state, overdue=overdue, last=stopped or done == steps)
-        # Saved first: an evaluation may take longer than a process that is told to stop has left.
+        # Saved first: an evaluation may take longer than a process that was asked to stop has left.
         if not stopped and not host.evaluate_if_due(done, state.params):
             stopped = True
             save(done, state, last=True)
     return state, stopped
 
 
-def _told(agree: processes.Agreement, stop: threading.Event) -> bool:
+def _asked_to_stop(agree: processes.Agreement, stop: threading.Event) -> bool:
     return agree.at_once(stop.is_set(), False)[0]
 
 
@@ -129,11 +131,11 @@ def _refresh(run: Run, step: int, health: Health) -> bool | None:
 
 
 def _compiled(
-    run: Run, first: int, health: Health, log: RunLog, told: Callable[[], bool]
+    run: Run, first: int, health: Health, log: RunLog, asked_to_stop: Callable[[], bool]
 ) -> dict[bool | None, Any]:
     """The programs that the steps from `first` on need, by `refresh`, so that errors come first.
 
-    If the run is `told` to stop, the remaining programs are not compiled.
+    Once `asked_to_stop`, the remaining programs are not compiled.
     """
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
@@ -142,7 +144,7 @@ def _compiled(
         for step in range(first, run.config.steps)
     ]
     for refresh in dict.fromkeys(due):
-        if told():
+        if asked_to_stop():
             break
         with log.compiling(names[refresh]):
             compiled[refresh] = run.programs.compile(refresh)

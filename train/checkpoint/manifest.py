@@ -13,8 +13,8 @@ FREE = ("run", "output", "mesh", "steps", "base")
 """Fields of a config that may differ on resume: where it runs, what it writes, how long."""
 PLACES = ("source", "heldout_source", "tokenizer", "cache", "download", "tfds_folder")
 """Fields of its data that may differ: the fingerprint says whether it is the same data."""
-TOLD = ("warmup_steps",)
-"""Fields that may differ, which the user is told; `resume --warmup-steps` changes it."""
+NOTED = ("warmup_steps",)
+"""Fields that may differ, with a note for the user; `resume --warmup-steps` changes it."""
 
 
 def make(step: int, config: Mapping[str, Any], fingerprint: str, health: Health) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def check(
       Notes for the user.
 
     Raises:
-      ValueError: config or data are not those of the checkpoint.
+      ValueError: config or data differ from the checkpoint.
     """
     if not manifest:
         return ["the checkpoint does not say which config it was saved with: not compared"]
     before, now = (_fixed(c) for c in (manifest["config"], config))
     changed = differences(before, now)
-    wrong = [line for line in changed if not line.startswith(TOLD)]
+    wrong = [line for line in changed if not line.startswith(NOTED)]
     if manifest["fingerprint"] != fingerprint:
         wrong.append(f"data {manifest['fingerprint'] or 'unknown'} -> {fingerprint or 'unknown'}")
     if wrong and not allow_changes:

@@ -61,7 +61,7 @@ def metadata(path: Path) -> tuple[Any, Any]:
 
 
 def load(path: Path, target: Any, *, part: bool) -> Any:
-    """The state of a step, onto the devices that `target` names; a part of it if told so."""
+    """Loads a state onto the devices that `target` names; with `part`, only its leaves."""
     orbax = module()
     context = orbax.Context()
     context.pytree.loading.partial_load = part

@@ -23,7 +23,7 @@ def restored(run: Run, *, step: int | None = None, allow_changes: bool = False) 
     Args:
       run: the run, with the config that it goes on with.
       step: of a checkpoint; default the newest that can be read.
-      allow_changes: accept a config or data that are not those of the checkpoint.
+      allow_changes: accept a config or data that differ from the checkpoint.
 
     Raises:
       ValueError, CheckpointError: as in `train.loop.resume`.

@@ -66,7 +66,7 @@ def check_same(config: Config, **options: Any) -> None:
 
 
 def checkpoints(config: Config, folder: Path) -> Checkpoints:
-    """The checkpoints in a run's folder, of which as many are kept as the config says."""
+    """The checkpoints in a run's folder, limited to the number that the config keeps."""
     return Checkpoints(
         files.inside(folder, "checkpoints"), keep_last=config.output.keep_checkpoints
     )

@@ -29,7 +29,7 @@ class Resume:
     warmup_steps: int | None = None
     """Warm up over this many steps instead."""
     allow_changes: bool = False
-    """Go on although config or data are not those of the checkpoint."""
+    """Go on although config or data differ from the checkpoint."""
     compile_cache: str | None = None
     """Folder of compiled programs; by default that of a new run."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -88,7 +88,8 @@ def _fitted(config: schema.Config, words: Sequence[str]) -> tuple[Any, str]:
       (the optimizer, a note for the user; empty if nothing was changed).
     """
     given = {word.partition("=")[0].replace("_", "-") for word in words}
-    optim, rows, pieces = config.optim, config.batch_size, config.accumulation
+    optim: Any = config.optim
+    rows, pieces = config.batch_size, config.accumulation
     fitted = getattr(optim, "fitted", None)
     if fitted is None or "--optim.batch-fraction" in given:
         return optim, ""

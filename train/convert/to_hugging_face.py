@@ -39,7 +39,7 @@ def export(folder: Path, output: Path, loaded: LoadedRun) -> list[str]:
     own = _has_tokenizer(kept, tokenizer)
     notes = huggingface.read_notes(kept) if kept.is_dir() else huggingface.Notes({}, ())
     ids = special_ids(tokenizer) | (notes.ids if own else {})
-    names, told = _class_names(config)
+    names, messages = _class_names(config)
     params = loaded.params
     if names and (numbers := classes.order(notes.class_names, names)):
         names, params = notes.class_names, classes.permuted(params, numbers)
@@ -52,12 +52,12 @@ def export(folder: Path, output: Path, loaded: LoadedRun) -> list[str]:
         encoder = isinstance(config.model, EncoderConfig)
         for_transformers.write(tokenizer, output, length=config.model.context, encoder=encoder)
     else:
-        told.append(f"the tokenizer {tokenizer.name} has no files: {output} has none")
+        messages.append(f"the tokenizer {tokenizer.name} has no files: {output} has none")
     stated = output / "generation_config.json"
     if isinstance(config.model, DecoderConfig) and not stated.exists():
         some = {key: ids[key] for key in special_ids(tokenizer)}
         replace_text(stated, json.dumps(some, indent=2) + "\n")
-    return told
+    return messages
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
