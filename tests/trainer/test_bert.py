@@ -43,7 +43,7 @@ def small(folder, optimizer, *, rate=1e-2, **changes):
     fields = {
         "model": MODEL,
         "optim": dataclasses.replace(base.optim, learning_rate=rate),
-        "run": OutputConfig(folder=str(folder), compile_cache="", quiet=True, log_every=1),
+        "output": OutputConfig(folder=str(folder), compile_cache="", quiet=True, log_every=1),
         "batch_size": 32,
         "sequence_length": 32,
         "warmup_steps": 10,

@@ -1,4 +1,4 @@
-"""States of optimizers that older versions saved, read in the layout of this one."""
+"""Reads optimizer states of older versions in the layout of this one."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 from train.checkpoint import leaves
 
 ADDED = {"zero": 0, "zero_leaves": 0, "nonfinite": 0}
-"""First values of counters that came later, by the last name of their path."""
+"""Last name in the path of a counter that came later -> its first value."""
 
 
 def added(saved: Any, wanted: Any) -> dict[str, Any]:
-    """Leaves of `wanted` that came after `saved` was written, by name, with their first values."""
+    """Name -> first value, for the leaves of `wanted` that are newer than `saved`."""
     ends = {
         name: name.rpartition("/")[2] for name in leaves.named(wanted).keys() - leaves.named(saved)
     }
@@ -20,7 +20,7 @@ def added(saved: Any, wanted: Any) -> dict[str, Any]:
 
 
 def in_older_layout(saved: Any, wanted: Any) -> Any:
-    """`wanted` in the containers of `saved`, without what that lacks."""
+    """The leaves of `wanted` in the containers of `saved`, without the leaves that it lacks."""
     named = leaves.named(wanted)
 
     def target(path: Any, leaf: Any) -> Any:
@@ -30,7 +30,7 @@ def in_older_layout(saved: Any, wanted: Any) -> Any:
 
 
 def in_this_layout(loaded: Any, wanted: Any, new: dict[str, Any]) -> Any:
-    """What was loaded in the containers of `wanted`, with first values for what is new."""
+    """The loaded leaves in the containers of `wanted`, with first values for new leaves."""
     have = leaves.named(loaded)
 
     def leaf(path: Any, shape: Any) -> Any:

@@ -37,15 +37,20 @@ def command(config: Config) -> str:
     return " ".join(["python -m train", *names, *_flags(config, preset(*names))])
 
 
+def differing(value: Any, default: Any) -> list[tuple[str, Any]]:
+    """(name, value) of the fields of a dataclass that differ from another's."""
+    pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return [(name, new) for name, new in pairs if new != getattr(default, name)]
+
+
 def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
     flags = []
-    for field in dataclasses.fields(value):
-        new, old = getattr(value, field.name), getattr(default, field.name)
-        name = prefix + field.name.replace("_", "-")
-        if isinstance(new, OutputConfig) or field.name == "base" or new == old:
+    for field, new in differing(value, default):
+        name = prefix + field.replace("_", "-")
+        if isinstance(new, OutputConfig) or field == "base":
             continue
         if dataclasses.is_dataclass(new):
-            flags += _flags(new, old, name + ".")
+            flags += _flags(new, getattr(default, field), name + ".")
         elif isinstance(new, bool):
             head, _, tail = name.rpartition(".")
             flags.append(name if new else f"{head}.no-{tail}" if head else f"--no-{tail[2:]}")

@@ -44,6 +44,8 @@ class OutputConfig:
     """Also write event files for TensorBoard into the run's folder."""
     wandb: str = ""
     """Also send metrics to this project at Weights & Biases; empty turns it off."""
+    trackio: str = ""
+    """Also log metrics to this project in trackio\'s local database; empty turns it off."""
 
     def __post_init__(self):
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):

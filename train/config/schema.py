@@ -34,7 +34,6 @@ class Config:
     model: DecoderConfig | EncoderConfig
     """Shape of the model."""
     optim: OptimizerConfig
-    """The optimizer and its hyperparameters."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Training data."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

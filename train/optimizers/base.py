@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Collection
 from typing import Literal, NamedTuple, Self
 
 import optax
@@ -86,9 +87,15 @@ class OptimizerConfig(abc.ABC):
           ValueError: hyperparameters do not fit each other or the run.
         """
 
-    def fitted(self, batch_size: int, accumulation: int = 1, *, regroup: bool = True) -> Self:
-        """The nearest hyperparameters that suit a batch; most optimizers suit any batch."""
-        del batch_size, accumulation, regroup
+    def fitted(self, batch_size: int, accumulation: int, fixed: Collection[str] = ()) -> Self:
+        """The nearest hyperparameters that suit a batch; most optimizers suit any batch.
+
+        Args:
+          batch_size: rows of the batch.
+          accumulation: micro-batches of the batch.
+          fixed: names of fields that stay as they are.
+        """
+        del batch_size, accumulation, fixed
         return self
 
     def idle(self, context: TrainContext) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+from collections.abc import Collection
 from typing import Self
 
 from sophia_optax.estimators.rows import check_fraction
@@ -88,26 +89,27 @@ class SamplesRows(OptimizerConfig):
             )
         return groups
 
-    def fitted(self, batch_size: int, accumulation: int = 1, *, regroup: bool = True) -> Self:
+    def fitted(self, batch_size: int, accumulation: int = 1, fixed: Collection[str] = ()) -> Self:
         """The same optimizer with the nearest `batch_fraction` into which the batch divides.
 
         Args:
           batch_size: rows of the batch.
           accumulation: micro-batches of the batch.
-          regroup: `groups` may become 0 (each row apart); it counts as much as a fraction twice as
-            large.
+          fixed: names of fields that stay. If `groups` may change it may become 0 (each row apart),
+            which counts as much as a fraction twice as large.
 
         Returns:
           The optimizer itself if its own fraction suits, or if none does.
         """
+        if "batch_fraction" in fixed or self.update_interval < 1:
+            return self
         own = round(1 / self.batch_fraction)
 
         def distance(n: int, groups: int) -> float:
             return abs(math.log(n / own)) + (groups != self.groups) * math.log(2)
 
-        forms = itertools.product(
-            range(1, min(8 * own, batch_size) + 1), {self.groups, 0} if regroup else {self.groups}
-        )
+        groupings = {self.groups} if "groups" in fixed else {self.groups, 0}
+        forms = itertools.product(range(1, min(8 * own, batch_size) + 1), groupings)
         for n, groups in sorted(forms, key=lambda form: distance(*form)):
             share = self.batch_fraction if n == own else 1 / n
             form = dataclasses.replace(self, batch_fraction=share, groups=groups)

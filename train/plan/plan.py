@@ -4,13 +4,14 @@ Estimates come from shapes alone, at once. With `--compile` the run's programs a
 CPU devices, never run, and XLA's own figures stand beside the estimates.
 """
 
-import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import tyro
 
 from train.config.schema import Config, resolved
 from train.optimizers.base import Due
@@ -174,20 +175,29 @@ def fake_devices(number: int) -> list[Any]:
     return jax.devices("cpu")
 
 
-def options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What the command itself understands, and the words that are left to name a run.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of the command `plan` alone."""
+
+    devices: int = 0
+    """How many devices; 0 for the fewest that --mesh.* need."""
+    compile: bool = False
+    """Also compile the programs for fake CPU devices, and compare XLA's figures."""
+    peak_tflops: float | None = None
+    """Peak of a device, for tokens a second; by default those of known chips."""
+
+    def __post_init__(self):
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"--peak-tflops {self.peak_tflops} must be above 0.")
+
+
+def options(args: Sequence[str]) -> tuple[Options, list[str]]:
+    """The command's own flags, and the words that are left to name a run.
+
+    Raises:
+      ValueError: a flag has a value that makes no sense.
 
     >>> options(["tiny", "--devices", "64", "--mesh.fsdp", "8"])[1]
     ['tiny', '--mesh.fsdp', '8']
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train plan", add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--devices", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--peak-tflops", type=float)
-    parser.add_argument("--help", "-h", action="store_true")
-    known, words = parser.parse_known_args(args)
-    if known.peak_tflops is not None and not 0 < known.peak_tflops < math.inf:
-        parser.error(f"--peak-tflops {known.peak_tflops} must be above 0")
-    return known, words
+    return tyro.cli(Options, args=args, prog="python -m train plan", return_unknown_args=True)

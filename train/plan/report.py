@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from train.cli.main import parse
+from train.cli.train import parse
 from train.plan.flops import PEAKS
 from train.plan.hlo import KINDS, Collective
 from train.plan.plan import Plan, Step, options, plan
@@ -35,10 +35,10 @@ LABELS = {
 
 def command(args: Sequence[str]) -> None:
     """`python -m train plan [MODEL] [OPTIMIZER] [flags] [--devices N] [--compile]`."""
-    known, words = options(args)
-    if known.help:
+    if {"-h", "--help"} & set(args):
         print(HELP)
         return
+    known, words = options(args)
     config, console = parse(words, "python -m train plan"), Console()
     figures = plan(config, devices=known.devices, compile=known.compile)
     show(figures, console, known.peak_tflops)

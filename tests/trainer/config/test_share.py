@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.cli.main import parse
+from train.cli.train import parse
 from train.config.command_line import command
 
 
