@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import train
-from benchmarks import estimator_variance, leaderboard, matrix_cost, update_cost
+from benchmarks import estimator_variance, leaderboard, matrix_cost, rate_search, update_cost
 from models import DecoderConfig
 from train import data
 from train.config.schema import OutputConfig
@@ -129,14 +129,14 @@ def board(monkeypatch):
         loss = 1 + abs(math.log2(run.optim.learning_rate / 0.02)) + run.seed
         return {"heldout_loss": loss, "state_bytes": 8.0, "seconds": 0.1, "command": run.name}
 
-    monkeypatch.setattr(leaderboard, "measure", measure)
+    monkeypatch.setattr(rate_search, "measure", measure)
     monkeypatch.setattr(leaderboard.program, "use_compile_cache", lambda folder: None)
     return trained
 
 
 @pytest.mark.parametrize("best", [3e-4, 0.9e-3, 2e-3, 7e-3, 0.1])
 def test_the_search_ends_with_the_best_rate_between_worse_ones(best):
-    losses = leaderboard.search(lambda rate: abs(math.log(rate / best)), (1e-3, 2e-3, 4e-3))
+    losses = rate_search.search(lambda rate: abs(math.log(rate / best)), (1e-3, 2e-3, 4e-3))
     rates = list(losses)
     assert rates == sorted(rates)
     i = rates.index(min(losses, key=losses.get))
@@ -145,25 +145,25 @@ def test_the_search_ends_with_the_best_rate_between_worse_ones(best):
 
 
 def test_the_search_gives_up_where_no_rate_trains():
-    losses = leaderboard.search(lambda rate: math.inf, (1e-3, 2e-3, 4e-3))
-    assert len(losses) == leaderboard.MOST_RATES
+    losses = rate_search.search(lambda rate: math.inf, (1e-3, 2e-3, 4e-3))
+    assert len(losses) == rate_search.MOST_RATES
 
 
 def test_all_optimizers_train_on_equal_terms():
-    runs = [leaderboard.candidate(name, 0.01, steps=400, seed=1) for name in leaderboard.GRIDS]
+    runs = [rate_search.candidate(name, 0.01, steps=400, seed=1) for name in rate_search.GRIDS]
     assert {run.optim.weight_decay for run in runs} == {0.1}
     assert {run.optim.learning_rate for run in runs} == {0.01}
     assert len({dataclasses.replace(run, optim=runs[0].optim).hash for run in runs}) == 1
     assert runs[0].warmup_steps / 400 == pytest.approx(100 / 1200, rel=0.02)
-    grids = leaderboard.GRIDS.values()
+    grids = rate_search.GRIDS.values()
     assert all(b == 2 * a and c == 2 * b for a, b, c in grids)
 
 
 def test_an_interrupted_sweep_goes_on_and_a_wider_one_reuses_it(board, tmp_path, monkeypatch):
     grids = {"adamw": (5e-3, 1e-2, 2e-2), "muon": (1e-2, 2e-2, 4e-2)}
-    monkeypatch.setattr(leaderboard, "GRIDS", grids)
+    monkeypatch.setattr(rate_search, "GRIDS", grids)
     path, budget = tmp_path / "new" / "runs.json", {"steps": 400, "seeds": 1}
-    measure = leaderboard.measure
+    measure = rate_search.measure
 
     def cut(run, **kwargs):
         if len(board) == 2:
@@ -171,15 +171,15 @@ def test_an_interrupted_sweep_goes_on_and_a_wider_one_reuses_it(board, tmp_path,
         return measure(run, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(leaderboard, "measure", cut)
+        patch.setattr(rate_search, "measure", cut)
         with pytest.raises(SystemExit, match=r"finished runs are in .*runs\.json"):
             leaderboard.main(["--optimizers", "adamw", "--json", str(path)])
     assert len(json.loads(path.read_text())) == len(board) == 2
-    rows = leaderboard.sweep(["adamw"], path, QUIET, **budget)
+    rows = rate_search.sweep(["adamw"], path, QUIET, **budget)
     assert [run.optim.learning_rate for run in board] == [5e-3, 1e-2, 2e-2, 4e-2]
     assert rows["adamw"]["rate"] == 0.02
     assert (rows["adamw"]["half"], rows["adamw"]["twice"]) == (2, 2)
-    wide = leaderboard.sweep(["adamw", "muon"], path, QUIET, **budget | {"seeds": 3})
+    wide = rate_search.sweep(["adamw", "muon"], path, QUIET, **budget | {"seeds": 3})
     assert wide["adamw"]["losses"] == [1, 2, 3]
     assert [(run.name, run.seed) for run in board[4:]] == [
         ("tiny-adamw", 1),
@@ -205,14 +205,14 @@ def test_the_board_is_ranked_and_ends_with_a_command_that_goes_on(board, tmp_pat
 
 
 def test_a_difference_is_taken_seed_by_seed():
-    assert leaderboard._difference([2.0, 3.0, 4.5], [1.0, 2.0, 3.0]) == "+1.167 ± 0.167"
-    assert leaderboard._difference([2.0], [2.5]) == "-0.500"
-    assert leaderboard._difference([math.inf, 1.0], [1.0, 1.0]) == "+inf"
+    assert leaderboard.difference([2.0, 3.0, 4.5], [1.0, 2.0, 3.0]) == "+1.167 ± 0.167"
+    assert leaderboard.difference([2.0], [2.5]) == "-0.500"
+    assert leaderboard.difference([math.inf, 1.0], [1.0, 1.0]) == "+inf"
 
 
 def test_compiling_is_no_step_and_samples_of_curvature_are_charged():
     times = {True: [60.0, 4.0], False: [50.0, 1.0, 9.0, 1.0]}
-    assert leaderboard.seconds_per_step(times) == pytest.approx((2 * 4 + 4 * 1) / 6)
+    assert rate_search.seconds_per_step(times) == pytest.approx((2 * 4 + 4 * 1) / 6)
 
 
 def test_a_file_that_holds_no_runs_is_refused(board, tmp_path):
@@ -225,23 +225,23 @@ def test_a_file_that_holds_no_runs_is_refused(board, tmp_path):
 def test_the_board_has_the_losses_that_the_trainer_reaches(tmp_path, monkeypatch):
     whole = data.shakespeare()
     monkeypatch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:2000]))
-    monkeypatch.setattr(leaderboard, "GRIDS", {"sophia-g": (3e-3,), "lion": (3e-4,)})
-    monkeypatch.setattr(leaderboard, "MOST_RATES", 1)
+    monkeypatch.setattr(rate_search, "GRIDS", {"sophia-g": (3e-3,), "lion": (3e-4,)})
+    monkeypatch.setattr(rate_search, "MOST_RATES", 1)
     path = tmp_path / "runs.json"
-    rows = leaderboard.sweep(["sophia-g", "lion"], path, QUIET, steps=6, seeds=1, **SMALL)
+    rows = rate_search.sweep(["sophia-g", "lion"], path, QUIET, steps=6, seeds=1, **SMALL)
     assert rows["sophia-g"]["state_bytes"] == pytest.approx(8, rel=0.01)
     assert rows["lion"]["state_bytes"] == pytest.approx(4, rel=0.01)
     shown = OutputConfig(folder=str(tmp_path / "run"), quiet=True, compile_cache="")
-    run = leaderboard.candidate("sophia-g", 3e-3, steps=6, seed=0, output=shown, **SMALL)
+    run = rate_search.candidate("sophia-g", 3e-3, steps=6, seed=0, output=shown, **SMALL)
     assert rows["sophia-g"]["losses"] == [train.train(run)[-1]["heldout_loss"]]
     assert json.loads(path.read_text())[run.hash]["command"].startswith("python -m train tiny")
 
 
 def test_a_run_that_diverges_is_infinitely_bad_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(leaderboard, "GRIDS", {"lion": (1e38,)})
-    monkeypatch.setattr(leaderboard, "MOST_RATES", 1)
+    monkeypatch.setattr(rate_search, "GRIDS", {"lion": (1e38,)})
+    monkeypatch.setattr(rate_search, "MOST_RATES", 1)
     path = tmp_path / "runs.json"
-    row = leaderboard.sweep(["lion"], path, QUIET, steps=3, seeds=1, **SMALL)["lion"]
+    row = rate_search.sweep(["lion"], path, QUIET, steps=3, seeds=1, **SMALL)["lion"]
     assert row["losses"] == [math.inf]
     (kept,) = json.loads(path.read_text(), parse_constant=pytest.fail).values()
     assert kept["heldout_loss"] is None

@@ -56,7 +56,7 @@ def test_a_sample_costs_two_thirds_of_the_plain_step_of_its_rows(operations, sha
 
 def test_at_the_papers_batch_an_eighth_of_the_rows_each_ten_steps_adds_under_a_percent():
     plain, refresh = (paper_step("gpt2-125m", x) for x in (False, True))
-    assert 0.005 < curvature_cost.amortised(refresh, plain, 10) <= 0.01
+    assert 0.005 < curvature_cost.amortized(refresh, plain, 10) <= 0.01
 
 
 def test_groups_cost_no_operations(operations):
@@ -72,13 +72,13 @@ def test_a_hessian_vector_product_of_all_rows_each_ten_steps_adds_a_fifth(operat
 
 
 def test_an_overhead_is_spread_over_the_interval():
-    assert curvature_cost.amortised(15.0, 10.0, 1) == pytest.approx(0.5)
-    assert curvature_cost.amortised(15.0, 10.0, 20) == pytest.approx(0.025)
+    assert curvature_cost.amortized(15.0, 10.0, 1) == pytest.approx(0.5)
+    assert curvature_cost.amortized(15.0, 10.0, 20) == pytest.approx(0.025)
 
 
 def test_a_step_that_samples_by_itself_is_taken_apart_by_whether_one_was_due():
     times = {"plain": [1.0, 2.0, 1.0, 2.0], "lax.cond": [2.0, 6.0, 2.0, 6.0]}
-    figures = curvature_cost._in_plain_steps(times)
+    figures = curvature_cost.in_plain_steps(times)
     assert figures["lax.cond, no sample due"]["plain_steps"] == 2
     assert figures["lax.cond, 1/8"]["plain_steps"] == 3
     assert figures["plain"] == {"plain_steps": 1, "seconds": 1.5}
@@ -252,7 +252,7 @@ def test_a_process_that_dies_or_hangs_is_a_message_too(executable, timeout, mess
 
 def test_full_size_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(gpu, "in_own_process", in_this_process)
-    with pytest.raises(SystemExit, match=r"sees no GPU but cpu: .* or pass --small"):
+    with pytest.raises(SystemExit, match=r"found no GPU, only cpu: .* or pass --small"):
         gpu.main([])
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import curvature_error, leaderboard, tracking
+from benchmarks import curvature_error, rate_search, tracking
+from benchmarks.moments import Moments, moments, relative_squared_error
 from models import DecoderConfig, split
 from train.config.presets import preset
 
@@ -24,7 +25,7 @@ SMALL = dataclasses.replace(
 
 def test_moments_are_those_of_all_pairs():
     draws = np.random.default_rng(0).normal(1, 2, (5, 3))
-    found = curvature_error.moments(iter(draws))
+    found = moments(iter(draws))
     np.testing.assert_allclose(found.mean, draws.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.squared_standard_error, draws.var(0, ddof=1) / 5, rtol=1e-12)
     products = [draws[i] * draws[j] for i in range(5) for j in range(5) if i != j]
@@ -34,10 +35,10 @@ def test_moments_are_those_of_all_pairs():
 def test_the_noise_of_the_reference_is_no_error_of_the_samples():
     rng = np.random.default_rng(0)
     truth = np.linspace(1, 2, 4000)
-    reference = curvature_error.moments(truth + rng.normal(0, 3, (10, truth.size)))
+    reference = moments(truth + rng.normal(0, 3, (10, truth.size)))
     noise = reference.squared_standard_error.sum() / (truth**2).sum()
     assert noise == pytest.approx(0.9 / (truth**2).mean(), rel=0.05)
-    found = curvature_error.errors(truth + rng.normal(0, 0.5, (50, truth.size)), reference)
+    found = relative_squared_error(truth + rng.normal(0, 0.5, (50, truth.size)), reference)
     exact = 0.25 / (truth**2).mean()
     assert noise > 3 * exact
     # The same noise enters every sample's error once more, times twice the sample's own.
@@ -89,7 +90,7 @@ def cells():
         return rows @ theta.reshape(32, 4)
 
     p = curvature_error.Problem(theta.ravel(), logits_fn, logits_fn, jnp.asarray(x))
-    reference = curvature_error.moments(curvature_error.draws(p, rows_apart(p), 400))
+    reference = moments(curvature_error.draws(p, rows_apart(p), 400))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curvature_error, "FRACTIONS", (1, 4))
         patch.setattr(curvature_error, "GROUPS", (1, 4, 16, None))
@@ -169,7 +170,7 @@ def test_an_average_weighs_its_samples_by_age(b2):
     for h in samples:
         average.add(h)
     weights = (1 - b2) * b2 ** np.arange(7)[::-1] / (1 - b2**7)
-    exact = curvature_error.Moments(10, np.ones(5), np.full(5, 0.1))
+    exact = Moments(10, np.ones(5), np.full(5, 0.1))
     squares = (weights @ samples - 1) ** 2
     expected = (squares.sum() - 0.05) / (5 - 0.05)
     assert average.errors(exact)[0] == pytest.approx(expected, rel=1e-9)
@@ -180,7 +181,7 @@ def test_where_parameters_rest_an_average_has_the_noise_of_its_weights():
     """And so no lag: the sum of squared weights of the four samples at steps 0 to 30."""
     samples, b2s = ((16, 1), (16, 16), (48, 48)), (0.0, 0.5, 0.9)
     still = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, learning_rate=1e-9))
-    found = tracking.track(still, samples=samples, b2s=b2s, judged=(35,), reference=(64, 6))
+    found = tracking.track(still, samples=samples, b2s=b2s, checked=(35,), reference=(64, 6))
     one, sixteen, more = (np.mean(found["errors"][str(kind)], 0) for kind in samples)
     assert one[0] > 1.5 * sixteen[0] > 1.5 * 1.5 * more[0]
     for errors in (one, sixteen, more):
@@ -197,7 +198,7 @@ def test_runs_that_are_compared_differ_in_the_average_alone(tmp_path, monkeypatc
         trained.append(run)
         return {"heldout_loss": run.optim.b2 + run.seed}
 
-    monkeypatch.setattr(leaderboard, "measure", measure)
+    monkeypatch.setattr(rate_search, "measure", measure)
     rows = tracking.losses(
         tmp_path / "runs.json",
         Console(quiet=True),
