@@ -16,14 +16,11 @@ from sophia_optax.estimators.gradient import (
 )
 from sophia_optax.estimators.hutchinson import hutchinson
 from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
-from sophia_optax.optimizers.alias import (
-    orthosoph,
-    soaa,
-    sophia_g,
-    sophia_geometric,
-    sophia_h,
-    sophia_lite,
-)
+from sophia_optax.optimizers.orthosoph import orthosoph
+from sophia_optax.optimizers.soaa import soaa
+from sophia_optax.optimizers.sophia import sophia_g, sophia_h
+from sophia_optax.optimizers.sophia_geometric import sophia_geometric
+from sophia_optax.optimizers.sophia_lite import sophia_lite
 from sophia_optax.transforms.blocks import ScaleByBlocksState, scale_by_blocks
 from sophia_optax.transforms.clip_by_ratio import (
     ClipByRatioState,
