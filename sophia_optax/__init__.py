@@ -1,7 +1,7 @@
 """Curvature-aware optimizers as composable optax gradient transformations.
 
 Five words: an estimator makes one sample of the diagonal of the curvature, `hessian_estimate`
-averages samples, `first_moment` averages gradients, `clip_by_ratio` lets the two meet, and an alias
+averages samples, `ema` averages gradients, `clip_by_ratio` lets the two meet, and an alias
 is a composition of these.
 """
 
@@ -22,6 +22,7 @@ from sophia_optax.optimizers.sophia import sophia_g, sophia_h
 from sophia_optax.optimizers.sophia_geometric import sophia_geometric
 from sophia_optax.optimizers.sophia_lite import sophia_lite
 from sophia_optax.transforms.blocks import ScaleByBlocksState, scale_by_blocks
+from sophia_optax.transforms.centered_moment import CenteredMomentState, centered_second_moment
 from sophia_optax.transforms.clip_by_ratio import (
     ClipByRatioState,
     clip_by_ratio,
@@ -30,12 +31,7 @@ from sophia_optax.transforms.clip_by_ratio import (
     shift,
 )
 from sophia_optax.transforms.hessian_estimate import HessianEstimateState, hessian_estimate
-from sophia_optax.transforms.moments import (
-    CenteredMomentState,
-    centered_second_moment,
-    first_moment,
-    second_moment,
-)
+from sophia_optax.transforms.moments import ema, first_moment, second_moment
 from sophia_optax.transforms.trust_region import TrustRegionState, trust_region
 
 __version__ = "0.1.0"
@@ -67,7 +63,7 @@ __all__ = [
     "TrustRegionState",
     "centered_second_moment",
     "clip_by_ratio",
-    "first_moment",
+    "ema",
     "floor",
     "hessian_estimate",
     "rms_floor",
@@ -77,4 +73,6 @@ __all__ = [
     "trust_region",
     # what the state says
     "diagnostics",
+    # deprecated names
+    "first_moment",
 ]

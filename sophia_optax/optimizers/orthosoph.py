@@ -20,11 +20,12 @@ def orthosoph(
     block_size: int = 128,
     update_interval: ArrayLike = 1,
     form: str = "rows",
-    b2_numbers: ArrayLike = 0.95,
+    b2_vector: ArrayLike = 0.95,
     mu_dtype: DTypeLike | None = "bfloat16",
     rms: ArrayLike | None = 0.2,
     nesterov: bool = True,
     block_mask: Mask = None,
+    b2_numbers: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""OrthoSoph: momentum orthogonalised in blocks of rows, or whitened by tiles.
 
@@ -49,12 +50,13 @@ def orthosoph(
       block_size: b. The longer the better, up to the shorter side.
       update_interval: updates between inverse square roots.
       form: "rows", or "tiles" for the paper's tiles of b x b.
-      b2_numbers: with rows, decay of the second moment of what is in no matrix.
+      b2_vector: with rows, decay of the second moment of what is in no matrix.
       mu_dtype: dtype of M; None is the parameter's.
       rms: root mean square of each matrix's direction; None leaves it (see `scale_by_blocks`).
       nesterov: N as above; False takes M for N.
       block_mask: which leaves hold matrices in their last two axes; pytree of bools, or a function
         of params that makes it; None is all leaves of two axes or more.
+      b2_numbers: the old name of `b2_vector`, which it replaces where it is given.
 
     Extra arguments of `update`:
       refresh: None (by the counter), or a bool: whether to take roots now. Ignored at
@@ -99,7 +101,7 @@ def orthosoph(
             block_size=block_size,
             update_interval=update_interval,
             form=form,
-            b2_numbers=b2_numbers,
+            b2_vector=b2_vector if b2_numbers is None else b2_numbers,
             mu_dtype=mu_dtype,
             rms=rms,
             nesterov=nesterov,

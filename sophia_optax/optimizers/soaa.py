@@ -4,14 +4,10 @@ import jax
 import optax
 
 from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_and_rate
+from sophia_optax.transforms.centered_moment import centered_second_moment
 from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, rms_floor
-from sophia_optax.transforms.moments import (
-    centered_second_moment,
-    first_moment,
-    ratio_of_sums,
-    second_moment,
-    sum_of_ratios,
-)
+from sophia_optax.transforms.gains import ratio_of_sums, sum_of_ratios
+from sophia_optax.transforms.moments import ema, second_moment
 from sophia_optax.transforms.trust_region import trust_region
 
 ArrayLike = jax.typing.ArrayLike
@@ -84,7 +80,7 @@ def soaa(
     return optax.chain(
         trust_region(
             clip_by_ratio(
-                first_moment(b1, bias_correction=True, dtype=mu_dtype),
+                ema(b1, accumulator_dtype=mu_dtype),
                 centered_second_moment(b1, b2, eps, dtype=hessian_dtype) if centered else adam,
                 second_moment=adam if centered else None,
                 gain=sum_of_ratios(eps) if centered else ratio_of_sums(eps),

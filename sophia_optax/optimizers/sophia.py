@@ -10,7 +10,7 @@ from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_a
 from sophia_optax.sharding import AxisName
 from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, floor
 from sophia_optax.transforms.hessian_estimate import hessian_estimate
-from sophia_optax.transforms.moments import first_moment
+from sophia_optax.transforms.moments import ema
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -53,7 +53,7 @@ def sophia_h(
         of .1 to .5 of coordinates that are not clipped (`diagnostics`: "win_rate").
       clip_threshold: bound on each coordinate's ratio; None is no bound.
       update_interval: k, updates between curvature samples.
-      mu_dtype: dtype of m; None is the parameter's. bfloat16 rounds to nearest (`first_moment`).
+      mu_dtype: dtype of m; None is the parameter's. bfloat16 rounds to nearest (`ema`).
       hessian_dtype: dtype of h; None is float32 (float64 for float64 parameters). "bfloat16" is
         rounded stochastically.
       debias_momentum: divide m by 1 - b1^t.
@@ -99,7 +99,7 @@ def sophia_h(
     check_averages(b1, b2, mu_dtype, hessian_dtype)
     return optax.chain(
         clip_by_ratio(
-            first_moment(b1, bias_correction=debias_momentum, dtype=mu_dtype),
+            ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype),
             hessian_estimate(
                 hutchinson() if estimator is None else estimator,
                 decay=b2,

@@ -7,7 +7,7 @@ from sophia_optax.estimators.gradient import bounded, weighted_squared_gradient
 from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_and_rate
 from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, shift
 from sophia_optax.transforms.hessian_estimate import hessian_estimate
-from sophia_optax.transforms.moments import first_moment
+from sophia_optax.transforms.moments import ema
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -79,7 +79,7 @@ def sophia_geometric(
     [-0.1  0.1]
     """
     check_averages(b1, b2, mu_dtype, hessian_dtype)
-    momentum = first_moment(b1, bias_correction=debias_momentum, dtype=mu_dtype)
+    momentum = ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype)
     if max_norm is not None:
         clip = optax.stateless(lambda g, _: bounded(g, max_norm)[0])
         momentum = optax.chain(clip, momentum)

@@ -7,7 +7,7 @@ from sophia_optax.estimators.gradient import gradient_magnitude
 from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_and_rate
 from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, shift
 from sophia_optax.transforms.hessian_estimate import hessian_estimate
-from sophia_optax.transforms.moments import first_moment
+from sophia_optax.transforms.moments import ema
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -74,7 +74,7 @@ def sophia_lite(
     check_averages(b1, b2, mu_dtype, hessian_dtype)
     return optax.chain(
         clip_by_ratio(
-            first_moment(b1, bias_correction=debias_momentum, dtype=mu_dtype),
+            ema(b1, debias=debias_momentum, accumulator_dtype=mu_dtype),
             hessian_estimate(
                 gradient_magnitude(),
                 decay=b2,

@@ -14,7 +14,7 @@ from sophia_optax.sharding import spec_of, with_auto_axes
 from sophia_optax.transforms.hessian_estimate import refresh_due
 from sophia_optax.transforms.holes import none_left_alone
 from sophia_optax.transforms.inverse_root import floored
-from sophia_optax.transforms.tiles import Mask, Numbers, Tiles, cuts_of, unboxed
+from sophia_optax.transforms.tiles import Elementwise, Mask, Tiles, cuts_of, unboxed
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -43,11 +43,12 @@ def scale_by_blocks(
     block_size: int = 128,
     update_interval: ArrayLike = 1,
     form: str = "rows",
-    b2_numbers: ArrayLike = 0.95,
+    b2_vector: ArrayLike = 0.95,
     mu_dtype: DTypeLike | None = "bfloat16",
     rms: ArrayLike | None = 0.2,
     nesterov: bool = True,
     block_mask: Mask = None,
+    b2_numbers: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum whitened block by block of rows, or by the curvature of tiles.
 
@@ -62,7 +63,7 @@ def scale_by_blocks(
     rows becomes sqrt(c) times its polar factor; with a single block this is Muon.
     form="tiles": c = b, S = G Gᵀ, no correction, ridge = eps.
     Edges are filled with zeros. Other leaves are blocks of one number, S = g², whose decay with
-    rows is b2_numbers: that is Adam, without an eps.
+    rows is b2_vector: that is Adam, without an eps.
 
     Roots are taken every k updates. In between they keep their shape, and the scale is current:
     out = Z M / sqrt(s), s = ‖C‖_F + ridge, with Z = ((C + ridge I) / s)^(-1/2) of the last refresh
@@ -75,7 +76,7 @@ def scale_by_blocks(
       block_size: b; smaller where the matrix is. A static integer.
       update_interval: k >= 1, updates between roots; where it is the number 1, none is kept.
       form: "rows" or "tiles".
-      b2_numbers: with rows, decay of the second moment of what is in no matrix.
+      b2_vector: with rows, decay of the second moment of what is in no matrix.
       mu_dtype: dtype of M; None is the parameter's. bfloat16 rounds to nearest, as in optax, and
         stalls where (1 - b1) G is under a 256th of M.
       rms: root mean square of each matrix's output; .2 is about AdamW's, whose learning rates
@@ -85,6 +86,7 @@ def scale_by_blocks(
         matrices, or a function of params that makes it; None is all leaves of two axes or more.
         An attention kernel of [width, heads, head] is read as matrices of heads x head: store it
         as [width, heads head].
+      b2_numbers: the old name of `b2_vector`, which it replaces where it is given.
 
     Extra arguments of `update`:
       refresh: None: roots at counts 0, k, 2k, ... (`lax.cond`). A Python or NumPy bool: a static
@@ -119,7 +121,8 @@ def scale_by_blocks(
     [[ 1.73  0.    0.  ]
      [ 0.    0.   -1.73]]
     """
-    checks.decays(b1=b1, b2=b2, b2_numbers=b2_numbers)
+    b2_vector = b2_vector if b2_numbers is None else b2_numbers
+    checks.decays(b1=b1, b2=b2, b2_vector=b2_vector)
     _check(eps, block_size, update_interval, form, mu_dtype, rms)
     rows = form == "rows"
     every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
@@ -136,7 +139,7 @@ def scale_by_blocks(
 
     def init(params):
         checks.real_leaves("scale_by_blocks", params)
-        checks.decays_in_leaves(params, b1=b1, b2=b2, b2_numbers=b2_numbers)
+        checks.decays_in_leaves(params, b1=b1, b2=b2, b2_vector=b2_vector)
         cuts, leaves = jax.tree.leaves(cut_of_leaves(params)), jax.tree.leaves(params)
         C = [cut.zeros(x) for cut, x in zip(cuts, leaves, strict=True)]
         Z = [cut.identity(C) for cut, C in zip(cuts, C, strict=True)]
@@ -147,13 +150,13 @@ def scale_by_blocks(
             root=() if every_update else unboxed(params, Z),
         )
 
-    def computing(b1, b2, eps, b2_numbers, update_interval, rms, due):
+    def computing(b1, b2, eps, b2_vector, update_interval, rms, due):
         def average(count, cut, g, ahead, C):
-            numbers = isinstance(cut, Numbers)
+            numbers = isinstance(cut, Elementwise)
             S = cut.sample(ahead if rows and not numbers else g, mean=rows)
             if drops(cut):
                 return jnp.where(cut.finite(S), S, 0)
-            decay = b2_numbers if rows and numbers else b2
+            decay = b2_vector if rows and numbers else b2
             weight = 1 - jnp.asarray(decay, C.dtype)
             weight = weight / _mass(decay, count, C.dtype) if rows else weight
             return jnp.where(cut.finite(S), (1 - weight) * C + weight * S, C)
@@ -198,7 +201,7 @@ def scale_by_blocks(
 
         return compute
 
-    numbers = (b1, b2, eps, b2_numbers, update_interval, rms)
+    numbers = (b1, b2, eps, b2_vector, update_interval, rms)
 
     @none_left_alone
     def update(updates, state, params=None, *, refresh=None, **unused):

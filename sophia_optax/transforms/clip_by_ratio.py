@@ -154,7 +154,7 @@ def clip_by_ratio(
     All transformations are fed the same incoming gradient.
 
     Args:
-      momentum: gradients in, m out, such as `first_moment(.9)` or `optax.ema`.
+      momentum: gradients in, m out, such as `ema(.9)`.
       curvature: gradients in, h out, such as `hessian_estimate(hutchinson())`.
       denominator: a pure function of h and v, such as `floor(gamma, eps)`.
       second_moment: gradients in, v out, such as `second_moment(.95)` for `rms_floor`; None takes

@@ -24,7 +24,7 @@ Mask = Any | Callable[[optax.Params], Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbers:
+class Elementwise:
     """A leaf as blocks of one number."""
 
     b = 1
@@ -162,11 +162,11 @@ def unboxed(tree: Any, leaves: list[Any]) -> Any:
 
 
 def cuts_of(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -> Any:
-    """How each leaf is cut: `Tiles` or `Numbers`."""
+    """How each leaf is cut: `Tiles` or `Elementwise`."""
 
     def cut(path, x, is_matrix):
         if not is_matrix:
-            return Numbers()
+            return Elementwise()
         if jnp.ndim(x) < 2:
             raise ValueError(
                 f"`block_mask` marks {jax.tree_util.keystr(path) or 'params'} of shape "

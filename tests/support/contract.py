@@ -65,7 +65,7 @@ class Optimizer:
     def traceable(self) -> set[str]:
         """What its signature declares as a number, or as a schedule of one."""
         numeric = {n for n, p in self.parameters.items() if float in typing.get_args(p.annotation)}
-        return numeric - {"seed"}
+        return numeric - {"seed", "b2_numbers"}  # the second is an old name
 
     @functools.cached_property
     def tolerance(self) -> dict[str, float]:
@@ -159,7 +159,7 @@ LITE = ADAM | {"clip_threshold": 1.0, "update_interval": 1}
 LITE_3 = LITE | {"update_interval": 3}
 GEOMETRIC = ADAM | {"clip_threshold": 5.0, "rho": 0.7, "max_norm": 0.5}
 SOAA = ADAM | {"total_steps": 2 * STEPS, "gamma": 0.25}
-ROWS = MOMENTUM | {"rms": 0.3, "b2_numbers": 0.7}
+ROWS = MOMENTUM | {"rms": 0.3, "b2_vector": 0.7}
 ROWS_KEPT = ROWS | ADAM | {"update_interval": 3}
 TILES = ADAM | {"rms": 0.3, "update_interval": 3}
 
@@ -175,7 +175,7 @@ RAW = {"debias_momentum": False, "debias_hessian": False}
 TADAM = {"rule": "tadam"}
 ROWS_OF_2 = {"block_size": 2}
 LEAST_STATE = ROWS_OF_2 | {"b2": 0.0, "update_interval": 1}
-TILES_OF_2 = {"block_size": 2, "form": "tiles", "b2_numbers": 0.0, "mu_dtype": None}
+TILES_OF_2 = {"block_size": 2, "form": "tiles", "b2_vector": 0.0, "mu_dtype": None}
 
 OPTIMIZERS = {
     # curvature sampled from the model

@@ -8,7 +8,7 @@ import pytest
 
 from sophia_optax import (
     clip_by_ratio,
-    first_moment,
+    ema,
     floor,
     gauss_newton_bartlett,
     gradient_magnitude,
@@ -68,7 +68,7 @@ def test_the_largest_decay_that_the_message_allows_is_taken(factory):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: first_moment(1 - 1e-9),
+        lambda: ema(1 - 1e-9),
         lambda: second_moment(1 - 1e-9),
         lambda: hessian_estimate(None, decay=1 - 1e-9),
         lambda: trust_region(optax.identity(), 0.1, total_steps=10, b1=1 - 1e-9),
@@ -81,7 +81,7 @@ def test_a_link_alone_refuses_it_as_well(make):
 
 def test_in_double_precision_the_leaf_decides():
     with jax.enable_x64(True):
-        tx = first_moment(1 - 1e-9)
+        tx = ema(1 - 1e-9)
         tx.init({"w": jnp.ones(2, jnp.float64)})
         with pytest.raises(ValueError, match=r"in which params\['w'\] is averaged"):
             tx.init({"w": jnp.ones(2, jnp.float32)})

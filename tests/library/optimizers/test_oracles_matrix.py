@@ -207,7 +207,7 @@ def test_rows_without_gradient_stay_where_they_are():
 def test_vectors_and_named_leaves_of_rows_take_adams_direction():
     shapes, rng = {"v": (5,), "scalar": (), "named": (2, 3)}, np.random.default_rng(29)
     history = rng.normal(size=(4, 12))
-    options = {"block_size": 2, "b1": 0.8, "b2": 0.3, "b2_numbers": 0.6, "nesterov": False}
+    options = {"block_size": 2, "b1": 0.8, "b2": 0.3, "b2_vector": 0.6, "nesterov": False}
     rows = o.OrthoSophRows(1.0, rms=0.2, diagonal_names=("named",), **options)
     like = random_tree(0, shapes)
     for t in range(1, 5):

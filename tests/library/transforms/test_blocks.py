@@ -109,7 +109,7 @@ def test_masked_leaves_and_decays_of_tiles_are_the_faithful_reading():
     ],
 )
 def test_every_step_of_rows_is_the_recommended_reading(block_size, b2, k, rms, nesterov):
-    case = {"learning_rate": 0.1, "b1": 0.9, "b2": b2, "b2_numbers": 0.8, "eps": 1e-2, "rms": rms}
+    case = {"learning_rate": 0.1, "b1": 0.9, "b2": b2, "b2_vector": 0.8, "eps": 1e-2, "rms": rms}
     case |= {"block_size": block_size, "update_interval": k, "nesterov": nesterov}
     expected = theirs(o.OrthoSophRows(**case))
     told = None
@@ -119,7 +119,7 @@ def test_every_step_of_rows_is_the_recommended_reading(block_size, b2, k, rms, n
 
 
 def test_masked_leaves_of_rows_are_adam():
-    case = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.3, "b2_numbers": 0.8}
+    case = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.3, "b2_vector": 0.8}
     path = ours(**case, **PLAIN, block_mask=dict.fromkeys(SHAPES, False))
     adam = optax.scale_by_adam(0.9, 0.8, eps=0.0, nesterov=True)
 
@@ -327,7 +327,7 @@ def test_map_params_finds_momentum_and_the_moments_of_numbers(mask):
         ({"form": "columns"}, ValueError, "form='columns' is unknown; choose one of rows, tiles"),
         ({"b1": 1.0}, ValueError, r"b1=1.0 is outside \[0, 1\)"),
         ({"b2": -0.1}, ValueError, r"b2=-0.1 is outside \[0, 1\)"),
-        ({"b2_numbers": 1.0}, ValueError, r"b2_numbers=1.0 is outside \[0, 1\)"),
+        ({"b2_vector": 1.0}, ValueError, r"b2_vector=1.0 is outside \[0, 1\)"),
         ({"eps": -1e-8}, ValueError, "eps=-1e-08 is outside"),
         ({"eps": float("nan")}, ValueError, "eps=nan is outside"),
         ({"block_size": 0}, ValueError, "block_size=0 must be an integer of at least 1"),

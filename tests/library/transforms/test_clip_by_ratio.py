@@ -10,6 +10,7 @@ import pytest
 
 from sophia_optax import (
     clip_by_ratio,
+    ema,
     floor,
     hessian_estimate,
     rms_floor,
@@ -18,7 +19,6 @@ from sophia_optax import (
     squared_gradient,
 )
 from sophia_optax.transforms.clip_by_ratio import _every_nth
-from sophia_optax.transforms.moments import first_moment
 
 TINY = np.finfo(np.float32).tiny
 RNG = np.random.default_rng(0)
@@ -442,7 +442,7 @@ def test_on_a_mesh_a_refresh_moves_scalars_alone_and_changes_nothing(axes, dtype
     specs = {n: jax.P(*spec) for n, (_, spec) in SPECS.items()}
     rng = np.random.default_rng(2)
     m, h = ({n: rng.normal(size=s) for n, (s, _) in SPECS.items()} for _ in range(2))
-    tx = ratio(floor(0.5, 0.1), first_moment(0.9), given_curvature(dtype=dtype))
+    tx = ratio(floor(0.5, 0.1), ema(0.9), given_curvature(dtype=dtype))
 
     def one(m, h):
         return tx.update(m, tx.init(m), hessian=h)

@@ -10,12 +10,12 @@ from paths import GRADS, PARAMS, SAMPLES, STEPS, cast, row
 from sophia_optax import (
     centered_second_moment,
     clip_by_ratio,
+    ema,
     hessian_estimate,
     rms_floor,
     second_moment,
     squared_gradient,
 )
-from sophia_optax.transforms.moments import first_moment
 
 B1, B2 = 0.9, 0.8
 SHIFTED = {n: 1.5 + x for n, x in GRADS.items()}  # a mean that the centred moment must remove
@@ -64,7 +64,7 @@ def weighted_mean(x, decay, t):
 @pytest.mark.parametrize("corrected", [True, False])
 def test_the_first_moment_is_the_weighted_mean(corrected):
     with jax.enable_x64(True):
-        out, state = outputs(first_moment(B1, bias_correction=corrected), SHIFTED)
+        out, state = outputs(ema(B1, debias=corrected), SHIFTED)
         for n, g in SHIFTED.items():
             for t in (1, 2, 9, STEPS):
                 expected = (1 if corrected else 1 - B1**t) * weighted_mean(g, B1, t)
@@ -81,14 +81,12 @@ def test_in_float32_it_is_the_ema_of_optax_and_its_state():
 
 
 def first(decay):
-    return first_moment(decay)
+    return ema(decay)
 
 
 def test_a_bfloat16_momentum_is_given_out_as_it_is_stored():
     """Rounded once a step, from sums in float32, with a decay that is not rounded."""
-    out, state = outputs(
-        first_moment(0.965, bias_correction=False, dtype="bfloat16"), SHIFTED, "float32"
-    )
+    out, state = outputs(ema(0.965, debias=False, accumulator_dtype="bfloat16"), SHIFTED, "float32")
     m = {n: np.zeros(g.shape[1:], jnp.bfloat16) for n, g in SHIFTED.items()}
     for t in range(STEPS):
         for n, g in SHIFTED.items():
@@ -107,7 +105,7 @@ def test_a_bfloat16_momentum_is_given_out_as_it_is_stored():
 
 def test_the_decay_of_a_bfloat16_momentum_is_not_rounded():
     """On average over m; .99 in bfloat16 would be .9883."""
-    tx = first_moment(0.99, bias_correction=False, dtype="bfloat16")
+    tx = ema(0.99, debias=False, accumulator_dtype="bfloat16")
     n = 1 << 14
     m = jnp.asarray(np.random.default_rng(0).uniform(1, 2, n), jnp.bfloat16)
     out, _ = tx.update(jnp.zeros(n), optax.EmaState(jnp.int32(5), m))
@@ -130,7 +128,7 @@ def test_momentum_is_held_like_the_parameter_unless_stated(params, dtype, held, 
     with jax.enable_x64(True):
         x = jnp.ones(2, params)
         for decay in (0.9, jnp.float32(0.9)):
-            tx = first_moment(decay, dtype=dtype)
+            tx = ema(decay, accumulator_dtype=dtype)
             m, state = tx.update(x, tx.init(x))
             assert (tx.init(x).ema.dtype, state.ema.dtype, m.dtype) == (held, held, given_out)
 
@@ -139,7 +137,7 @@ def test_the_first_moment_needs_no_implicit_promotion():
     g = {"a": jnp.ones((), jnp.bfloat16), "b": jnp.ones(3)}
     with jax.numpy_dtype_promotion("strict"):
         for dtype in (None, "bfloat16"):
-            tx = first_moment(0.9, dtype=dtype)
+            tx = ema(0.9, accumulator_dtype=dtype)
             jax.eval_shape(lambda s, tx=tx: tx.update(g, s), tx.init(g))
 
 
@@ -317,12 +315,12 @@ def test_bfloat16_reaches_the_level_where_rounding_to_nearest_stalls(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: first_moment(1.0), r"decay=1.0 is outside \[0, 1\)"),
+        (lambda: ema(1.0), r"decay=1.0 is outside \[0, 1\)"),
         (lambda: second_moment(1.0), r"decay=1.0 is outside \[0, 1\)"),
         (lambda: centered_second_moment(1.0, 0.9), r"b1=1.0 is outside \[0, 1\)"),
         (lambda: centered_second_moment(0.9, -0.1), r"b2=-0.1 is outside \[0, 1\)"),
         (lambda: centered_second_moment(0.9, 0.9, -1.0), "eps=-1.0 is outside"),
-        (lambda: centered_second_moment(0.0, 0.9), "b1=0: The momentum before this update cannot"),
+        (lambda: centered_second_moment(0.0, 0.9), "b1=0: The previous momentum cannot"),
     ],
 )
 def test_arguments_out_of_range_are_named(build, message):
