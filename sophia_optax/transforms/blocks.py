@@ -12,8 +12,8 @@ from sophia_optax import checks
 from sophia_optax.numerics import cast_to_step, widen
 from sophia_optax.sharding import spec_of, with_auto_axes
 from sophia_optax.transforms.hessian_estimate import refresh_due
-from sophia_optax.transforms.holes import none_left_alone
 from sophia_optax.transforms.inverse_root import floored
+from sophia_optax.transforms.none_leaves import skip_none_leaves
 from sophia_optax.transforms.tiles import Elementwise, Mask, Tiles, cuts_of, unboxed
 
 ArrayLike = jax.typing.ArrayLike
@@ -203,7 +203,7 @@ def scale_by_blocks(
 
     numbers = (b1, b2, eps, b2_vector, update_interval, rms)
 
-    @none_left_alone
+    @skip_none_leaves
     def update(updates, state, params=None, *, refresh=None, **unused):
         del unused
         checks.real_numbers("the gradient", updates)

@@ -8,7 +8,7 @@ import optax
 
 from sophia_optax import checks
 from sophia_optax.numerics import accumulation_dtype, widen, widest
-from sophia_optax.transforms.hessian_estimate import round_to
+from sophia_optax.transforms.stochastic_rounding import round_to
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike

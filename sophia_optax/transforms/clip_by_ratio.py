@@ -14,7 +14,7 @@ from sophia_optax.estimators.base import check_denominator
 from sophia_optax.numerics import cast_to_step, widen, widest
 from sophia_optax.sharding import parts_of, varying_like
 from sophia_optax.transforms.hessian_estimate import refresh_due
-from sophia_optax.transforms.holes import none_left_alone
+from sophia_optax.transforms.none_leaves import skip_none_leaves
 
 ArrayLike = jax.typing.ArrayLike
 Denominator = Callable[[jax.Array, jax.Array], jax.Array]
@@ -237,7 +237,7 @@ def clip_by_ratio(
             nonfinite=scalar(0, jnp.int32) if statistics else (),
         )
 
-    @none_left_alone
+    @skip_none_leaves
     def update(updates, state, params=None, *, radius=None, **extra):
         checks.real_numbers("the gradient", updates)
         m, momentum_state = momentum.update(updates, state.momentum, params, **extra)

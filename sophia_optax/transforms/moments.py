@@ -10,7 +10,7 @@ from sophia_optax import checks
 from sophia_optax.estimators.gradient import squared_gradient
 from sophia_optax.numerics import accumulation_dtype
 from sophia_optax.transforms.hessian_estimate import hessian_estimate
-from sophia_optax.transforms.holes import none_left_alone
+from sophia_optax.transforms.none_leaves import skip_none_leaves
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -61,7 +61,7 @@ def ema(
         checks.decays_in_leaves(params, decay=decay)
         return optax_ema.init(params)
 
-    @none_left_alone
+    @skip_none_leaves
     def update(updates, state, params=None):
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -118,8 +118,8 @@ def second_moment(
 ) -> optax.GradientTransformation:
     """Gradients in, Adam's second moment out: v <- decay v + (1 - decay) g².
 
-    The same average as `hessian_estimate(squared_gradient(), update_interval=1)`, but it ignores
-    the extra arguments `refresh` and `hessian`, which concern curvature.
+    The average of `hessian_estimate(squared_gradient(), update_interval=1, reject="coordinate")`,
+    but it ignores the extra arguments `refresh` and `hessian`, which concern curvature.
 
     Args:
       decay: β2 in [0, 1).
@@ -147,6 +147,7 @@ def second_moment(
         update_interval=1,
         bias_correction=bias_correction,
         dtype=dtype,
+        reject="coordinate",
     )
 
     def update(updates, state, params=None):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sophia_optax import hessian_estimate, sophia_h, squared_gradient
-from sophia_optax.transforms.hessian_estimate import _noise, round_to
+from sophia_optax.transforms.stochastic_rounding import noise, round_to
 from train.parallel import xla_flags
 
 PARAMS = {"a": jnp.zeros(()), "b": jnp.zeros((2, 3))}
@@ -120,22 +120,53 @@ def test_a_sample_that_is_not_finite_is_refused_whole_and_counted(bad, refresh):
     assert (after.accepted, after.rejected, after.age) == (2, 1, 0)
 
 
-def test_at_every_update_coordinates_are_refused_one_by_one_and_not_counted():
-    tx = estimate(given_sample, decay=0.5, update_interval=1)
+SPOILT = full(8.0) | {"b": full(8.0)["b"].at[1, 2].set(jnp.nan)}
+BY_COUNTER = {"sample": SPOILT}
+ASKED_FOR = [BY_COUNTER | {"refresh": True}, {"hessian": SPOILT}]
+
+
+def after_a_spoilt_sample(told, **arguments):
+    """The average of 4 and of `SPOILT`."""
+    tx = estimate(given_sample, decay=0.5, **arguments)
     _, state = tx.update(full(1.0), tx.init(PARAMS), sample=full(4.0))
-    sample = full(8.0) | {"b": full(8.0)["b"].at[1, 2].set(jnp.nan)}
-    h, state = tx.update(full(1.0), state, sample=sample)
+    return tx.update(full(1.0), state, **told)
+
+
+@pytest.mark.parametrize(
+    ("told", "arguments"),
+    [
+        (BY_COUNTER, {"update_interval": 1}),
+        *[
+            (told, {"update_interval": k, "reject": "coordinate"})
+            for told in ASKED_FOR
+            for k in (1, 3)
+        ],
+    ],
+)
+def test_rejection_by_coordinate_averages_the_others_and_counts_nothing(told, arguments):
+    """By default where the counter samples at every update."""
+    h, state = after_a_spoilt_sample(told, **arguments)
     np.testing.assert_allclose(h["b"], [[5, 5, 5], [5, 5, 2]])
     assert (state.accepted, state.rejected, state.age) == (2, 0, 0)
 
 
-@pytest.mark.parametrize("extra", ["refresh", "hessian"])
-def test_samples_of_the_host_are_refused_whole_at_every_interval(extra):
-    tx = estimate(given_sample, update_interval=1)
-    sample = full(8.0) | {"a": jnp.asarray(jnp.nan)}
-    extra = {"refresh": True, "sample": sample} if extra == "refresh" else {"hessian": sample}
-    h, state = tx.update(full(1.0), tx.init(PARAMS), **extra)
-    assert leaf(h) == 0 and state.rejected == 1
+@pytest.mark.parametrize(
+    ("told", "arguments"),
+    [
+        (BY_COUNTER, {"update_interval": 1, "reject": "sample"}),
+        *[(told, {"update_interval": k}) for told in ASKED_FOR for k in (1, 3)],
+    ],
+)
+def test_rejection_of_the_whole_sample_keeps_h_and_is_counted(told, arguments):
+    """By default for a sample that the caller asks for, at every interval."""
+    h, state = after_a_spoilt_sample(told, **arguments)
+    np.testing.assert_allclose(h["b"], 2)
+    assert (state.accepted, state.rejected, state.age) == (1, 1, 1)
+
+
+def test_an_unknown_rule_of_rejection_is_named():
+    with pytest.raises(ValueError, match="reject='leaf' is unknown; choose one of auto, sample"):
+        estimate(given_sample, reject="leaf")
 
 
 def test_a_sample_beyond_the_range_of_h_is_refused():
@@ -232,9 +263,9 @@ def test_noise_is_another_one_for_each_coordinate_leaf_and_key():
 
 def test_noise_has_every_one_of_its_values_alike():
     """χ² of the upper and of the lower 8 of 16 bits, against its standard error."""
-    noise = np.asarray(_noise(jnp.uint32(5), (256, 1024)))
-    assert noise.max() < 2**16
-    for part in (noise >> 8, noise & 255):
+    numbers = np.asarray(noise(jnp.uint32(5), (256, 1024)))
+    assert numbers.max() < 2**16
+    for part in (numbers >> 8, numbers & 255):
         counts = np.bincount(part.ravel(), minlength=256)
         chi = ((counts - 1024) ** 2 / 1024).sum()
         assert abs(chi - 255) < 5 * np.sqrt(2 * 255)
