@@ -23,15 +23,11 @@ from sophia_optax.optimizers.sophia_geometric import sophia_geometric
 from sophia_optax.optimizers.sophia_lite import sophia_lite
 from sophia_optax.transforms.blocks import ScaleByBlocksState, scale_by_blocks
 from sophia_optax.transforms.centered_moment import CenteredMomentState, centered_second_moment
-from sophia_optax.transforms.clip_by_ratio import (
-    ClipByRatioState,
-    clip_by_ratio,
-    floor,
-    rms_floor,
-    shift,
-)
+from sophia_optax.transforms.clip_by_ratio import ClipByRatioState, clip_by_ratio
+from sophia_optax.transforms.denominators import floor, rms_floor, shift
 from sophia_optax.transforms.hessian_estimate import HessianEstimateState, hessian_estimate
 from sophia_optax.transforms.moments import ema, first_moment, second_moment
+from sophia_optax.transforms.predicted_reduction import PredictedReduction
 from sophia_optax.transforms.trust_region import TrustRegionState, trust_region
 
 __version__ = "0.1.0"
@@ -59,6 +55,7 @@ __all__ = [
     "CenteredMomentState",
     "ClipByRatioState",
     "HessianEstimateState",
+    "PredictedReduction",
     "ScaleByBlocksState",
     "TrustRegionState",
     "centered_second_moment",

@@ -5,7 +5,8 @@ import optax
 
 from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_and_rate
 from sophia_optax.transforms.centered_moment import centered_second_moment
-from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, rms_floor
+from sophia_optax.transforms.clip_by_ratio import clip_by_ratio
+from sophia_optax.transforms.denominators import rms_floor
 from sophia_optax.transforms.gains import ratio_of_sums, sum_of_ratios
 from sophia_optax.transforms.moments import ema, second_moment
 from sophia_optax.transforms.trust_region import trust_region

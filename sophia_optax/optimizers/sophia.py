@@ -8,7 +8,8 @@ from sophia_optax.estimators.gauss_newton import gauss_newton_bartlett
 from sophia_optax.estimators.hutchinson import hutchinson
 from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_and_rate
 from sophia_optax.sharding import AxisName
-from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, floor
+from sophia_optax.transforms.clip_by_ratio import clip_by_ratio
+from sophia_optax.transforms.denominators import floor
 from sophia_optax.transforms.hessian_estimate import hessian_estimate
 from sophia_optax.transforms.moments import ema
 

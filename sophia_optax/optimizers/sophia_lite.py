@@ -5,7 +5,8 @@ import optax
 
 from sophia_optax.estimators.gradient import gradient_magnitude
 from sophia_optax.optimizers.decay_and_rate import Mask, check_averages, decay_and_rate
-from sophia_optax.transforms.clip_by_ratio import clip_by_ratio, shift
+from sophia_optax.transforms.clip_by_ratio import clip_by_ratio
+from sophia_optax.transforms.denominators import shift
 from sophia_optax.transforms.hessian_estimate import hessian_estimate
 from sophia_optax.transforms.moments import ema
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax.numerics import widest
-from sophia_optax.transforms.clip_by_ratio import inner_product
+from sophia_optax.transforms.predicted_reduction import inner_product
 
 ArrayLike = jax.typing.ArrayLike
 Gain = Callable[[optax.Updates, optax.Updates], jax.Array]

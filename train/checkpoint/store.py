@@ -235,17 +235,19 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self.record = dict(metadata.custom_metadata or {})
         accept(self.record)
         with self._explain(f"step {step} is unreadable", cure, _Unreadable):
-            saved, target, new = metadata.metadata, abstract_state, {}
+            saved, target, new, older = metadata.metadata, abstract_state, {}, False
             if saved is not None:  # where the metadata is damaged, load says how
-                new = old_layouts.added(saved, abstract_state)
-                self._compare(saved, abstract_state, part, new)
-            if new:
+                wanted = old_layouts.under_saved_names(saved, abstract_state)
+                new = old_layouts.added(saved, wanted)
+                self._compare(saved, wanted, part, new)
+                older = old_layouts.is_older(saved, abstract_state)
+            if older:
                 target = old_layouts.in_older_layout(saved, abstract_state)
             context = orbax.Context()
             context.pytree.loading.partial_load = part
             with context:
                 state = orbax.load(path, target, checkpointable_name="state")
-            return old_layouts.in_this_layout(state, abstract_state, new) if new else state
+            return old_layouts.in_this_layout(state, abstract_state, new) if older else state
 
     def _compare(self, saved: Any, abstract_state: Any, part: bool, new: Mapping[str, Any]) -> None:
         if wrong := leaves.differences(saved, abstract_state, part=part, new=new):

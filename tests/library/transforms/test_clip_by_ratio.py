@@ -18,7 +18,7 @@ from sophia_optax import (
     shift,
     squared_gradient,
 )
-from sophia_optax.transforms.clip_by_ratio import _every_nth
+from sophia_optax.transforms.ratio_statistics import every_nth
 
 TINY = np.finfo(np.float32).tiny
 RNG = np.random.default_rng(0)
@@ -198,7 +198,7 @@ def test_a_radius_leaves_newton_steps_and_scales_every_other(r, threshold, two_s
         np.testing.assert_allclose(np.where(newton, u[n], 0), step, rtol=1e-5)
         linear += (M[n] * expected).sum()
         quadratic += (H[n] * expected**2).sum()
-    np.testing.assert_allclose((state.linear, state.quadratic), (linear, quadratic), rtol=1e-5)
+    np.testing.assert_allclose(state.predicted_reduction, (linear, quadratic), rtol=1e-5)
 
 
 def test_the_fractions_are_those_of_the_bound_at_that_radius():
@@ -227,7 +227,7 @@ def test_above_the_root_of_the_second_moment_coordinates_are_live():
 def test_without_a_radius_no_sums_are_taken():
     tx = ratio(floor(1.0), curvature=identity(), statistics=False)
     _, state = updated(tx)
-    assert (state.linear, state.quadratic) == (0, 0)
+    assert state.predicted_reduction == (0, 0)
     assert "reduce_sum[" not in program(tx)()
     assert "reduce_sum[" in program(tx, radius=1.0)()
 
@@ -238,8 +238,8 @@ def test_the_sums_are_float64_where_a_parameter_is():
         tx = ratio(floor(1.0, 1.0))
         u, state = tx.update(m, tx.init(m), radius=jnp.asarray(1.0))
         assert {n: x.dtype for n, x in u.items()} == {"a": "bfloat16", "b": "float64"}
-        assert state.linear.dtype == state.quadratic.dtype == "float64"
-        np.testing.assert_allclose(state.linear, 2 + 2 / 9, rtol=1e-14)
+        assert {x.dtype.name for x in state.predicted_reduction} == {"float64"}
+        np.testing.assert_allclose(state.predicted_reduction.linear, 2 + 2 / 9, rtol=1e-14)
 
 
 # ---------------------------------------------------------------- statistics
@@ -471,7 +471,7 @@ def test_of_an_axis_in_more_than_8_shards_each_shard_keeps_its_own():
     for n, stride in ((768, 4), (8192, 64)):
         x = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
         with jax.sharding.use_abstract_mesh(mesh):
-            part = jax.eval_shape(lambda x: _every_nth(x, 1 / 64), x)
+            part = jax.eval_shape(lambda x: every_nth(x, 1 / 64), x)
         assert part.shape == (n // stride,) and n // stride % 64 == 0
 
 
