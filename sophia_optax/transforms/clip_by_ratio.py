@@ -176,7 +176,8 @@ class _ClippedRatio:
         prediction = state.predicted_reduction
         if radius is not None:
             prediction = predict(step, m, h, prediction.linear.dtype)
-        new = ClipByRatioState(*states, prediction, *measured)
+        clipped, floored, nonfinite = measured
+        new = ClipByRatioState(*states, prediction, clipped, floored, nonfinite)
         return cast_to_step(step, updates, params), new
 
     def averages(self, updates, state, params, extra):

@@ -334,7 +334,7 @@ def test_map_params_finds_momentum_and_the_moments_of_numbers(mask):
         ({"block_size": jnp.asarray(8)}, TypeError, "static_args=.'block_size'"),
         ({"update_interval": 0}, ValueError, "update_interval=0 must be an integer"),
         ({"mu_dtype": "int8"}, ValueError, "mu_dtype=int8 cannot hold an average"),
-        ({"rms": 0.0}, ValueError, "None leaves steps at their own length"),
+        ({"rms": 0.0}, ValueError, "None keeps steps at their own length"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, error, message):
@@ -343,5 +343,5 @@ def test_arguments_out_of_range_are_named(arguments, error, message):
 
 
 def test_a_mask_that_marks_a_vector_is_refused():
-    with pytest.raises(ValueError, match=r"`block_mask` marks \['b'\] of shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"`block_mask` selects \['b'\] of shape \(6,\)"):
         scale_by_blocks(block_mask=lambda p: jax.tree.map(lambda _: True, p)).init(TREE)
