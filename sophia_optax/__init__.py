@@ -1,8 +1,8 @@
 """Curvature-aware optimizers as composable optax gradient transformations.
 
-Five words: an estimator makes one sample of the diagonal of the curvature, `hessian_estimate`
-averages samples, `ema` averages gradients, `clip_by_ratio` lets the two meet, and an alias
-is a composition of these.
+An estimator makes one sample of the diagonal of the curvature, `hessian_estimate` averages samples,
+`ema` averages gradients, `clip_by_ratio` divides one average by the other and bounds the ratio, and
+`trust_region` says how far a step goes. Every optimizer is a composition of these.
 """
 
 from sophia_optax.diagnostics import diagnostics
@@ -68,7 +68,7 @@ __all__ = [
     "second_moment",
     "shift",
     "trust_region",
-    # what the state says
+    # scalars from a state
     "diagnostics",
     # deprecated names
     "first_moment",

@@ -1,4 +1,4 @@
-"""SOAA and its parent Tadam: Adam's moments in a ratio, inside an adaptive trust region."""
+"""SOAA and its predecessor Tadam: Adam's moments in a ratio, inside an adaptive trust region."""
 
 import jax
 import optax
@@ -29,7 +29,7 @@ def soaa(
     rule: str = "soaa",
     loss_correction: str = "seen",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SOAA: Adam, or a Newton step on a Fisher diagonal, inside an adaptive trust region.
+    r"""SOAA: Adam, or a Newton step with a Fisher diagonal, inside an adaptive trust region.
 
         m̂, ŝ = Adam's moments, bias-corrected
         F = (1 + Σ m̂² / Σ (ŝ + eps)) ŝ                            rule "soaa"
@@ -37,27 +37,29 @@ def soaa(
         a = r m̂ / (max(r F, sqrt(ŝ)) + eps)
         θ <- θ - lr (a + weight_decay θ)
 
-    with the radius r of `trust_region`. At the gradient scale of language models sqrt(ŝ) > r F
-    everywhere, and this is Adam times r.
+    with the radius r of `trust_region`. Gradients of language models are so small that sqrt(ŝ)
+    exceeds r F everywhere: there this is Adam times r.
 
     Args:
-      learning_rate: scalar or schedule.
-      total_steps: T, the length of the run, over which the bounds of r close in.
+      learning_rate: a scalar or a schedule.
+      total_steps: T, the length of the run, over which the bounds of r narrow.
       b1: decay of the momentum and of the average loss.
       b2: decay of the second moment.
       gamma: width of the bounds of r.
       eps: added to the denominators, and floor of the predicted reduction; above 0.
       weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that returns
+        one.
       mu_dtype: dtype of m; None is the parameter's.
       hessian_dtype: dtype of the second moments; "bfloat16" is rounded stochastically.
-      rule: "soaa" (algorithm 1 as printed) or "tadam" (its parent; one more moment to keep).
-      loss_correction: how the average loss is corrected where updates bring no `value`: "seen" by
-        the losses that came, "steps" by 1 - b1^t as printed.
+      rule: "soaa" (algorithm 1 as printed) or "tadam" (its predecessor, which holds one more
+        moment).
+      loss_correction: how the average loss is bias-corrected: "seen" by the weight of the losses
+        seen, "steps" by 1 - b1^t as printed. The two differ if some updates pass no `value`.
 
     Extra arguments of `update`:
-      value: the loss of this step, a scalar; without it r stays. Under `optax.MultiSteps` the last
-        micro-step's is read: pass the mean of the micro-steps.
+      value: the loss of this step, a scalar; without it r stays. `optax.MultiSteps` passes on the
+        value of the last micro-step only, so pass the mean over the micro-steps there.
 
     Returns:
       A transformation. Its state holds the moments and r (`TrustRegionState`).
@@ -65,8 +67,8 @@ def soaa(
     Raises:
       ValueError: an argument is out of range.
 
-    Source: SOAA, algorithm 1, with v̂, which is used and never updated, read as ŝ; Tadam's
-    published code. The paper has no default weight decay.
+    Source: SOAA, algorithm 1; Tadam's published code. SOAA's algorithm uses a v̂ that it never
+    updates, which we read as ŝ. The paper gives no default weight decay.
 
     >>> import jax.numpy as jnp
     >>> tx = soaa(.1, total_steps=100)

@@ -43,35 +43,38 @@ def sophia_h(
         θ <- θ - lr (clip(m / max(gamma h, eps), clip_threshold) + weight_decay θ)
 
     Args:
-      learning_rate: step of a clipped coordinate, in units of the parameter; scalar or schedule.
+      learning_rate: step length of a clipped coordinate, in units of the parameter; a scalar or a
+        schedule.
       b1: decay of the momentum, in [0, 1).
       b2: decay of the curvature per refresh, in [0, 1).
       eps: floor of the denominator.
       weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
-      gamma: factor on h; larger means fewer clipped coordinates. A clipped step is the learning
-        rate long, another one is (learning_rate / gamma) Newton steps. The authors advise a share
-        of .1 to .5 of coordinates that are not clipped (`diagnostics`: "win_rate").
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that returns
+        one.
+      gamma: factor on h; a larger one clips fewer coordinates. A clipped coordinate moves by
+        learning_rate, any other by learning_rate / gamma Newton steps. The authors advise that a
+        fraction of .1 to .5 of the coordinates is not clipped (`diagnostics`: "win_rate").
       clip_threshold: bound on each coordinate's ratio; None is no bound.
       update_interval: k, updates between curvature samples.
-      mu_dtype: dtype of m; None is the parameter's. bfloat16 rounds to nearest (`ema`).
-      hessian_dtype: dtype of h; None is float32 (float64 for float64 parameters). "bfloat16" is
+      mu_dtype: dtype of m; None is the parameter's. "bfloat16" is rounded to nearest (`ema`).
+      hessian_dtype: dtype of h; None is float32, or float64 where the parameter is. "bfloat16" is
         rounded stochastically.
       debias_momentum: divide m by 1 - b1^t.
-      debias_hessian: divide h by the weight of its samples. Without it h is at 33% of its level
-        after 400 updates, and nearly everything is clipped until then.
-      seed: of the probes.
-      statistics: take the clipped and floored fractions on refreshes, on a sample of 1/64 of the
-        coordinates (`clip_by_ratio`).
-      estimator: None is `hutchinson()`; pass `hutchinson(num_samples=2, batch_fraction=.25)`, or
-        any other estimator, to change how curvature is sampled.
+      debias_hessian: divide h by the total weight of its samples. Without it h reaches 33% of its
+        level after 400 updates, and nearly all coordinates are clipped until then.
+      seed: seed of the probes.
+      statistics: measure the clipped and floored fractions at refreshes, on 1/64 of the coordinates
+        (`clip_by_ratio`).
+      estimator: how curvature is sampled. None is `hutchinson()`; others are
+        `hutchinson(num_samples=2, batch_fraction=.25)` or any `Estimator`.
       axis_name: axis of an enclosing `shard_map`.
 
     Extra arguments of `update`:
-      obj_fn: `params -> scalar`, the mean loss of this step's batch; `(params, inputs)` when
-        `inputs` is passed (see `hutchinson`).
-      hessian: a curvature sample made outside, used instead, at once unless `refresh` says no.
-      refresh: None (by the counter), or a bool (see `hessian_estimate`).
+      obj_fn: `params -> scalar`, the mean loss over this step's batch, or `(params, inputs) ->
+        scalar` if `inputs` is passed (see `hutchinson`).
+      hessian: a curvature sample made outside, which is used instead. It is averaged at once
+        unless `refresh` is False.
+      refresh: None (the counter decides) or a bool (see `hessian_estimate`).
 
     Returns:
       A transformation. Its state holds m, h and scalars (`ClipByRatioState`).
@@ -79,8 +82,9 @@ def sophia_h(
     Raises:
       ValueError: an argument is out of range, or `obj_fn` is missing at a refresh.
 
-    Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3. The paper corrects no bias: pass
-    `debias_momentum=False, debias_hessian=False` for its letter, with `hutchinson(probe="normal")`.
+    Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3. The paper corrects no bias and has
+    normal probes: for its exact form pass `debias_momentum=False, debias_hessian=False,
+    estimator=hutchinson(probe="normal")`.
     To inject hyperparameters: `optax.inject_hyperparams(sophia_h, static_args=("estimator",
     "weight_decay_mask"), hyperparam_dtype=jnp.float32)(...)`.
 
@@ -139,35 +143,40 @@ def sophia_g(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia with the Gauss-Newton-Bartlett estimate of the Gauss-Newton diagonal.
 
-    The update of `sophia_h`, with labels drawn from the model instead of probes:
+    The update of `sophia_h`, with h estimated from labels that are drawn from the model. s_m is
+    the summed gradient of the sampled losses of row group m, and B counts the outputs:
 
         h <- b2 h + (1 - b2) (1/B) Σ_m s_m ⊙ s_m                  every k updates
 
     Args:
-      learning_rate: as in `sophia_h`, like all arguments but these two.
+      learning_rate: step length of a clipped coordinate, in units of the parameter; a scalar or a
+        schedule. All arguments mean what they do in `sophia_h`; the defaults of gamma and
+        estimator differ.
       b1: decay of the momentum.
       b2: decay of the curvature per refresh.
       eps: floor of the denominator.
       weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
-      gamma: factor on h; .05 is the paper's for this estimator.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that returns
+        one.
+      gamma: factor on h; .05 is the paper's value for this estimator.
       clip_threshold: bound on each coordinate's ratio; None is no bound.
       update_interval: k, updates between curvature samples.
       mu_dtype: dtype of m; None is the parameter's.
       hessian_dtype: dtype of h; "bfloat16" is rounded stochastically.
       debias_momentum: divide m by 1 - b1^t.
-      debias_hessian: divide h by the weight of its samples.
-      seed: of the sampled labels.
-      statistics: take the clipped and floored fractions on refreshes.
-      estimator: None is `gauss_newton_bartlett()`, one categorical group, the paper's; pass
-        `gauss_newton_bartlett(groups=16)` with `inputs=` for less variance at equal cost.
+      debias_hessian: divide h by the total weight of its samples.
+      seed: seed of the sampled labels.
+      statistics: measure the clipped and floored fractions at refreshes.
+      estimator: None is `gauss_newton_bartlett()`, the paper's: categorical labels in one group.
+        `gauss_newton_bartlett(groups=16)`, with `inputs`, has less variance at equal cost.
       axis_name: axis of an enclosing `shard_map`.
 
     Extra arguments of `update`:
-      logits_fn: `params -> float[B, ..., V]`; `(params, inputs)` when `inputs` is passed (see
-        `gauss_newton_bartlett` for `inputs`, `weights`, `sampled_loss_fn`).
-      hessian: a curvature sample made outside, used instead, at once unless `refresh` says no.
-      refresh: None (by the counter), or a bool (see `hessian_estimate`).
+      logits_fn: `params -> float[B, ..., V]`, or `(params, inputs) -> float[B, ..., V]` if `inputs`
+        is passed (see `gauss_newton_bartlett`, also for `weights` and `sampled_loss_fn`).
+      hessian: a curvature sample made outside, which is used instead. It is averaged at once
+        unless `refresh` is False.
+      refresh: None (the counter decides) or a bool (see `hessian_estimate`).
 
     Returns:
       A transformation. Its state holds m, h and scalars (`ClipByRatioState`).
@@ -175,7 +184,8 @@ def sophia_g(
     Raises:
       ValueError: an argument is out of range, or `logits_fn` is missing at a refresh.
 
-    Source: Liu et al. 2023 (arXiv 2305.14342), algorithms 2 and 3; `sophia_h` on bias correction.
+    Source: Liu et al. 2023 (arXiv 2305.14342), algorithms 2 and 3. `sophia_h` says where the
+    bias correction departs from it.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> x, y = jnp.eye(4), jnp.arange(4)

@@ -1,4 +1,4 @@
-"""Geometric SophiaG: momentum over squared gradients, each weighted by its norm."""
+"""Geometric SophiaG: momentum over squared gradients, weighted down by the gradient's norm."""
 
 import jax
 import optax
@@ -32,37 +32,39 @@ def sophia_geometric(
     statistics: bool = False,
     max_norm: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Geometric SophiaG: momentum over squared gradients weighted by the inverse of their norm.
+    r"""Geometric SophiaG: momentum over squared gradients, weighted by 1 / (1 + their norm).
 
         m <- b1 m + (1 - b1) g
         h <- b2 h + (1 - b2) g² / (1 + ‖g‖)                       every update
         θ <- θ - lr (clip(m / (rho h + eps), clip_threshold) + weight_decay θ)
 
     Args:
-      learning_rate: step of a clipped coordinate; scalar or schedule.
+      learning_rate: step length of a clipped coordinate, in units of the parameter; a scalar or a
+        schedule.
       b1: decay of the momentum.
       b2: decay of h.
-      eps: added to rho h; the paper does not give it.
-      two_sided: False bounds the ratio only from above, as printed: large negative ratios then
-        run away.
-      rho: factor on h; None is 1. The paper lists .04 and does not use it.
+      eps: added to rho h; the paper gives no value.
+      two_sided: False bounds the ratio only from above, as printed; large negative ratios are then
+        unbounded.
+      rho: factor on h; None is 1. The paper lists .04 but does not use it.
       clip_threshold: bound on each coordinate's ratio; None is no bound.
       weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that returns
+        one.
       mu_dtype: dtype of m; None is the parameter's.
       hessian_dtype: dtype of h; "bfloat16" is rounded stochastically.
       debias_momentum: divide m by 1 - b1^t.
       debias_hessian: divide h by 1 - b2^t.
-      seed: of the rounding of a bfloat16 h.
-      statistics: take the clipped and floored fractions of 1/64 of the coordinates, on every
-        update.
-      max_norm: bound on ‖g‖, the norm of the gradient that m and h are made of, as by
-        `optax.clip_by_global_norm` in front, but for its pass over the gradient: the norm of h is
-        taken anyhow (44 bytes a parameter instead of 56). None is no bound.
+      seed: seed of the stochastic rounding of a bfloat16 h.
+      statistics: measure the clipped and floored fractions at every update, on 1/64 of the
+        coordinates.
+      max_norm: bound on the norm ‖g‖ of the gradient that m and h average, as with
+        `optax.clip_by_global_norm` in front. It saves a pass over the gradient, whose norm h needs
+        anyway (44 bytes per parameter instead of 56). None is no bound.
 
     Extra arguments of `update`:
-      hessian: a sample made outside, used instead.
-      refresh: False leaves h as it is; else h changes on every update.
+      hessian: a curvature sample made outside, which is used instead.
+      refresh: False keeps h as it is; otherwise h changes at every update.
 
     Returns:
       A transformation. Its state holds m, h and scalars (`ClipByRatioState`).
@@ -70,8 +72,8 @@ def sophia_geometric(
     Raises:
       ValueError: an argument is out of range.
 
-    Source: SophiaG by a weighted empirical Fisher ("geometric"), equations 1 to 3. It is not
-    `sophia_g`, whose name it shares in print.
+    Source: SophiaG by a weighted empirical Fisher ("geometric"), equations 1 to 3. In print it
+    shares its name with `sophia_g`, which is another method.
 
     >>> import jax.numpy as jnp
     >>> tx = sophia_geometric(.1)

@@ -30,41 +30,44 @@ def sophia_lite(
     seed: ArrayLike = 0,
     statistics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sophia-Lite: momentum over the mean magnitude of the gradient, an L1 Adam.
+    r"""Sophia-Lite: momentum over the mean magnitude of the gradient, Adam with an L1 norm.
 
         m <- b1 m + (1 - b1) g
         h <- b2 h + (1 - b2) |g|                                  every k updates
         θ <- θ - lr (clip(m / (h + eps), clip_threshold) + weight_decay θ)
 
     Args:
-      learning_rate: step of a clipped coordinate; scalar or schedule.
-      b1: decay of the momentum; the paper does not give it.
+      learning_rate: step length of a clipped coordinate, in units of the parameter; a scalar or a
+        schedule.
+      b1: decay of the momentum; the paper gives no value.
       b2: decay of h, per refresh.
       eps: added to h.
       clip_threshold: bound on each coordinate's ratio, the paper's γ; None is no bound.
-      update_interval: k, updates between samples of |g|; they are free, so 1.
+      update_interval: k, updates between samples of |g|; 1 by default, since they cost nothing.
       weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: pytree of bools shaped as params, or a function of params that makes it.
+      weight_decay_mask: pytree of bools shaped as params, or a function of params that returns
+        one.
       mu_dtype: dtype of m; None is the parameter's.
       hessian_dtype: dtype of h; "bfloat16" is rounded stochastically.
       debias_momentum: divide m by 1 - b1^t.
-      debias_hessian: divide h by the weight of its samples.
-      seed: of the rounding of a bfloat16 h.
-      statistics: take the clipped and floored fractions on refreshes, of 1/64 of the coordinates:
-        on every update if k = 1.
+      debias_hessian: divide h by the total weight of its samples.
+      seed: seed of the stochastic rounding of a bfloat16 h.
+      statistics: measure the clipped and floored fractions at refreshes (at every update if k = 1),
+        on 1/64 of the coordinates.
 
     Extra arguments of `update`:
-      hessian: a sample made outside, used instead.
-      refresh: None (by the counter), or a bool (see `hessian_estimate`).
+      hessian: a curvature sample made outside, which is used instead.
+      refresh: None (the counter decides) or a bool (see `hessian_estimate`).
 
     Returns:
-      A transformation. Its state holds m and h, as many bytes a parameter as AdamW's.
+      A transformation. Its state (`ClipByRatioState`) holds m and h, as many bytes per parameter as
+      AdamW's.
 
     Raises:
       ValueError: an argument is out of range.
 
-    Source: Sophia-Lite, equations 1 to 3. Its letter is `update_interval=20,
-    debias_momentum=False, debias_hessian=False`: h then starts near 0, and much is clipped.
+    Source: Sophia-Lite, equations 1 to 3. For the paper's exact form pass `update_interval=20,
+    debias_momentum=False, debias_hessian=False`: h then starts near 0 and clips many coordinates.
 
     >>> import jax.numpy as jnp
     >>> tx = sophia_lite(.1)

@@ -176,8 +176,7 @@ class _ClippedRatio:
         prediction = state.predicted_reduction
         if radius is not None:
             prediction = predict(step, m, h, prediction.linear.dtype)
-        clipped, floored, nonfinite = measured
-        new = ClipByRatioState(*states, prediction, clipped, floored, nonfinite)
+        new = ClipByRatioState(*states, prediction, *measured)
         return cast_to_step(step, updates, params), new
 
     def averages(self, updates, state, params, extra):
@@ -198,11 +197,11 @@ class _ClippedRatio:
         momentum_state, curvature_state, _ = states
         # Sampled outside of the cond, since all operands of a cond are written to memory.
         part = functools.partial(jax.tree.map, lambda x: every_nth(x, self.statistics_fraction))
-        parts = [part(tree) for tree in averages]
+        m, h, v = map(part, averages)
         sizes = jax.tree.map(jnp.size, averages[1])
 
         def measured():
-            shares = fractions(*parts, sizes, self.denominator, bound, self.two_sided)
+            shares = fractions(m, h, v, sizes, self.denominator, bound, self.two_sided)
             return *shares, nonfinite_leaves(momentum_state)
 
         return at_refresh(due, curvature_state, measured, old)
