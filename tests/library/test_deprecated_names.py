@@ -1,4 +1,4 @@
-"""Old public names still work, and give what the new ones give."""
+"""Deprecated names give the results of the names that replaced them."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2)}
 
 
 def two_updates(tx):
-    """The second step, and the state after it."""
+    """The step and the state of the second update."""
     grads = jax.tree.map(lambda x: x + 1, PARAMS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     return tx.update(PARAMS, state, PARAMS)

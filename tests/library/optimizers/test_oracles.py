@@ -1,4 +1,4 @@
-"""The oracles give the numbers of updates that were worked out by hand."""
+"""The oracles reproduce updates that were worked out by hand."""
 
 import numpy as np
 import oracles as o
@@ -30,7 +30,7 @@ def geometric(two_sided):
 
 
 def case(oracle, x, grads, path=None, samples=None, losses=None, **last):
-    """One number that an oracle moves along a path, and its attributes after it."""
+    """One parameter, its path under an oracle, and attributes of the oracle at the end."""
     return pytest.param(oracle, (x, grads, samples, losses), path, last, id=type(oracle).__name__)
 
 

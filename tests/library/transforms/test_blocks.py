@@ -1,4 +1,4 @@
-"""`scale_by_blocks` against float64 references, the laws of whitening, and what wrappers ask."""
+"""`scale_by_blocks` against float64 references: laws of whitening, state, and arguments."""
 
 import functools
 
@@ -244,7 +244,7 @@ def test_a_static_refresh_leaves_one_branch_in_the_program(boolean):
 
 
 def test_every_product_asks_for_full_precision():
-    """GPUs would round operands to 10 bits, which is invisible here."""
+    """GPUs would round operands to 10 bits, which a CPU test cannot see."""
     text = program(True)
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHE")
 
@@ -268,7 +268,7 @@ def test_a_refresh_that_is_no_bool_is_refused():
 
 @pytest.mark.parametrize("embedding", [True, False], ids=["blocks", "numbers"])
 def test_state_of_gpt2_125m_is_a_fraction_of_adamw(embedding):
-    """Two bytes of momentum, and four more of v where a number is in no matrix."""
+    """Two bytes of momentum per parameter, and four of v in leaves that hold no matrix."""
     params = jax.eval_shape(split(PRESETS["gpt2-125m"]).init, jax.random.key(0))
 
     def mask(params):

@@ -1,4 +1,4 @@
-"""hessian_estimate: what the average holds, what it refuses, and in which dtype."""
+"""hessian_estimate: the average and its mass, rejected samples, and dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def given_sample(key, params, updates, *, sample, **unused):
 
 
 def estimate(estimator, *, decay=0.0, bias_correction=False, **arguments):
-    """By default the last sample itself."""
+    """By default the output is the last sample."""
     return hessian_estimate(estimator, decay=decay, bias_correction=bias_correction, **arguments)
 
 
@@ -35,7 +35,7 @@ def leaf(tree):
 
 @pytest.mark.parametrize("debias", [True, False])
 def test_mass_is_the_weight_of_the_accepted_samples(debias):
-    """Under a schedule of the decay, rejections and host-driven refreshes; h is 0 while it is 0."""
+    """With a decay schedule, rejections and host-driven refreshes; while mass is 0, so is h."""
     rng = np.random.default_rng(0)
     samples, refreshes = rng.normal(2.0, 1.0, size=(30, 3)), rng.random(30) < 0.6
     samples[rng.random(30) < 0.3, 1] = np.nan
@@ -144,7 +144,7 @@ def after_a_spoilt_sample(told, **arguments):
     ],
 )
 def test_rejection_by_coordinate_averages_the_others_and_counts_nothing(told, arguments):
-    """By default where the counter samples at every update."""
+    """The default if the counter samples at every update."""
     h, state = after_a_spoilt_sample(told, **arguments)
     np.testing.assert_allclose(h["b"], [[5, 5, 5], [5, 5, 2]])
     assert (state.accepted, state.rejected, state.age) == (2, 0, 0)
@@ -158,7 +158,7 @@ def test_rejection_by_coordinate_averages_the_others_and_counts_nothing(told, ar
     ],
 )
 def test_rejection_of_the_whole_sample_keeps_h_and_is_counted(told, arguments):
-    """By default for a sample that the caller asks for, at every interval."""
+    """The default for samples that the caller asks for, at every interval."""
     h, state = after_a_spoilt_sample(told, **arguments)
     np.testing.assert_allclose(h["b"], 2)
     assert (state.accepted, state.rejected, state.age) == (1, 1, 1)
@@ -234,11 +234,11 @@ def test_stochastic_rounding_is_unbiased_and_between_the_neighbours():
         share = (np.float32(x) - low) / (high - low) if high > low else 0.0
         assert low <= np.float32(x) <= high and high - low <= abs(x) * 2**-7
         assert abs(float((h == high).mean()) - share) < 5 * 0.5 / np.sqrt(n) or low == high
-    assert low == high == 1.0  # what bfloat16 holds is kept
+    assert low == high == 1.0  # bfloat16 can represent 1
 
 
 def rounded_up(key, shape=(64, 128)):
-    """Which of equal numbers halfway between two of bfloat16 were rounded up, leaf by leaf."""
+    """For numbers halfway between two bfloat16 neighbours: which were rounded up, in each leaf."""
     tree = {"a": jnp.full(shape, 1 + 2.0**-8), "b": jnp.full(shape, 1 + 2.0**-8)}
     like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     up = jax.tree.map(lambda x: np.asarray(x > 1, float), round_to(like, tree, key))
@@ -246,7 +246,7 @@ def rounded_up(key, shape=(64, 128)):
 
 
 def test_noise_is_another_one_for_each_coordinate_leaf_and_key():
-    """No correlation above 5 standard errors: of neighbours, rows, leaves, keys, and bits."""
+    """No correlation above 5 standard errors between neighbours, rows, leaves, keys or bits."""
     keys = [jax.random.key(0), jax.random.fold_in(jax.random.key(0), 1), jax.random.key(1)]
     (a, b), (c, _), (d, _) = (rounded_up(key) for key in keys)
     assert abs(a.mean() - 0.5) < 5 * 0.5 / 2**6.5
@@ -285,7 +285,7 @@ def test_a_bfloat16_h_that_takes_no_sample_stays_to_the_bit(refused):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 4095, 2000])
 def test_one_number_in_a_large_leaf_is_seen_by_the_program_that_users_run(bad, place):
-    """With the optimizations that the other tests go without."""
+    """With the compiler optimizations that other tests turn off."""
     tx = estimate(given_sample)
     x = jnp.ones((64, 64))
 
@@ -293,7 +293,7 @@ def test_one_number_in_a_large_leaf_is_seen_by_the_program_that_users_run(bad, p
         return tx.update(x, state, sample=sample, refresh=True)[1]
 
     options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    options = xla_flags.known(options)  # without the second, its code is what XLA always emits
+    options = xla_flags.known(options)  # XLA without the second always emits such code
     program = jax.jit(update).lower(tx.init(x), x).compile(compiler_options=options)
     assert program(tx.init(x), jnp.full_like(x, 3e38)).accepted == 1
     spoilt = x.ravel().at[place].set(bad).reshape(x.shape)
