@@ -15,7 +15,7 @@ _HOMES = {"Config": "train.config.schema", "preset": "train.config.presets"}
 
 
 def __getattr__(name: str) -> Any:
-    # At first use: the command line needs tyro, `train.step` does not.
+    # Imported at first use: these modules need tyro, which `train.step` does not.
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
     try:

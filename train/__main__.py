@@ -6,7 +6,7 @@ from train.extras import missing
 
 
 def run() -> None:
-    """The command line; without its libraries, a line that names the extra which has them."""
+    """Runs the command line; if its libraries are missing, prints the extra that has them."""
     try:
         from train.cli.main import main
 

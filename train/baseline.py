@@ -1,4 +1,4 @@
-"""What AdamW reached with the same budget: stored with its command, never written in code."""
+"""The stored results of AdamW with the same budget, each with the command that repeats it."""
 
 import dataclasses
 import json
@@ -13,25 +13,25 @@ from train.config.schema import Config
 from train.parallel import processes
 
 SHIPPED = Path(__file__).parent / "references.json"
-"""Never written to by a run."""
+"""Part of the source; a run never writes to it."""
 OWN = Path("~/.cache/sophia_optax/references.json")
-"""Where `recompute` stores; what is here comes before what is shipped."""
+"""Where `recompute` stores results; they take precedence over `SHIPPED`."""
 
 
 class Reference(NamedTuple):
     """A stored result of AdamW."""
 
     model: str
-    command: str  # prints it again
-    bits_per_byte: float | None  # of a text whose tokens are all named
+    command: str  # repeats it
+    bits_per_byte: float | None  # only for next-token prediction of a whole text
     heldout: list[tuple[int, float]]  # (step, held-out loss in nats)
-    stale: bool  # it belongs to another config than the one asked for
+    stale: bool  # it belongs to another config of the same model
 
 
 def twin(config: Config) -> Config:
-    """The same model, data and budget with AdamW at its defaults for that model.
+    """The same model, data and budget, with AdamW at its defaults for that model.
 
-    In one piece: cutting its batch changes nothing but rounding.
+    Without accumulation, which changes nothing but rounding.
     """
     return dataclasses.replace(
         config, optim=presets.preset(config.base, "adamw").optim, accumulation=1
@@ -39,12 +39,12 @@ def twin(config: Config) -> Config:
 
 
 def is_twin(config: Config) -> bool:
-    """Whether a run is its own reference."""
+    """Whether a run is its own baseline."""
     return dataclasses.replace(config, accumulation=1).hash == twin(config).hash
 
 
 def find(config: Config) -> Reference | None:
-    """The stored result for a run's budget; else a stale one for its model; else None.
+    """The stored result for a run's budget, else a stale one for its model, else None.
 
     Raises:
       ValueError: `OWN` cannot be read.
@@ -60,11 +60,11 @@ def find(config: Config) -> Reference | None:
 def recompute(
     config: Config, folder: Path, train: Callable[[Config], list[dict[str, Any]]]
 ) -> None:
-    """Trains the twin, in a folder beside the run's, and stores what it reached."""
+    """Trains the twin in a folder beside the run's, and stores its result."""
     adamw, beside = twin(config), f"{folder}-reference"
     apart = dataclasses.replace(config.output, folder=beside, recompute_reference=False)
     history = train(dataclasses.replace(adamw, output=apart))
-    processes.on_main(lambda: _store(adamw, history))  # which alone has the history
+    processes.on_main(lambda: _store(adamw, history))  # only process 0 has the history
 
 
 def _store(adamw: Config, history: list[dict[str, Any]]) -> None:

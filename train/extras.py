@@ -1,4 +1,4 @@
-"""Libraries of extras, imported when they are asked for."""
+"""Optional libraries, which extras of the package install."""
 
 import importlib.util
 from typing import Any
@@ -7,7 +7,7 @@ _OURS = ("sophia_optax", "models", "train")
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """Which extra has the trainer's library that is not installed; empty for a module of ours."""
+    """A message that names the extra with a missing library; empty for a module of ours."""
     if not error.name or error.name.split(".")[0] in _OURS:
         return ""
     return (
@@ -17,19 +17,19 @@ def missing(error: ModuleNotFoundError) -> str:
 
 
 def check_installed(*modules: str) -> None:
-    """Raises ModuleNotFoundError now for a library that is imported late, as it is slow."""
+    """Raises ModuleNotFoundError now for libraries whose slow import comes later."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """An optional library.
+    """Imports an optional library.
 
     Args:
       module: to import.
-      extra: of this project, which installs it.
-      purpose: what needs it, to begin the message with.
+      extra: of this project, that installs it.
+      purpose: what needs it; begins the message.
 
     Raises:
       ValueError: it is not installed; the message names the extra.

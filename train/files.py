@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that stay in their folder."""
+"""Files of a run: written whole or not at all, and only inside its folder."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ __all__ = ["check_local", "inside", "replace", "replace_text", "sync", "sync_fol
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, which must not be a link that leads out of the folder.
+    """`folder / name`, which must not lead out of the folder.
 
     Raises:
-      ValueError: it is.
+      ValueError: it is a link to another place.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -27,11 +27,11 @@ def check_local(place: str | Path, name: str) -> None:
     """Refuses an address such as gs://bucket/a, which would be taken for a path.
 
     Args:
-      place: a path, or a source with its kinds; a `Path` has lost one of its two slashes.
-      name: what it was given as, to begin the message with.
+      place: a path, or a data source; a `Path` has lost one of its two slashes.
+      name: of the flag or argument, to begin the message with.
 
     Raises:
-      ValueError: it has an address in it.
+      ValueError: it contains an address.
 
     >>> check_local("text:books/*.txt,bin:/data:0.5", "data.source")
     """

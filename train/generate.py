@@ -1,4 +1,4 @@
-"""Text from a trained model: a cache of keys and values, and ways to pick the next token."""
+"""Text from a trained model, with a cache of keys and values."""
 
 import functools
 import math
@@ -17,30 +17,30 @@ class Picking(NamedTuple):
     """How the next token is drawn from its logits."""
 
     temperature: float = 0.8
-    """Of the softmax; lower is safer and duller, 0 takes the likeliest."""
+    """Of the softmax; lower is safer and duller, 0 takes the likeliest token."""
     top_k: int = 0
-    """Tokens to draw from, the likeliest; 0 for all."""
+    """Draw from this many of the likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Probability to draw from, that of the likeliest tokens which reach it."""
+    """Draw from the likeliest tokens that together have this probability."""
 
     def check(self) -> None:
-        """Raises ValueError for what is no way to pick."""
+        """Raises ValueError for values with which no token could be picked."""
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"--temperature {self.temperature} --top-k {self.top_k} --top-p {self.top_p} picks "
-                "nothing: the first two must not be negative (0 takes the likeliest, and all), "
-                "--top-p above 0 and at most 1."
+                "nothing: choose a temperature of at least 0 (0 takes the likeliest token), a "
+                "top-k of at least 0 (0 draws from all), and a top-p above 0 and at most 1."
             )
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for what is no seed of draws."""
+    """Raises ValueError for a seed that is out of range."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must be at least 0 and below 2^32: choose another --seed.")
 
 
 def pick(key: jax.Array, logits_V: jax.Array, how: Picking) -> jax.Array:
-    """A token, int32; ties at the edge of `top_k` and `top_p` stay in.
+    """Draws a token, int32. Ties at the edge of `top_k` and `top_p` may all be drawn.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
 
@@ -73,32 +73,35 @@ def sample(
     seed: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Continues a prompt, token by token, each of which costs one position.
+    """Continues a prompt, token by token; each token costs one position of the model.
 
-    Where the context is full, the later half of it is read again and the text goes on from there.
+    When the context is full, its second half is read again and the text goes on from there.
 
     Args:
       config: of the model.
       params: its parameters.
-      prompt: int32[S], not empty; of a longer one than the context the end is read.
+      prompt: int32[S], not empty. If it is longer than the context, only its end is read.
       length: tokens to add.
-      how: to pick; default `Picking()`.
-      tokens: the first that may be drawn, which the tokenizer knows; default all of the model's.
+      how: the next token is picked; default `Picking()`.
+      tokens: how many of the model's tokens the tokenizer knows, counted from 0; others are not
+        drawn. Default all.
       seed: of the draws, from 0 to 2^32 - 1.
-      stopped: asked whenever the context is full; if true, the text ends there.
+      stopped: called whenever the context is full; if true, the text ends there.
 
     Returns:
-      int32[S + length], the prompt and what follows it.
+      int32[S + length], the prompt and its continuation.
 
     Raises:
-      ValueError: the prompt is empty, `how` picks nothing, `seed` is none, or the model is no
-        decoder.
+      ValueError: the prompt is empty, `how` picks nothing, `seed` is out of range, or the model is
+        not a decoder.
     """
     how = how or Picking()
     how.check()
     check_seed(seed)
     if not isinstance(config, models.DecoderConfig):
-        raise ValueError("an encoder names hidden tokens and continues no text: give a decoder.")
+        raise ValueError(
+            "an encoder predicts hidden tokens and cannot continue a text: give a decoder."
+        )
     extend = _extend(config, how, tokens or config.vocab_size, _mesh_of(params))
     text = np.asarray(prompt, np.int32)
     if not len(text):
@@ -125,8 +128,8 @@ def _extend(
 ) -> Callable[..., jax.Array]:
     """(params, window int32[1, S], (seed, place) uint32[2], steps) -> int32[steps].
 
-    Whole on every device of the mesh, since each process reads it; the key is made inside, since
-    one of one device alone is no argument of a program of several processes.
+    The result is replicated on the mesh, since each process reads it. The key is made inside: an
+    array on one device cannot be an argument of a program of several processes.
     """
     model = models.cached(config)
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""One process at a time writes into a folder."""
+"""A lock on a folder, so that one process at a time writes into it."""
 
 import contextlib
 import errno
@@ -17,19 +17,20 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def hold(
     folder: Path, notify: Callable[[str], object] = lambda text: None, *, wait: bool = False
 ) -> Iterator[None]:
-    """Keeps a folder for this process; the kernel frees it when the process ends, however it does.
+    """Locks a folder for this process.
 
-    So a killed run leaves no lock behind, only the file with its name in it.
+    The kernel frees the lock when the process ends, even if it is killed: then only the file with
+    its name stays behind.
 
     Args:
-      folder: exists.
-      notify: told where the file system knows no locks, and of whom is waited for.
-      wait: until another process that holds it ends.
+      folder: that exists.
+      notify: called with a message if the file system has no locks, or before waiting.
+      wait: wait until the process that holds the lock ends.
 
     Raises:
       ValueError: another process holds it, and `wait` is false.
     """
-    # Never removed: another process may have it open, and would then lock a file without a name.
+    # The file is never removed: a process that has it open would then lock a file without a name.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with os.fdopen(os.open(folder / FILE, flags, 0o644), "r+") as file:
         try:

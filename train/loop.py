@@ -1,41 +1,37 @@
-"""A run from start to end; it knows no optimizer."""
+"""Trains a run, new or resumed, to its end. It knows no optimizer."""
 
-import contextlib
 import dataclasses
-import functools
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from train import baseline, evaluate, files, lock, program, report
-from train.checkpoint import manifest, moved, policy, store, warm_start
-from train.checkpoint.restore import Start, restored
-from train.config import command_line, schema, serialize
+from train import baseline, program, report, stepping
+from train.checkpoint import moved, restore, run_folder, start
+from train.checkpoint.run_folder import Run
+from train.checkpoint.start import Start, begin
+from train.config import serialize
 from train.config.schema import Config, OutputConfig
 from train.extras import check_installed
-from train.logging import jsonl, profiler, run_log, trackers
-from train.logging.throughput import Health, Meter
+from train.logging import jsonl
+from train.logging.trackers import Tracker
 from train.parallel import processes, signals
 from train.parallel.mesh import MeshConfig
-from train.step.train_step import TrainState
+
+__all__ = ["begin", "resume", "train"]
 
 check_installed("orbax", "matplotlib")  # before hours of training, not at the first save or after
 
 History = list[dict[str, Any]]
 
 
-def train(config: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
+def train(config: Config, *, others: Sequence[Tracker] = ()) -> History:
     """Trains a model in a new folder.
 
-    Of several processes (`distributed.start`) all call it, with the same config.
+    With several processes (`processes.start`), all of them call it with the same config.
 
     Args:
       config: such as `preset("tiny", "sophia-g")`, changed with `dataclasses.replace`.
-      others: take the metrics too, on process 0, and are closed at the end.
+      others: trackers that get the metrics too, on process 0; they are closed at the end.
 
     Returns:
       The history: one dict for each line of the folder's `metrics.jsonl`.
@@ -45,60 +41,20 @@ def train(config: Config, *, others: Sequence[trackers.Writer] = ()) -> History:
         processes disagree.
       FloatingPointError: the loss or the gradient was not finite, too many steps in a row.
       CheckpointError: a checkpoint cannot be written.
-      OSError: another file cannot.
-      Stopped: SIGINT or SIGTERM came; the step under way was finished and saved first. It is a
-        KeyboardInterrupt, and ends a loop over runs.
+      OSError: another file cannot be written.
+      Stopped: SIGINT or SIGTERM came; the step in progress was finished and saved first. It is a
+        KeyboardInterrupt, so it also ends a loop over runs.
     """
-    config = schema.resolved(config, jax.default_backend())
-    config = processes.on_all(functools.partial(program.settled, config))
-    with _new(config) as folder:
+    config = start.recorded(config)
+    with run_folder.new(config) as folder:
         if config.output.recompute_reference:
             baseline.recompute(config, folder, train)
         program.use_compile_cache(config.output.compile_cache)
         programs = program.assemble(config)
-        _read_data(programs)  # what cannot be read is no reason to compile
-        with _checkpoints(config, folder) as checkpoints:
-            start = Start(_initial(config, programs))
-            return _run(config, folder, programs, start, checkpoints, others)
-
-
-def begin(config: Config) -> None:
-    """Makes the folder of a run that has done no step, with a checkpoint to go on from.
-
-    Raises:
-      ValueError, CheckpointError, OSError: as in `train`.
-    """
-    config = schema.resolved(config, jax.default_backend())
-    config = processes.on_all(functools.partial(program.settled, config))
-    with _new(config) as folder:
-        programs = program.assemble(config)
-        with _checkpoints(config, folder) as checkpoints:
-            beside = manifest.make(0, serialize.to_json(config), _read_data(programs), Health())
-            checkpoints.save(0, _initial(config, programs), record=beside, force=True)
-        processes.on_main(lambda: serialize.save(config, folder))
-
-
-@contextlib.contextmanager
-def _new(config: Config) -> Iterator[Path]:
-    """A folder that no run has, held by this one."""
-    processes.check_same(_shared(config))
-    folder = Path(config.output.folder or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(processes.from_main(str(folder)))
-    processes.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-    with _owned(folder):
-        processes.on_main(lambda: _must_be_free(folder))
-        yield folder
-
-
-def _initial(config: Config, programs: program.Program) -> TrainState:
-    state = programs.init()
-    if config.start_from:
-        names = programs.data().class_names
-        params = warm_start.start_from(
-            Path(config.start_from).expanduser(), config, state.params, names
-        )
-        state = state._replace(params=params)
-    return state
+        start.read_data(programs)  # before compiling: unreadable data should fail at once
+        with run_folder.checkpoints(config, folder) as checkpoints:
+            run = Run(config, folder, programs, checkpoints)
+            return _train(run, Start(start.initial(config, programs)), others)
 
 
 def resume(
@@ -116,23 +72,23 @@ def resume(
 
     Args:
       folder: of the run.
-      steps: train to this many steps instead; the learning rate then follows the other schedule,
-        which is higher where it is longer.
-      step: start from this checkpoint, which ends the later ones; default the newest that can be
-        read, and the beginning where the run was stopped before its first.
-      warmup_steps: other than before.
-      mesh: other than before.
+      steps: train to this many steps instead; the learning rate then follows the schedule of that
+        length, which is higher if it is longer.
+      step: start from this checkpoint and delete the later ones. Default the newest that can be
+        read, or step 0 if the run was stopped before its first checkpoint.
+      warmup_steps: another number than before.
+      mesh: another mesh than before.
       data: where the data is now, if it has moved. It must be the same data.
-      allow_changes: go on although config or data are not those of the checkpoint.
-      compile_cache: as in `OutputConfig`; a run's folder may come from elsewhere, and must not say
-        where compiled programs are taken from.
+      allow_changes: go on although config or data differ from the checkpoint.
+      compile_cache: as in `OutputConfig`. A folder from elsewhere must not decide where compiled
+        programs are read from, so the run's own setting only turns the cache off.
 
     Returns:
       The history of the whole run.
 
     Raises:
-      ValueError: the folder is missing or holds no run, or is in use; `steps` are fewer than were
-        done; config or data are not those of the checkpoint.
+      ValueError: the folder is missing, holds no run, or is in use; `steps` is less than the steps
+        done; config or data differ from the checkpoint.
       CheckpointError: no checkpoint can be read.
       FloatingPointError, OSError, Stopped: as in `train`.
     """
@@ -144,35 +100,15 @@ def resume(
         warmup_steps=config.warmup_steps if warmup_steps is None else warmup_steps,
         mesh=mesh or config.mesh,
     )
-    asked = {"folder": str(folder), "step": step, "allow_changes": allow_changes}
-    processes.check_same(_shared(config) | asked)
-    with _owned(folder):
+    run_folder.check_same(config, folder=str(folder), step=step, allow_changes=allow_changes)
+    with run_folder.locked(folder):
         program.use_compile_cache(_cache(config.output, compile_cache))
         programs = program.assemble(config)
         with moved.explained(config):
-            _read_data(programs)
-        with _checkpoints(config, folder) as checkpoints:
-            start = restored(
-                config,
-                folder,
-                programs,
-                checkpoints,
-                lambda: _initial(config, programs),
-                step=step,
-                allow_changes=allow_changes,
-            )
-            return _run(config, folder, programs, start, checkpoints)
-
-
-def _read_data(programs: program.Program) -> str:
-    """The fingerprint of the data, which all processes can read and is the same on all."""
-    fingerprint = processes.on_all(programs.data).fingerprint
-    processes.check_same({"data": fingerprint})
-    return fingerprint
-
-
-def _shared(config: Config) -> dict[str, Any]:
-    return {"config": serialize.to_json(config), "versions": manifest.versions()}
+            start.read_data(programs)
+        with run_folder.checkpoints(config, folder) as checkpoints:
+            run = Run(config, folder, programs, checkpoints)
+            return _train(run, restore.restored(run, step=step, allow_changes=allow_changes))
 
 
 def _cache(shown: OutputConfig, asked: str | None) -> str:
@@ -181,138 +117,12 @@ def _cache(shown: OutputConfig, asked: str | None) -> str:
     return shown.compile_cache and OutputConfig.compile_cache
 
 
-def _must_be_free(folder: Path) -> None:
-    if (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} already holds a run: resume it with "
-            f"`{command_line.call('resume', folder)}`, or choose another --output.folder."
-        )
-
-
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, on process 0 for all."""
-
-    def hold() -> None:
-        if not folder.is_dir():
-            what = "is a file" if folder.exists() else "does not exist"
-            raise ValueError(f"{folder} {what}: give the folder of a run.")
-        stack.enter_context(lock.hold(folder, print))
-
-    with contextlib.ExitStack() as stack:
-        processes.on_main(hold)
-        yield
-
-
-def _checkpoints(config: Config, folder: Path) -> store.Checkpoints:
-    return store.Checkpoints(
-        files.inside(folder, "checkpoints"),
-        save_interval=config.output.checkpoint_every,
-        keep_last=config.output.keep_checkpoints,
-    )
-
-
-def _run(
-    config: Config,
-    folder: Path,
-    programs: program.Program,
-    start: Start,
-    checkpoints: store.Checkpoints,
-    others: Sequence[trackers.Writer] = (),
-) -> History:
-    """Trains from `start` to the last step, or until a signal, then reports."""
+def _train(run: Run, begun: Start, others: Sequence[Tracker] = ()) -> History:
+    """Trains to the last step, or until a signal, then reports."""
     with signals.stopping() as stop:
-        state, ended = _steps(config, folder, programs, start, checkpoints, others, stop)
-        history = jsonl.read_history(folder) if processes.is_main() else []
-        report.finish(config, folder, history, programs, state, ended=ended, stop=stop)
+        state, ended = stepping.advance(run, begun, others, stop)
+        history = jsonl.read_history(run.folder) if processes.is_main() else []
+        report.finish(run.config, run.folder, history, run.programs, state, ended=ended, stop=stop)
     if not ended:
-        raise signals.Stopped(folder, int(state.step))
+        raise signals.Stopped(run.folder, int(state.step))
     return history
-
-
-def _steps(
-    config: Config,
-    folder: Path,
-    programs: program.Program,
-    start: Start,
-    checkpoints: store.Checkpoints,
-    others: Sequence[trackers.Writer],
-    stop: threading.Event,
-) -> tuple[TrainState, bool]:
-    """The state when it was saved last, and whether nothing is left to do."""
-    state, first = start.state, int(start.state.step)
-    done, agree = first, processes.Agreement()
-    with contextlib.ExitStack() as stack:
-        log = processes.on_main(lambda: stack.enter_context(_log(config, folder, first, others)))
-        log = log or stack.enter_context(run_log.RunLog(folder, config.steps, silent=True))
-        for note in start.notes:
-            log.print(note)
-        told = lambda: agree.at_once(stop.is_set(), False)[0]  # noqa: E731
-        step = _compiled(config, programs, range(first, config.steps), start.health.owed, log, told)
-        # Only now: a run that does not compile leaves its folder free.
-        processes.on_main(lambda: serialize.save(config, folder))
-        meter = Meter(config, log, first, start.health)
-        keep = policy.Saver(config, programs, checkpoints, meter)
-        judge = evaluate.Judge(config, programs, checkpoints, meter, stop)
-        shown = config.output.profile if processes.is_main() else ""
-        trace = stack.enter_context(profiler.profiler(shown, folder / "profile", log.print))
-        trace(first, state)
-        stopped = told() or not judge.unless_judged(first, state.params)
-        if stopped or first == config.steps:  # the schedule may be a new one
-            keep.save(first, state, last=True)
-        while done < config.steps and not stopped:
-            refresh = _refresh(programs, done, meter.health)
-            state, measured = step[refresh](state, programs.batch(done))
-            done += 1
-            meter.report(done, measured, refresh is True)
-            trace(done, measured)
-            stopped, overdue = agree(stop.is_set(), keep.overdue())
-            keep.save(done, state, overdue=overdue, last=stopped or done == config.steps)
-            # Saved first: an evaluation may take longer than a process that is told to stop has.
-            if not stopped and not judge.if_due(done, state.params):
-                stopped = True
-                keep.save(done, state, last=True)
-        if stopped:
-            log.print(f"stopping: waiting until step {done} is saved")
-        checkpoints.close()  # what is said to be saved is; a first signal does not end it
-    return state, not stopped
-
-
-def _log(
-    config: Config, folder: Path, first: int, others: Sequence[trackers.Writer]
-) -> run_log.RunLog:
-    takers = list(others)
-    if config.output.tensorboard:
-        takers.append(trackers.TensorBoard(folder / "tensorboard", first))
-    if config.output.wandb:
-        takers.append(trackers.Wandb(config.output.wandb, folder, serialize.to_json(config)))
-    return run_log.RunLog(folder, config.steps, first, quiet=config.output.quiet, writers=takers)
-
-
-def _refresh(programs: program.Program, step: int, health: Health) -> bool | None:
-    """Whether this step samples curvature: if it is due, or was at a step that changed nothing."""
-    due = programs.due(step)
-    return True if due is False and health.owed else due
-
-
-def _compiled(
-    config: Config,
-    programs: program.Program,
-    steps: range,
-    owed: bool,
-    log: run_log.RunLog,
-    told: Callable[[], bool],
-) -> dict[bool | None, Any]:
-    """The programs that these steps need, by `refresh`: what does not compile fails before them.
-
-    Where the run is `told` to stop, those that are left are not compiled.
-    """
-    compiled = {}
-    names = {True: "step that samples curvature", False: "plain step", None: "step"}
-    due = [_refresh(programs, step, Health(owed=owed and step == steps.start)) for step in steps]
-    for refresh in dict.fromkeys(due):
-        if told():
-            break
-        with log.compiling(names[refresh]):
-            compiled[refresh] = programs.compile(refresh)
-    return compiled

@@ -1,4 +1,4 @@
-"""The end of a run: a figure, a sample, the comparison, and what to do next."""
+"""The end of a run: its figure, a sample, the comparison with AdamW, and the next command."""
 
 import functools
 import threading
@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from train import baseline as reference
-from train import files, generate
+from train import baseline, files, generate
 from train.config import command_line
 from train.config.schema import Config
 from train.logging import figures
@@ -32,16 +31,16 @@ def finish(
 ) -> None:
     """Draws `loss.png`, writes `sample.txt`, and prints the result and the next command.
 
-    All processes call it, since all hold parts of the model that the sample is drawn from.
+    All processes call it: each holds parts of the model that the sample is drawn from.
 
     Args:
-      config: the config.
+      config: of the run.
       folder: of the run.
       history: the rows of its metrics.
       programs: of `config`.
-      state: after the last step that was done.
-      ended: nothing is left to do.
-      stop: the sample is left out where this is set.
+      state: after the last step.
+      ended: whether the run is done; if not, it was told to stop.
+      stop: set if the process was told to stop; the sample is then left out.
     """
     wanted = (
         config.output.sample_length and not config.output.quiet and config.data.task == "next-token"
@@ -52,8 +51,8 @@ def finish(
 
 
 def _write(config: Config, folder: Path, history: list[dict], text: str, stopped: str) -> None:
-    baseline = reference.find(config)
-    current = baseline if baseline and not baseline.stale else None
+    adamw = baseline.find(config)
+    current = adamw if adamw and not adamw.stale else None
     curve = (current.heldout, "AdamW, same budget") if current else None
     unit = _unit(config)
     figures.plot(history, folder / "loss.png", title=config.name, reference=curve, unit=unit)
@@ -63,32 +62,32 @@ def _write(config: Config, folder: Path, history: list[dict], text: str, stopped
     if text:
         files.replace_text(folder / "sample.txt", text)
         console.print(Panel(Text(text), title="sample", title_align="left"))
-    # Paths and commands as they are: square brackets in them are no markup.
+    # Without markup, since paths and commands may have square brackets.
     plain = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(_result(config, history), style="bold")
-    if compared := _comparison(config, baseline, stopped):
+    if compared := comparison(config, adamw, stopped):
         plain(compared)
     plain(f"curves: {folder / 'loss.png'}")
     plain(_next(config, folder, stopped))
 
 
 def _unit(config: Config) -> str:
-    """What a loss is of."""
+    """The unit whose mean a loss is."""
     token = "byte" if config.data.tokenizer == "bytes" else "token"
     return {"masked": f"hidden {token}", "classify": "row"}.get(config.data.task, token)
 
 
 def _next(config: Config, folder: Path, stopped: str) -> str:
-    """What to do next; the last line is a command and nothing else."""
+    """How to go on; the last line is a command and nothing else."""
     command = command_line.call("resume", folder)
     if stopped:
-        return f"{stopped} of {config.steps}, which is saved; go on:\n{command}"
+        return f"{stopped} of {config.steps}, which is saved; to go on:\n{command}"
     why = "to train longer (on a longer schedule, so the learning rate rises again):"
     return f"{why}\n{command} --steps {2 * config.steps}"
 
 
 def _sample(config: Config, programs: Program, state: TrainState, stop: threading.Event) -> str:
-    """The text; empty where a process was told to stop."""
+    """A text; empty if a process was told to stop."""
     data, agree, flags = programs.data(), processes.Agreement(), [False]
 
     def stopped() -> bool:
@@ -115,7 +114,7 @@ def _result(config: Config, history: list[dict]) -> str:
     nats = f"{last['heldout_loss']:.3f} nats"
     figures = {
         "bits_per_byte": "{:.3f} bits a byte on held-out text ({})",
-        "accuracy": "{:.1%} of the held-out rows right ({})",
+        "accuracy": "{:.1%} held-out accuracy ({})",
     }
     for name, form in figures.items():
         if name in last:
@@ -123,14 +122,20 @@ def _result(config: Config, history: list[dict]) -> str:
     return f"{config.name}: {nats} a {_unit(config)} of held-out text after {last['step']} steps"
 
 
-def _comparison(config: Config, baseline: reference.Reference | None, stopped: str) -> str:
-    """What AdamW reached; how to find out is offered at the end of another optimizer's run."""
-    if baseline and not baseline.stale:
-        bits, nats = baseline.bits_per_byte, baseline.heldout[-1][1]
+def comparison(config: Config, adamw: baseline.Reference | None, stopped: str) -> str:
+    """What AdamW reached with the same budget, or the command that finds out.
+
+    Args:
+      config: of the run.
+      adamw: the stored result of AdamW, if there is one.
+      stopped: where the run stopped; empty if it is done. Only a finished run offers the command.
+    """
+    if adamw and not adamw.stale:
+        bits, nats = adamw.bits_per_byte, adamw.heldout[-1][1]
         reached = f"{nats:.3f} nats" if bits is None else f"{bits:.3f} bits a byte"
-        return f"AdamW with the same budget: {reached} ({baseline.command})"
-    if stopped or reference.is_twin(config):
+        return f"AdamW with the same budget: {reached} ({adamw.command})"
+    if stopped or baseline.is_twin(config):
         return ""
     again = f"{command_line.command(config)} --output.recompute-reference"
-    known = "what is stored belongs to another config" if baseline else "not known"
+    known = "the stored result belongs to another config" if adamw else "not known"
     return f"AdamW with the same budget: {known}; to find out: {again}"

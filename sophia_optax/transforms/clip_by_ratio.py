@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import checks
-from sophia_optax.estimators.base import check_denominator
 from sophia_optax.numerics import cast_to_step, widen, widest
 from sophia_optax.sharding import varying_like
 from sophia_optax.transforms.denominators import Denominator, floor, rms_floor, shift
@@ -219,7 +218,19 @@ def _check(denominator: Any, clip_threshold: Any, statistics_fraction: Any) -> N
         statistics_fraction,
         "nothing would be counted; statistics=False takes none.",
     )
-    check_denominator(denominator, (floor, shift, rms_floor))
+    _check_denominator(denominator)
+
+
+def _check_denominator(denominator: Any) -> None:
+    """Rejects a function that does not take (h, v), and a factory passed without its call."""
+    if checks.takes_positional(denominator, 2) and denominator not in (floor, shift, rms_floor):
+        return
+    name = getattr(denominator, "__name__", repr(denominator))
+    raise TypeError(
+        f"denominator={name} cannot be called as (h, v), the curvature and the second moment of "
+        "the gradient. Pass what a factory returns, such as `floor(.01, 1e-12)`, or "
+        "`lambda h, v: ...`, which need not read v."
+    )
 
 
 def _times(scalar: ArrayLike, tree: optax.Updates) -> optax.Updates:

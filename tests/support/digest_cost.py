@@ -36,12 +36,12 @@ def main(folder: Path, megabytes: int) -> None:
     )
     for turn in range(3):
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoints = store.Checkpoints(folder, save_interval=1)
+        checkpoints = store.Checkpoints(folder)
         blocking = seconds(checkpoints.save, 1, arrays)
         whole = blocking + seconds(checkpoints.close)
         writing = seconds(digests.write, folder / "1")
         verifying = seconds(digests.fault, folder / "1")
-        with store.Checkpoints(folder, save_interval=1) as again:
+        with store.Checkpoints(folder) as again:
             restoring = seconds(again.restore, target)
         print(
             f"{gigabytes:.2f} GB, turn {turn}: save {whole:.2f} s, of which the run waits "

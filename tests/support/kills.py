@@ -23,7 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1  # noqa: F401
 
-from train import loop, program
+from train import program
+from train.checkpoint import run_folder
 from train.cli import main as cli
 from train.config import serialize
 from train.parallel import xla_flags
@@ -115,7 +116,7 @@ def digest(folders, path):
     """Writes for each run the step of its last checkpoint and a hash of each array in it."""
     abstract, found = program.assemble(serialize.load(folders[0])).abstract, []
     for folder in folders:
-        with loop._checkpoints(serialize.load(folder), folder) as checkpoints:
+        with run_folder.checkpoints(serialize.load(folder), folder) as checkpoints:
             step, state = checkpoints.restore(abstract)
         hashes = {
             jax.tree_util.keystr(key): hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()

@@ -1,9 +1,12 @@
 """A run of some steps of a model that is trained in seconds."""
 
+import contextlib
 import dataclasses
 
+import jax
+
 from models import DecoderConfig
-from train import data
+from train import data, program
 from train.config.presets import preset
 from train.config.schema import OutputConfig
 
@@ -27,3 +30,38 @@ def small(folder, optimizer="sophia-g", **changes):
         output=shown,
         **defaults | {"evaluate_every": 12} | changes,
     )
+
+
+def output(run, **changes):
+    """The run with other settings of its output."""
+    return dataclasses.replace(run, output=dataclasses.replace(run.output, **changes))
+
+
+@contextlib.contextmanager
+def kept_programs(folder):
+    """Keeps compiled programs in a folder, since compiling is what takes long in these tests."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(folder), 0.1), strict=True):
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+
+
+def losses(history):
+    """Step -> training loss."""
+    return {row["step"]: row["loss"] for row in history if "loss" in row}
+
+
+def change_programs(monkeypatch, **changes):
+    """Replaces fields of every assembled program; a change takes the field and returns another."""
+    assemble = program.assemble
+
+    def changed(config, devices=None):
+        made = assemble(config, devices)
+        return made._replace(**{name: of(getattr(made, name)) for name, of in changes.items()})
+
+    monkeypatch.setattr(program, "assemble", changed)

@@ -37,9 +37,9 @@ def saving(folder: Path) -> bool:
 
 
 def done(folder: Path) -> bool:
-    """The last step is saved and judged; what follows is the sample."""
-    judged = any(row["step"] == 30 and "heldout_loss" in row for row in rows(folder))
-    return judged and (folder / "checkpoints" / "30" / "digests.json").exists()
+    """The last step is saved and evaluated; only the sample is left."""
+    evaluated = any(row["step"] == 30 and "heldout_loss" in row for row in rows(folder))
+    return evaluated and (folder / "checkpoints" / "30" / "digests.json").exists()
 
 
 # Phase -> (when it has begun, seconds to wait then, flags)

@@ -20,6 +20,7 @@ from train.checkpoint import warm_start
 from train.config.presets import preset
 from train.config.schema import OutputConfig
 from train.data import DataConfig, load
+from train.optimizers.base import Due
 from train.step.batch import Batch
 
 MODEL = models.EncoderConfig(
@@ -42,7 +43,7 @@ def small(folder, optimizer, *, rate=1e-2, **changes):
     fields = {
         "model": MODEL,
         "optim": dataclasses.replace(base.optim, learning_rate=rate),
-        "run": OutputConfig(folder=str(folder), compile_cache="", quiet=True, log_every=1),
+        "output": OutputConfig(folder=str(folder), compile_cache="", quiet=True, log_every=1),
         "batch_size": 32,
         "sequence_length": 32,
         "warmup_steps": 10,
@@ -193,7 +194,7 @@ def test_a_sample_of_a_masked_batch_is_of_what_is_hidden_alone():
     run = small("", "sophia-g", steps=11, model=TINY, batch_size=8, sequence_length=6)
     optim = dataclasses.replace(run.optim, num_samples=400)
     programs = program.assemble(dataclasses.replace(run, optim=optim, accumulation=2))
-    step = programs.compile(True)
+    step = programs.compile(Due(True))
     states = [step(programs.init(), Batch(inputs, x, weights)) for x in (tokens, other)]
     equal(states[0], states[1])
     state = states[0][0].opt_state

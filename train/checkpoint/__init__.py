@@ -1,1 +1,1 @@
-"""Saving a run, and starting from what was saved."""
+"""Checkpoints: saving a run, restoring it, and starting from another one."""

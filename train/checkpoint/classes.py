@@ -1,13 +1,14 @@
-"""The classes of a classifier, when one goes on from another or comes from elsewhere."""
+"""The order of a classifier's classes, when it starts from another classifier."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def order(ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
-    """For each of our classes its number among theirs, or None where they are other classes.
+    """For each of our classes its index among theirs; None if they are other classes.
 
-    By name; by number where one side has only numbers for names, or LABEL_0, LABEL_1, ...
+    Classes are matched by name, or by index if the names of one side are only numbers or LABEL_0,
+    LABEL_1, ...
 
     >>> order(("bad", "good"), ("good", "bad"))
     [1, 0]
@@ -29,7 +30,7 @@ def _numbered(names: Sequence[str]) -> bool:
 
 
 def permuted(params: Any, numbers: Sequence[int]) -> Any:
-    """A classifier's parameters with class i what class `numbers[i]` was."""
+    """A classifier's parameters, reordered: class i is the former class `numbers[i]`."""
     head = params["head"]
     last = {name: head[name][..., list(numbers)] for name in ("out", "out_bias")}
     return {**params, "head": {**head, **last}}

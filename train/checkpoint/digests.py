@@ -1,6 +1,7 @@
-"""SHA-256 of each file of a checkpoint, kept beside them and compared before they are read.
+"""SHA-256 of each file of a checkpoint, written beside the files and compared before a restore.
 
-Of files and not of arrays: a flip in any file is found, whatever mesh the arrays are restored onto.
+Digests of files find a flipped bit in any file, whatever mesh the arrays are restored onto; digests
+of arrays would not.
 """
 
 import concurrent.futures
@@ -15,11 +16,11 @@ from train import files
 
 FILE = "digests.json"
 _KEY = "sha256"
-_DESCRIPTION = "_CHECKPOINT_METADATA"  # which Orbax reads of all steps before it writes one
+_DESCRIPTION = "_CHECKPOINT_METADATA"  # Orbax reads that of every step before it writes a step
 
 
 def write(folder: Path) -> None:
-    """Puts the files of a finished checkpoint on the disk, and after them their digests."""
+    """Syncs the files of a finished checkpoint to the disk, then writes their digests."""
     for directory, _, names in os.walk(folder):
         for name in names:
             files.sync(Path(directory, name))
@@ -31,7 +32,7 @@ def write(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint: empty if nothing, None if it has no digests."""
+    """What is wrong with the files of a checkpoint; empty if nothing, None without digests."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -44,7 +45,7 @@ def fault(folder: Path) -> str | None:
 
 
 def description_fault(folder: Path) -> str:
-    """What is wrong with the file by which Orbax knows a checkpoint; empty if nothing."""
+    """What is wrong with the file in which Orbax describes a checkpoint; empty if nothing."""
     path, sums = folder / _DESCRIPTION, folder / FILE
     if not path.is_file():
         return ""
@@ -63,7 +64,7 @@ def _difference(folder: Path, want: dict[str, str]) -> str:
         return f"{missing[0]} is missing"
     have = _digests(folder, list(want))
     wrong = [name for name in want if have[name] != want[name]]
-    return f"{wrong[0]} was changed since it was written: its digest is another" if wrong else ""
+    return f"{wrong[0]} has changed since it was written: its digest differs" if wrong else ""
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The leaves of a state by name, and how those of two states differ."""
+"""The leaves of a state by name, and how the leaves of two states differ."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 def differences(
     saved: Any, wanted: Any, *, part: bool = False, new: Collection[str] = ()
 ) -> list[str]:
-    """Leaves of other names, dtypes or shapes, in words.
+    """Describes each leaf whose name, dtype or shape differs.
 
-    Orbax would cast a leaf of another dtype, and name no leaf of another shape.
+    Orbax alone would cast a leaf of another dtype, and not name a leaf of another shape.
 
     Args:
-      saved: what is on disk, of leaves with a dtype and a shape.
-      wanted: what it is to be read as.
-      part: leaves that `wanted` lacks are not looked at.
-      new: names of leaves that are not looked at either.
+      saved: the state on disk; its leaves have a dtype and a shape.
+      wanted: the state it is to be read as.
+      part: ignore leaves that `wanted` lacks.
+      new: names of further leaves to ignore.
     """
     have, want = _kinds(saved), _kinds(wanted)
     return [
@@ -29,17 +29,17 @@ def differences(
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """Names such as params/tokens/embedding -> leaves."""
+    """Name, such as params/tokens/embedding -> leaf."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def name_of(path: Any) -> str:
-    """Of a path in a tree; the same for a tuple, a list and a NamedTuple."""
+    """The name of a path in a tree; the same for a tuple, a list and a NamedTuple."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def floats(tree: Any) -> dict[str, jax.Array]:
-    """Those that may hold what is not finite."""
+    """Name -> leaf, for the leaves that can hold a value that is not finite."""
     return {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 

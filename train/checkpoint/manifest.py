@@ -1,27 +1,30 @@
-"""What stands beside the arrays of a checkpoint, and whether a run may go on from it."""
+"""The manifest beside the arrays of a checkpoint, and whether a run may go on from it."""
 
 import importlib.metadata
 import platform
 from collections.abc import Mapping
 from typing import Any
 
+from train.differences import differences
+from train.logging.throughput import Health
+
 LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "flax", "numpy")
 FREE = ("run", "output", "mesh", "steps", "base")
 """Fields of a config that may differ on resume: where it runs, what it writes, how long."""
 PLACES = ("source", "heldout_source", "tokenizer", "cache", "download", "tfds_folder")
-"""Fields of its data that may: whether it is the same data the fingerprint says."""
-TOLD = ("warmup_steps",)
-"""Fields that may, and of which is told; --warmup-steps of `resume` changes it."""
+"""Fields of its data that may differ: the fingerprint says whether it is the same data."""
+NOTED = ("warmup_steps",)
+"""Fields that may differ, with a note for the user; `resume --warmup-steps` changes it."""
 
 
-def make(step: int, config: Mapping[str, Any], fingerprint: str, health: Any) -> dict[str, Any]:
-    """Plain JSON values; `step` is the data's position too, which is a function of it.
+def make(step: int, config: Mapping[str, Any], fingerprint: str, health: Health) -> dict[str, Any]:
+    """The manifest of a state, in plain JSON values.
 
     Args:
-      step: steps done.
-      config: as of `config.to_json`.
+      step: steps done, which is the data's position too.
+      config: of `serialize.to_json`.
       fingerprint: of data and tokenizer.
-      health: a NamedTuple of numbers, what the host must know of the steps before.
+      health: what the host knows about the steps before.
     """
     return {
         "step": step,
@@ -33,44 +36,61 @@ def make(step: int, config: Mapping[str, Any], fingerprint: str, health: Any) ->
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide what a step computes."""
+    """Versions of Python and of the libraries that decide what a step computes."""
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in LIBRARIES
     }
 
 
+def health(manifest: Mapping[str, Any]) -> Health:
+    """The health in a manifest; `refresh_pending` was called "owed" before version 0.2.
+
+    >>> health({"health": {"skipped": 2, "in_a_row": 1, "owed": True}})
+    Health(skipped=2, in_a_row=1, refresh_pending=True)
+    """
+    fields: Mapping[str, Any] = manifest.get("health", {})
+    return Health(
+        skipped=int(fields.get("skipped", 0)),
+        in_a_row=int(fields.get("in_a_row", 0)),
+        refresh_pending=bool(fields.get("refresh_pending", fields.get("owed", False))),
+    )
+
+
 def check(
-    saved: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     config: Mapping[str, Any],
     fingerprint: str,
     *,
     allow_changes: bool = False,
 ) -> list[str]:
-    """What to tell about a run that goes on from a checkpoint.
+    """Compares a run that goes on with the manifest of its checkpoint.
 
     Args:
-      saved: of `make`; empty if the checkpoint has none.
+      manifest: of `make`; empty if the checkpoint has none.
       config: of the run that goes on.
       fingerprint: of its data.
       allow_changes: report differences instead of raising.
 
+    Returns:
+      Notes for the user.
+
     Raises:
-      ValueError: config or data are not those of the checkpoint.
+      ValueError: config or data differ from the checkpoint.
     """
-    if not saved:
+    if not manifest:
         return ["the checkpoint does not say which config it was saved with: not compared"]
-    before, now = (_fixed(c) for c in (saved["config"], config))
+    before, now = (_fixed(c) for c in (manifest["config"], config))
     changed = differences(before, now)
-    wrong = [line for line in changed if not line.startswith(TOLD)]
-    if saved["fingerprint"] != fingerprint:
-        wrong.append(f"data {saved['fingerprint'] or 'unknown'} -> {fingerprint or 'unknown'}")
+    wrong = [line for line in changed if not line.startswith(NOTED)]
+    if manifest["fingerprint"] != fingerprint:
+        wrong.append(f"data {manifest['fingerprint'] or 'unknown'} -> {fingerprint or 'unknown'}")
     if wrong and not allow_changes:
         raise ValueError(
-            f"the run's config or data are not those of its checkpoint of step {saved['step']}: "
+            f"the run's config or data are not those of its checkpoint of step {manifest['step']}: "
             f"{'; '.join(wrong)}. Put back what was changed, or go on with --allow-changes."
         )
     notes = [f"changed since the checkpoint: {line}" for line in dict.fromkeys(changed + wrong)]
-    newer = differences(saved["versions"], versions())
+    newer = differences(manifest["versions"], versions())
     return notes + [f"another version since the checkpoint: {line}" for line in newer]
 
 
@@ -78,23 +98,3 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in config.items() if name not in FREE}
     data = dict(fields.get("data", {}))
     return fields | {"data": {name: value for name, value in data.items() if name not in PLACES}}
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines "name old -> new"; a field that only one of them has came or went with the code.
-
-    >>> differences({"optim": {"gamma": 0.1, "eps": 1}}, {"optim": {"gamma": 0.2, "eps": 1}})
-    ['optim.gamma 0.1 -> 0.2']
-    """
-    old, new = _flat(before), _flat(now)
-    return [f"{k} {old[k]} -> {new[k]}" for k in old if k in new and old[k] != new[k]]
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat

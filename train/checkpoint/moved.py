@@ -1,4 +1,4 @@
-"""The data of a run that was trained elsewhere, or whose data is now in another place."""
+"""The data of a run that was trained on another machine, or whose data has moved since."""
 
 import contextlib
 import dataclasses
@@ -13,26 +13,26 @@ from train.data.tasks import mixture
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the data of a run is now; what is left empty is where it was."""
+    """Where the data of a run is now; an empty field means where it was."""
 
     source: str = ""
-    """As for a new run; it must be the same data. A bin: folder brings its tokenizer along."""
+    """As for a new run; it must be the same data. A bin: folder names its own tokenizer."""
     heldout_source: str = ""
     """As for a new run; it must be the same data."""
     tokenizer: str = ""
     """As for a new run; it must be the same tokenizer."""
     cache: str = ""
-    """Folder of the tokens of sources other than bin:."""
+    """Folder for the tokens of sources other than bin:."""
 
 
 STAYED = Places()
 
 
 def placed(config: Config, now: Places) -> Config:
-    """The config with the data where it is now, in paths that mean the same from any folder.
+    """The config with the data where it is now, in absolute paths.
 
     Raises:
-      ValueError: a source is none, or the header of a bin: folder cannot be read.
+      ValueError: a source is malformed, or the header of a bin: folder cannot be read.
     """
     given = {name: value for name, value in dataclasses.asdict(now).items() if value}
     for name in ("source", "heldout_source"):
@@ -52,10 +52,10 @@ def placed(config: Config, now: Places) -> Config:
 
 @contextlib.contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Adds to an error of reading the data of a saved run where it was looked for.
+    """Adds to an error of reading a run's data the path where files are missing.
 
     Raises:
-      ValueError: files of the data are not there.
+      ValueError: files of the data are missing; other errors pass unchanged.
     """
     try:
         yield
@@ -65,13 +65,13 @@ def explained(config: Config) -> Iterator[None]:
         text = f"{error}".rstrip(".")
         path, flag = next(iter(lost.items()))
         raise ValueError(
-            f"{text}. Nothing is at {path}: if the data of this run has moved, give its new "
-            f"place, {flag}NEW."
+            f"{text}. Nothing is at {path}: if the data of this run has moved, say where it is "
+            f"now, {flag}NEW."
         ) from error
 
 
 def _lost(data: DataConfig) -> dict[str, str]:
-    """Paths, from the root on, of the run's data at which there is nothing -> the flag of each."""
+    """Absolute path of each missing file of the run's data -> the flag that names another."""
     paths = {}
     for name in ("source", "heldout_source"):
         given = getattr(data, name)
@@ -87,7 +87,7 @@ def _lost(data: DataConfig) -> dict[str, str]:
 
 
 def _lost_tokenizer(data: DataConfig) -> str:
-    """The path of a tokenizer's files, if there are none; ids:N and bytes have no files."""
+    """The path of a tokenizer whose files are missing, if so; ids:N and bytes have no files."""
     if data.tokenizer == DataConfig.tokenizer or data.tokenizer.startswith("ids:"):
         return ""
     path = places.absolute(data.tokenizer)

@@ -1,4 +1,4 @@
-"""States of optimizers that older versions saved, read in the layout of this one."""
+"""Reads optimizer states of older versions in the layout of this one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from train.checkpoint import leaves
 
 ADDED = {"zero": 0, "zero_leaves": 0, "nonfinite": 0}
-"""First values of counters that came later, by the last name of their path."""
+"""Last name in the path of a counter that came later -> its first value."""
 
 RENAMED = {
     "predicted_reduction/linear": "linear",
@@ -38,7 +38,7 @@ def under_saved_names(saved: Any, wanted: Any) -> dict[str, Any]:
 
 
 def added(saved: Any, wanted: Any) -> dict[str, Any]:
-    """Leaves of `wanted` that came after `saved` was written, by name, with their first values."""
+    """Name -> first value, for the leaves of `wanted` that are newer than `saved`."""
     ends = {
         name: name.rpartition("/")[2] for name in leaves.named(wanted).keys() - leaves.named(saved)
     }
@@ -52,7 +52,7 @@ def is_older(saved: Any, wanted: Any) -> bool:
 
 
 def in_older_layout(saved: Any, wanted: Any) -> Any:
-    """`wanted` in the containers of `saved`, without the leaves that `saved` lacks."""
+    """The leaves of `wanted` in the containers of `saved`, without the leaves that it lacks."""
     named = under_saved_names(saved, wanted)
 
     def target(path: Any, leaf: Any) -> Any:

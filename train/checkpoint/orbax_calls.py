@@ -1,4 +1,4 @@
-"""How Orbax is called: under which name, with which paths, and without its noise."""
+"""How Orbax is called: its module, its paths, what it keeps, and without its noise."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,66 @@ _NOISY = ("absl", "asyncio", "root")
 
 
 def module() -> Any:
-    """Imported late, since it takes half a second; under its stable name where it has one."""
+    """Orbax v1, under its stable name if it has one; the import takes half a second."""
     try:
         return importlib.import_module("orbax.checkpoint.v1")
     except ModuleNotFoundError:
         return importlib.import_module("orbax.checkpoint.experimental.v1")
 
 
-def plain(folder: Path, stack: contextlib.ExitStack) -> Path:
-    r"""The folder under a path that means itself: a link in a temporary folder if need be.
-
-    Orbax joins the path to patterns of `glob`, where [, * and ? have a meaning, and TensorStore
-    takes \ for /: what was saved under such a path could not be read.
+def checkpointer(folder: Path, keep_last: int, best: Callable[[Sequence[int]], int | None]) -> Any:
+    """Orbax's writer of checkpoints. It keeps the last ones, and the best of them all.
 
     Args:
-      folder: exists.
-      stack: removes the link when it is closed.
+      folder: that exists.
+      keep_last: how many of the last steps are kept.
+      best: steps in the folder -> the one that is kept beside the last ones.
+    """
+    training = module().training
+    keep = training.preservation_policies
+    kept = keep.AnyPreservationPolicy([keep.LatestN(keep_last), _KeepBest(best)])
+    return training.Checkpointer(folder, preservation_policy=kept)
+
+
+class _KeepBest:
+    """Orbax's interface of a policy that says which checkpoints are kept."""
+
+    def __init__(self, best: Callable[[Sequence[int]], int | None]):
+        self._best = best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        best = self._best(steps)
+        return [step == best for step in steps]
+
+
+def metadata(path: Path) -> tuple[Any, Any]:
+    """(the saved state with a shape and a dtype for each leaf, the manifest) of a step.
+
+    The state is None where Orbax cannot read its description.
+    """
+    found = module().metadata(path, "state")
+    return found.metadata, found.custom_metadata
+
+
+def load(path: Path, target: Any, *, part: bool) -> Any:
+    """Loads a state onto the devices that `target` names; with `part`, only its leaves."""
+    orbax = module()
+    context = orbax.Context()
+    context.pytree.loading.partial_load = part
+    with context:
+        return orbax.load(path, target, checkpointable_name="state")
+
+
+def plain(folder: Path, stack: contextlib.ExitStack) -> Path:
+    r"""The folder, through a link in a temporary folder if its path has special characters.
+
+    Orbax joins the path to `glob` patterns, where [, * and ? have a meaning, and TensorStore takes
+    \ for /: a checkpoint under such a path could be saved but not read.
+
+    Args:
+      folder: that exists.
+      stack: removes the link when it closes.
 
     Raises:
       ValueError: the path of temporary files has such characters too.
@@ -53,7 +97,7 @@ def plain(folder: Path, stack: contextlib.ExitStack) -> Path:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No logs of Orbax's handlers, and none of the reads that a failed one leaves unfinished."""
+    """Silences the logs of Orbax's handlers, and of reads that a failed one leaves unfinished."""
     _mute_late_reads()
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [log.disabled for log in loggers]
@@ -70,7 +114,7 @@ def quiet() -> Iterator[None]:
 
 
 def _forget_tasks(error: BaseException | None) -> None:
-    """Collects the tasks and coroutines that an error left over, each of which complains of it."""
+    """Collects the tasks and coroutines that an error left over; each would log a complaint."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         while error is not None:
@@ -80,10 +124,10 @@ def _forget_tasks(error: BaseException | None) -> None:
 
 
 def _mute_late_reads() -> None:
-    """Reads that end after their event loop was closed would print a traceback each, much later."""
+    """Silences reads that end after their event loop; each would print a traceback much later."""
     if not isinstance(sys.unraisablehook, _Hook):
         sys.unraisablehook = _Hook(sys.unraisablehook)
-    logging.getLogger("asyncio").addFilter(_is_of_others)  # which adds it once
+    logging.getLogger("asyncio").addFilter(_is_of_others)  # adding it again changes nothing
 
 
 class _Hook:

@@ -1,107 +1,38 @@
-"""When a run has a checkpoint, and that a good one is never pushed out by a bad one."""
+"""When a run saves its state, and which checkpoint is the best one: functions of numbers alone."""
 
-import time
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
-from train import program
-from train.checkpoint import leaves, manifest, store
-from train.config import serialize
-from train.config.schema import Config
-from train.logging.throughput import Meter
-from train.parallel import processes
-from train.step.train_step import TrainState
+import math
+from collections.abc import Iterable, Mapping
 
 
-class Saver:
-    """When there is a checkpoint: by steps, by minutes, and at the end."""
-
-    def __init__(
-        self,
-        config: Config,
-        programs: program.Program,
-        checkpoints: store.Checkpoints,
-        meter: Meter,
-    ):
-        self.config, self.programs, self.checkpoints, self.meter = (
-            config,
-            programs,
-            checkpoints,
-            meter,
-        )
-        self.clock = time.perf_counter()
-        self.stale = -1  # up to this step `overdue` was raised before the last save
-
-    def overdue(self) -> bool:
-        """By the clock of this process."""
-        minutes = self.config.output.checkpoint_minutes
-        return minutes > 0 and time.perf_counter() - self.clock > 60 * minutes
-
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        *,
-        overdue: bool = False,
-        last: bool = False,
-    ) -> None:
-        """Saves a state that is due, after the metrics that led to it.
-
-        Raises:
-          FloatingPointError: parameters, or what the optimizer keeps, are not finite. Such a state
-            must never push a good one out, and no later step can mend it.
-        """
-        due = step % self.config.output.checkpoint_every == 0
-        if not (due or (overdue and step > self.stale) or last):
-            return
-        self.meter.flush()
-        if bad := _not_finite(state):
-            raise FloatingPointError(
-                f"{bad} is not finite at step {step}, which is not saved. Lower "
-                f"--optim.learning-rate, or lengthen --warmup-steps; {self._kept()}."
-            )
-        self.meter.log.sync()
-        settings, health = serialize.to_json(self.config), self.meter.health
-        beside = manifest.make(step, settings, self.programs.data().fingerprint, health)
-        self.checkpoints.save(step, state, record=beside, force=True)
-        self.clock, self.stale = time.perf_counter(), step + processes.late()
-
-    def _kept(self) -> str:
-        latest = self.checkpoints.latest
-        return "nothing was saved yet" if latest is None else f"step {latest} is kept"
-
-
-def wrong_here(step: int, state: Any) -> str:
-    """What is wrong with this process's part of the state of a step; it waits for no other.
+def save_due(step: int, *, every: int, overdue: bool = False, last: bool = False) -> bool:
+    """Whether the state after a step is saved.
 
     Args:
-      step: that the checkpoint is named after.
-      state: `TrainState`, or a dict of some of its fields.
+      step: steps done.
+      every: steps between saves.
+      overdue: the clock asks for a save.
+      last: the run ends or stops here.
+
+    >>> [step for step in range(1, 10) if save_due(step, every=4, last=step == 9)]
+    [4, 8, 9]
     """
-    found = int(state["step"] if isinstance(state, dict) else state.step)
-    if found != step:
-        return f"it holds the state of step {found}"
-    shards = {
-        name: [s.data for s in x.addressable_shards if s.replica_id == 0]
-        for name, x in leaves.floats(state).items()
-    }
-    bad = [name for name, data in shards.items() if not all(map(_finite, data))]
-    return f"{bad[0]} is not finite, and such are never saved" if bad else ""
+    return step % every == 0 or overdue or last
 
 
-def _not_finite(state: TrainState) -> str:
-    """The name of an array that is not; no optimizer keeps infinite values on purpose."""
-    floats = leaves.floats(state)
-    bad = [name for name, sound in _all_finite(floats).items() if not bool(sound)]
-    return bad[0] if bad else ""
+def overdue(seconds: float, minutes: float) -> bool:
+    """Whether the last save was more than `minutes` ago; 0 minutes turn the clock off.
+
+    >>> overdue(61, 1), overdue(59, 1), overdue(1e9, 0)
+    (True, False, False)
+    """
+    return minutes > 0 and seconds > 60 * minutes
 
 
-@jax.jit
-def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: jnp.all(jnp.isfinite(x)) for name, x in arrays.items()}
+def best_step(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:
+    """The step with the lowest finite loss, the first of equal ones; None without any.
 
-
-def _finite(array: jax.Array) -> bool:
-    return bool(_all_finite({"": array})[""])
+    >>> best_step([10, 20, 30], {10: 3.0, 20: float("nan"), 30: 2.0, 40: 1.0})
+    30
+    """
+    finite = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return min(finite, key=lambda step: losses[step], default=None)

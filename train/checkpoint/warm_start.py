@@ -1,4 +1,4 @@
-"""A run that was saved, or a model from elsewhere, as parameters to go on from."""
+"""Parameters to start from: those of another run, or of a Hugging Face folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 import models
 from models import huggingface
 from models.reading import read_json
-from train import program
-from train.checkpoint import classes, leaves, moved, policy, store
+from train import eval_program
+from train.checkpoint import classes, leaves, moved, store, validate
 from train.config import command_line, serialize
 from train.config.schema import Config
 from train.data import Data, tokenizers
@@ -20,24 +20,24 @@ from train.data import Data, tokenizers
 Model = models.DecoderConfig | models.EncoderConfig
 
 
-class Saved(NamedTuple):
-    """A run as it was at one of its checkpoints."""
+class LoadedRun(NamedTuple):
+    """A run as it was at one of its checkpoints, without its optimizer."""
 
     config: Config
     evaluate: Callable[..., dict[str, float]]
     step: int
     params: Any
-    notes: tuple[str, ...]  # of checkpoints that could not be read
+    notes: tuple[str, ...]  # about checkpoints that could not be read
     data: Callable[[], Data]
-    fingerprint: str  # of the data that it was trained on, as far as known
+    fingerprint: str  # of the data that it was trained on; empty if unknown
 
 
-def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYED) -> Saved:
-    """The parameters of a run, and these alone, sharded over the devices that are here.
+def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYED) -> LoadedRun:
+    """Loads the parameters of a run alone, sharded over the devices of this machine.
 
     Args:
       folder: of the run.
-      step: of a checkpoint; default the newest.
+      step: of a checkpoint; default the newest that can be read.
       data: where its data is now, if it has moved.
 
     Raises:
@@ -45,57 +45,43 @@ def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYE
       CheckpointError: no checkpoint can be read.
     """
     config = moved.placed(serialize.load(folder), data)
-    programs = program.assemble_trained(config)
-    checkpoints = store.Checkpoints(folder / "checkpoints", save_interval=1)
-    with checkpoints:
+    programs = eval_program.build_eval(config)
+    with store.Checkpoints(folder / "checkpoints") as checkpoints:
         done, state = checkpoints.restore(
             {"params": programs.params, "step": programs.step},
             step,
-            wrong=policy.wrong_here,
+            wrong=validate.problem,
             part=True,
         )
-    fingerprint = checkpoints.record.get("fingerprint", "")
+    fingerprint = checkpoints.manifest.get("fingerprint", "")
     notes, params = tuple(checkpoints.notes), state["params"]
-    return Saved(config, programs.evaluate, done, params, notes, programs.data, fingerprint)
+    return LoadedRun(config, programs.evaluate, done, params, notes, programs.data, fingerprint)
 
 
 def start_from(path: Path, config: Config, fresh: Any, class_names: tuple[str, ...] = ()) -> Any:
-    """Parameters of another run, or of a Hugging Face folder, in the place of fresh ones.
+    """Parameters of another run, or of a Hugging Face folder, in place of fresh ones.
+
+    Layers may be stacked in one model and not in the other, and the vocabulary padded to another
+    multiple. An encoder's head stays fresh as a whole if the other model lacks it, or has it for
+    another task or other classes.
 
     Args:
       path: of a run, or of a folder with `config.json` and safetensors.
-      config: what is to be trained. Layers may be stacked in one and not in the other, and the
-        vocabulary padded to another multiple. An encoder's head that the model there lacks, or has
-        for another task or other classes, stays fresh as a whole.
+      config: what is to be trained.
       fresh: parameters of `config`, on its mesh.
-      class_names: of the data of `config`. The classes of what it starts from are put in their
-        order, by name; other names are other classes.
+      class_names: of the data of `config`. Classes are matched by name and reordered.
 
     Raises:
-      ValueError: other parameters than such a head's differ in name or shape, or the run there
-        reads other tokens.
+      ValueError: parameters outside the head differ in name or shape, or the other run reads other
+        tokens.
     """
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "does not exist"
         raise ValueError(
             f"--start-from {path} {what}: give the folder of a run, or one that transformers saved."
         )
-    if _is_run(path):
-        if not (path / "checkpoints").is_dir():
-            raise ValueError(
-                f"{path} has no checkpoint yet: resume it first with "
-                f"{command_line.call('resume', path)}, or start from another."
-            )
-        there = load(path)
-        _check_tokenizer(path, there.config, config)
-        params = _padded(there.params, there.config.model, config.model)
-        if class_names and there.config.data.task == "classify":
-            params = _in_order(params, class_names, _names_in(path, there))
-    else:
-        params = huggingface.load(path, vocab_multiple=config.model.vocab_multiple)[1]
-        if class_names:
-            params = _in_order(params, class_names, huggingface.read_notes(path).class_names)
-    params = models.unstack_blocks(params)
+    read = _from_run if _is_run(path) else _from_hugging_face
+    params = models.unstack_blocks(read(path, config, class_names))
     params = models.stack_blocks(params) if config.model.scan_layers else params
     if isinstance(config.model, models.EncoderConfig) and not _same(
         fresh["head"], params.get("head")
@@ -104,8 +90,29 @@ def start_from(path: Path, config: Config, fresh: Any, class_names: tuple[str, .
     return _replace(path, fresh, params)
 
 
-def _names_in(path: Path, there: Saved) -> tuple[str, ...]:
-    """The class names of a run, which its data has."""
+def _from_run(path: Path, config: Config, class_names: tuple[str, ...]) -> Any:
+    if not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} has no checkpoint yet: resume it first with "
+            f"{command_line.call('resume', path)}, or start from another."
+        )
+    there = load(path)
+    _check_tokenizer(path, there.config, config)
+    params = _padded(there.params, there.config.model, config.model)
+    if class_names and there.config.data.task == "classify":
+        params = _in_order(params, class_names, _names_in(path, there))
+    return params
+
+
+def _from_hugging_face(path: Path, config: Config, class_names: tuple[str, ...]) -> Any:
+    params = huggingface.load(path, vocab_multiple=config.model.vocab_multiple)[1]
+    if class_names:
+        params = _in_order(params, class_names, huggingface.read_notes(path).class_names)
+    return params
+
+
+def _names_in(path: Path, there: LoadedRun) -> tuple[str, ...]:
+    """The class names of a run; only its data holds them."""
     try:
         return there.data().class_names
     except (OSError, ValueError) as error:
@@ -117,7 +124,7 @@ def _names_in(path: Path, there: Saved) -> tuple[str, ...]:
 
 
 def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Any:
-    """A classifier with our numbers of its classes; without a head where they are other classes."""
+    """A classifier with its classes in our order; without its head if they are other classes."""
     if not theirs or "out" not in params.get("head", {}):
         return params
     numbers = classes.order(ours, theirs)
@@ -125,7 +132,7 @@ def _in_order(params: Any, ours: tuple[str, ...], theirs: tuple[str, ...]) -> An
 
 
 def _is_run(path: Path) -> bool:
-    """By `config.json`, which a model of Hugging Face's has too."""
+    """Whether `config.json` is a run's; a Hugging Face folder has a file of that name too."""
     return "optimizer" in read_json(path / "config.json")
 
 
@@ -139,7 +146,7 @@ def _check_tokenizer(path: Path, there: Config, config: Config) -> None:
 
 
 def _padded(params: Any, there: Model, model: Model) -> Any:
-    """Parameters with the padding rows of `model`, where the vocabulary is the same."""
+    """Parameters with the padding rows of `model`, if the vocabulary is the same."""
     if there.vocab_size != model.vocab_size:
         return params
     rows = model.padded_vocab - model.vocab_size
@@ -171,16 +178,17 @@ def _replace(path: Path, fresh: Any, params: Any) -> Any:
     if wrong:
         shown = (f"{name} is {have.get(name)}, not {want.get(name)}" for name in wrong[:3])
         biases = all("bias" in name and name not in want for name in wrong)
-        hint = " GPT-2's format has biases, and zeros for none: --model.bias." if biases else ""
+        hint = " GPT-2's format has biases, zeros if unused: add --model.bias." if biases else ""
         raise ValueError(
-            f"{path} holds another model: {'; '.join(shown)} ({len(wrong)} such). Give the "
+            f"{path} holds another model: {'; '.join(shown)} ({len(wrong)} in all). Give the "
             f"flags --model.* that it was made with.{hint}"
         )
+    return jax.tree.map(lambda x, found: x if x is found else _placed(x, found), fresh, params)
 
-    def place(x, found):
-        if isinstance(found, jax.Array):
-            return jax.device_put(found.astype(x.dtype), x.sharding)
-        found = np.asarray(found, x.dtype)
-        return jax.make_array_from_callback(x.shape, x.sharding, found.__getitem__)
 
-    return jax.tree.map(lambda x, found: x if x is found else place(x, found), fresh, params)
+def _placed(like: jax.Array, found: Any) -> jax.Array:
+    """The array on the devices of `like`, and of its dtype."""
+    if isinstance(found, jax.Array):
+        return jax.device_put(found.astype(like.dtype), like.sharding)
+    found = np.asarray(found, like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, found.__getitem__)

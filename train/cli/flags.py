@@ -1,4 +1,4 @@
-"""Flags that there are not, and those that were meant."""
+"""Names of flags: which exist, which are old, and which one a misspelt flag meant."""
 
 import dataclasses
 import difflib
@@ -74,12 +74,18 @@ _USUAL = {
 }
 
 
-OLD = {"--run.": "--output."}
+OLD = {
+    "--run.": "--output.",
+    "--optim.spread": "--optim.amortize",
+    "--optim.no-spread": "--optim.no-amortize",
+    "--optim.b2-numbers": "--optim.b2-vector",
+    "--optim.b2_numbers": "--optim.b2_vector",
+}
 """Beginnings of flags that have another name now."""
 
 
 def current(args: Sequence[str]) -> list[str]:
-    """The words with flags under their names of today; a changed one is told.
+    """The words with flags under their names of today; each change is printed.
 
     >>> current(["--run.quiet", "--steps", "9"])
     ['--output.quiet', '--steps', '9']
@@ -97,12 +103,12 @@ def _current(word: str) -> str:
 
 
 def check(args: Sequence[str], defaults: Mapping[str, Any], program: str) -> None:
-    """Raises ValueError for a flag that there is not, and names the one that was meant.
+    """Raises ValueError for an unknown flag, and names the flag that was meant.
 
     Args:
       args: words of a command line.
       defaults: prefix -> the dataclass of its flags.
-      program: what lists them with `--help`.
+      program: the command that lists them with `--help`.
 
     >>> from train.config.presets import preset
     >>> check(["--optim.lr", "3"], {"": preset()}, "python -m train")
@@ -111,7 +117,7 @@ def check(args: Sequence[str], defaults: Mapping[str, Any], program: str) -> Non
     ValueError: unknown flag --optim.lr. Did you mean --optim.learning-rate? All are listed by \
 python -m train --help.
     """
-    known = [flag for prefix, default in defaults.items() for flag in _flags(default, prefix)]
+    known = [flag for prefix, default in defaults.items() for flag in names(default, prefix)]
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")
         if not flag.startswith("--") or flag in ("--", "--help") or flag.startswith("--tyro-"):
@@ -125,7 +131,7 @@ python -m train --help.
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str:
-    """The flag of the same meaning, else that of the most similar spelling; empty for none."""
+    """The flag with the same meaning, else the most similar spelling; empty if none is near."""
     room, _, name = flag.rpartition(".")
     last = _USUAL.get(name, name)
     same = [word for word in known if word.rpartition(".")[2] == last]
@@ -135,12 +141,12 @@ def _nearest(flag: str, known: Sequence[str]) -> str:
     return [*same, *difflib.get_close_matches(flag, known, 1, cutoff=0.8), *close, ""][0]
 
 
-def _flags(default: Any, prefix: str) -> Iterator[str]:
-    """As on the command line, without the dashes before them."""
+def names(default: Any, prefix: str = "") -> Iterator[str]:
+    """The flags of a dataclass, without the leading dashes."""
     for field in dataclasses.fields(default):
         value, name = getattr(default, field.name), field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            yield from _flags(value, f"{prefix}{name}.")
+            yield from names(value, f"{prefix}{name}.")
             continue
         yield f"{prefix}{name}"
         if isinstance(value, bool):

@@ -1,47 +1,46 @@
-"""The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or a command and its own."""
+"""The command line: `python -m train [MODEL] [OPTIMIZER] [flags]`, or a command and its flags."""
 
-import dataclasses
 import importlib
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
 import tyro
 
 from models import PRESETS
 from train import files
-from train.checkpoint.store import CheckpointError
-from train.cli import flags, share
-from train.config import presets, schema
+from train.checkpoint.errors import CheckpointError
+from train.cli.train import parse_all
 from train.optimizers.registry import OPTIMIZERS
-from train.parallel import processes as distributed
-from train.parallel import signals
-from train.parallel.processes import DistributedConfig
+from train.parallel import processes, signals
 
+
+class Command(NamedTuple):
+    """Where a command is; its module is imported when it is called."""
+
+    module: str
+    function: str
+    help: str
+    parses: bool = False  # its defaults depend on its first words, so it parses them itself
+
+
+_TOKENIZER_HELP = "a vocabulary from a text"
 COMMANDS = {
-    "resume": ("train.cli.inspect", "resume", "go on with a run as if it had not stopped"),
-    "eval": ("train.cli.inspect", "evaluate", "a run's loss on the held-out data"),
-    "sample": ("train.cli.inspect", "sample", "text from a run"),
-    "plan": ("train.plan.report", "command", "memory, operations and traffic of a run, without it"),
-    "import": ("train.cli.inspect", "import_", "a run from a Hugging Face folder"),
-    "export": ("train.cli.inspect", "export", "a Hugging Face folder from a run"),
-    "prepare": ("train.data.prepare.prepare", "prepare", "a text as tokens in binary files"),
-    "train-tokenizer": (
-        "train.data.prepare.prepare",
-        "train_tokenizer",
-        "a vocabulary from a text",
+    "resume": Command(
+        "train.cli.resume", "resume", "go on with a run as if it had not stopped", True
     ),
+    "eval": Command("train.cli.inspect", "evaluate", "loss of a run on the held-out data"),
+    "sample": Command("train.cli.inspect", "sample", "text from a run"),
+    "plan": Command(
+        "train.plan.report", "command", "memory, operations and traffic of a run, without it", True
+    ),
+    "import": Command("train.cli.convert", "import_", "a run from a Hugging Face folder"),
+    "export": Command("train.cli.convert", "export", "a Hugging Face folder from a run"),
+    "prepare": Command("train.data.prepare.prepare", "prepare", "a text as tokens in binary files"),
+    "train-tokenizer": Command("train.data.prepare.prepare", "train_tokenizer", _TOKENIZER_HELP),
 }
-"""Name -> (module, function, what it makes); modules are imported when asked for."""
-
-PARSES_ITSELF = ("resume", "plan")
-"""Commands whose defaults depend on their first words."""
-
-
-def _lines(rows: dict[str, str]) -> str:
-    return "\n".join(f"  {name:18}{text}" for name, text in rows.items())
 
 
 def usage() -> str:
@@ -60,27 +59,31 @@ MODEL
 OPTIMIZER
 {_lines(firsts)}
 
-COMMAND, each with a --help of its own
-{_lines({name: text for name, (_, _, text) in COMMANDS.items()})}
+COMMAND, each with its own --help
+{_lines({name: command.help for name, command in COMMANDS.items()})}
 
 python -m train                          the tiny model with Sophia-G, in under two minutes
 python -m train tiny adamw --steps 500   another optimizer, a shorter run
 python -m train tiny sophia-g --optim.gamma .05 --mesh.fsdp 4
 
-The flags, with their defaults for the model and optimizer named, follow.
+The flags follow, with their defaults for this model and optimizer.
 """
 
 
+def _lines(rows: dict[str, str]) -> str:
+    return "\n".join(f"  {name:18}{text}" for name, text in rows.items())
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs a command; a mistake of the user's ends it with one line that names the cure."""
-    with distributed.leaving():
+    """Runs a command; a user's mistake ends it with one line that names the cure."""
+    with processes.leaving():
         _main(list(sys.argv[1:] if args is None else args))
 
 
 def _main(args: list[str]) -> None:
     try:
         _run(args)
-    except BrokenPipeError:  # the reader has enough, such as `head`; there is nothing to flush to
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: nothing to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except ConnectionError as error:
@@ -92,70 +95,27 @@ def _main(args: list[str]) -> None:
     except (ValueError, FloatingPointError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except signals.Stopped:
-        pass  # as it was told to: the run has said how to go on
+        pass  # the run has printed how to go on
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an interrupt
 
 
 def _run(args: list[str]) -> None:
     name = args[0] if args else ""
-    if name in PARSES_ITSELF:
-        _command(name)(args[1:])
-    elif name in COMMANDS:
+    if name not in COMMANDS:
+        config, distributed = parse_all(args, usage=usage())
+        processes.start(distributed)
+        _attribute("train.loop", "train")(config)
+        return
+    command = COMMANDS[name]
+    function = _attribute(command.module, command.function)
+    if command.parses:
+        function(args[1:])
+    else:
         for word in args[1:2] if name == "sample" else args[1:]:  # a prompt may be an address
             files.check_local(word.partition("=")[2] if word[:2] == "--" else word, "the path")
-        tyro.cli(_command(name), args=args[1:], prog=f"python -m train {name}")
-    else:
-        from train import loop  # the heavier half
-
-        config, processes = parse_all(args)
-        distributed.start(processes)
-        loop.train(config)
+        tyro.cli(function, args=args[1:], prog=f"python -m train {name}")
 
 
-def _command(name: str) -> Callable[..., Any]:
-    module, function, _ = COMMANDS[name]
-    return getattr(importlib.import_module(module), function)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Words:
-    """What a command line of a new run holds."""
-
-    config: Annotated[schema.Config, tyro.conf.arg(name="")]
-    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-
-
-def parse(args: Sequence[str], prog: str = "python -m train") -> schema.Config:
-    """The config that a command line names: positional names first, then flags.
-
-    >>> parse(["tiny", "lion", "--steps", "300"]).name
-    'tiny-lion'
-    """
-    return parse_all(args, prog)[0]
-
-
-def parse_all(
-    args: Sequence[str], prog: str = "python -m train"
-) -> tuple[schema.Config, DistributedConfig]:
-    """The config, and the processes that share the work."""
-    args, names = flags.current(args), []
-    for arg in args[:2]:
-        if arg.startswith("-"):
-            break
-        names.append(arg)
-    default, note = share.fitted(presets.preset(*names), args)
-    if note:
-        print(note, file=sys.stderr)
-    if {"-h", "--help"} & set(args):
-        print(usage())  # tyro would reflow it
-    prog = " ".join([prog, *names])
-    flags.check(args[len(names) :], {"": default, "distributed.": DistributedConfig()}, prog)
-    words = tyro.cli(
-        tyro.conf.AvoidSubcommands[_Words],
-        args=args[len(names) :],
-        default=_Words(default),
-        description="",
-        prog=prog,
-    )
-    return words.config, words.distributed
+def _attribute(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(module), name)

@@ -1,1 +1,1 @@
-"""What a run reports: rows of metrics, a progress line, figures, trackers, traces."""
+"""Reports of a run: rows of metrics, a progress bar, figures, trackers, traces."""

@@ -25,9 +25,9 @@ def plot(
         path: where to write; its folder exists.
         title: above the figure.
         reference: ([(step, held-out loss)], label) of another run.
-        unit: what a token is.
+        unit: that a loss is the mean over, such as "byte".
     """
-    # Imported late: it takes half a second. A Figure of its own leaves pyplot's state alone.
+    # Imported here because it takes half a second. A Figure of its own leaves pyplot's state alone.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -59,7 +59,7 @@ def _decorate(axes: Any, title: str, unit: str, points: np.ndarray) -> None:
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     if points.size:
-        # The first steps fall from ln(vocabulary): kept in view, the rest of the run is flat.
+        # The first steps fall from ln(vocabulary); with them in view, the rest would look flat.
         low, high = points[1].min(), np.quantile(points[1], 0.98)
         margin = 0.05 * (high - low) + 0.01
         axes.set(xlim=(0, 1.02 * points[0].max() + 1), ylim=(low - margin, high + margin))
@@ -76,7 +76,7 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a twentieth of the run; at the ends, over what there is of it."""
+    """Centred mean over about a twentieth of the run; over fewer points at both ends."""
     if len(values) < 3:
         return values
     window = np.hanning(2 * (len(values) // 40) + 5)[1:-1]

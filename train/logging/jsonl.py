@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a row of metrics a line, which survives a kill."""
+"""`metrics.jsonl`: one row of metrics per line, which a killed run keeps."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ FILE = "metrics.jsonl"
 
 
 class JsonLines:
-    """Appends to `folder/metrics.jsonl`; what it holds after step `start` is dropped first.
+    """Appends to `folder/metrics.jsonl`, after dropping the rows after step `start`.
 
     Args:
-        folder: exists.
+        folder: that exists.
         start: steps already done; 0 begins the file anew.
     """
 
@@ -29,16 +29,16 @@ class JsonLines:
         with self._explain():
             lines = "".join(json.dumps(row) + "\n" for row in self.kept)
             files.replace_text(self._path, lines)
-            self._file = self._path.open("a", buffering=1)  # a killed run loses no whole line
+            self._file = self._path.open("a", buffering=1)  # so a killed run loses no whole line
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line; what is not finite becomes null."""
+        """Writes one line; values that are not finite become null."""
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         with self._explain():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def sync(self) -> None:
-        """Returns when the lines are on the disk: a checkpoint must not be ahead of them."""
+        """Waits until the lines are on the disk; a checkpoint must not be ahead of them."""
         with self._explain():
             os.fsync(self._file.fileno())
 
@@ -60,13 +60,13 @@ class JsonLines:
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of `folder/metrics.jsonl`, in the order of the file; null becomes NaN.
+    """The rows of `folder/metrics.jsonl`, in the order of the file; null becomes NaN.
 
-    A last line that was torn by a kill is left out.
+    A last line that a kill cut short is left out.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: a line is not a row; of the last one only if it is JSON.
+        ValueError: a line is not a row. The last line may also be a torn one.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -75,7 +75,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that was torn is left out."""
+    """The rows of a file, without a torn last line."""
     lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -93,7 +93,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """An object with a step, all else a number or null."""
+    """Whether it is an object with a step, and all else a number or null."""
     if not isinstance(row, dict) or any(isinstance(v, str | list | dict) for v in row.values()):
         return False
     return isinstance(row.get("step"), int) and row["step"] >= 0

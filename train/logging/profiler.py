@@ -1,4 +1,4 @@
-"""A trace of some steps, by the profiler of JAX."""
+"""Traces some steps with the profiler of JAX."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ def parse(steps: str) -> tuple[int, int] | None:
     """(first, last) step of "first:last"; None for the empty string.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: it has another form.
 
     >>> parse("10:15")
     (10, 15)
@@ -34,9 +34,9 @@ def profiler(
     """A function to call after each step, with its number and an array that it made.
 
     Args:
-      steps: as of `parse`; empty traces nothing.
-      folder: where the trace is written.
-      notify: told where it lies and how to look at it.
+      steps: as in `parse`; empty traces nothing.
+      folder: that the trace is written to.
+      notify: called with a message that says where the trace is and how to open it.
     """
     window, running = parse(steps), False
 

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` for programs, a progress line for people, a figure."""
+"""The log of a run: `metrics.jsonl` for programs, progress for people, and trackers."""
 
 import contextlib
 import math
@@ -12,25 +12,25 @@ from rich.console import Console
 
 from train.logging import progress
 from train.logging.jsonl import JsonLines
-from train.logging.trackers import Writer
+from train.logging.trackers import Tracker
 
-_PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+_PLAIN_SECONDS = 10.0  # between lines if there is no terminal for a bar
 
 
 class RunLog:
     """Writes the metrics of a run to `folder/metrics.jsonl` and shows its progress.
 
-    A context manager. Entering it drops what the file holds after `start_step`: those steps are
-    about to be run again. Without a terminal it prints a line every ten seconds, not a bar.
+    A context manager. Entering it drops the rows after `start_step`: those steps are about to run
+    again. Without a terminal it prints a line every ten seconds instead of a bar.
 
     Args:
         folder: made if it is missing.
-        total_steps: where the bar ends.
+        total_steps: length of the bar.
         start_step: steps already done; 0 begins the file anew.
         quiet: show nothing.
-        console: where to show; default standard output.
-        writers: others that take the metrics; they are closed with it.
-        silent: write nothing either, since another process does.
+        console: to print to; default standard output.
+        writers: trackers that get the metrics too; they are closed with it.
+        silent: show and write nothing, because another process does.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class RunLog:
         *,
         quiet: bool = False,
         console: Console | None = None,
-        writers: Sequence[Writer] = (),
+        writers: Sequence[Tracker] = (),
         silent: bool = False,
     ):
         self._folder, self._silent = Path(folder), silent
         self._total, self._start = total_steps, start_step
-        self._others: list[Writer] = list(writers)
+        self._others: list[Tracker] = list(writers)
         self._lines: JsonLines | None = None
         quiet = quiet or silent
         self._console = Console(quiet=True) if quiet else console or Console()
@@ -55,7 +55,7 @@ class RunLog:
         self._task = self._progress.add_task(
             self._folder.name, total=total_steps, completed=start_step, loss="", rate=""
         )
-        self._next_line = 0.0  # on the clock: the first step always has one
+        self._next_line = 0.0  # time of the clock; the first step always prints one
 
     def __enter__(self) -> "RunLog":
         if not self._silent:
@@ -66,21 +66,21 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
-        with contextlib.ExitStack() as stack:  # all are closed, whichever fails
+        with contextlib.ExitStack() as stack:  # all are closed even if one fails
             for writer in self._writers:
                 stack.callback(writer.close)
 
     @property
     def kept(self) -> list[dict[str, Any]]:
-        """Rows of the steps that were done before, of this process's file."""
+        """Rows of the earlier steps of a resumed run; empty on a silent process."""
         return self._lines.kept if self._lines else []
 
     @property
-    def _writers(self) -> list[Writer]:
+    def _writers(self) -> list[Tracker]:
         return ([self._lines] if self._lines else []) + self._others
 
     def sync(self) -> None:
-        """Returns when all that was recorded is on the disk."""
+        """Waits until all recorded rows are on the disk."""
         if self._lines:
             self._lines.sync()
 
@@ -96,9 +96,9 @@ class RunLog:
         self.print(f"compiled the {name} in {time.perf_counter() - start:.1f} s")
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one training step: `loss`, `tokens_per_second`, and whatever else there is.
+        """Record one training step: `loss`, `tokens_per_second`, and any other metrics.
 
-        `mfu` is the share of the peak of chips that `train.plan.flops` knows.
+        `mfu` is the share of the chips' peak, for chips that `train.plan.flops` knows.
         """
         self._write(step, metrics)
         loss = f"loss {metrics.get('loss', math.nan):.3f}"
@@ -110,13 +110,13 @@ class RunLog:
             self.print(f"step {step}/{self._total}  {loss}  {rate}{self._time_left()}")
 
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one evaluation, `heldout_loss` and the like, and print it."""
+        """Record and print one evaluation, such as `heldout_loss`."""
         self._write(step, metrics)
         values = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         self.print(f"step {step}/{self._total}  {'  '.join(values)}")
 
     def print(self, *objects: Any) -> None:
-        """Print above the bar, as it is: square brackets and colons in a sample are no markup."""
+        """Print above the bar, without markup: a sample may have square brackets and colons."""
         self._console.print(*objects, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What the host keeps of the steps: metrics for the log, and whether they are sound."""
+"""Metrics of steps on their way to the log: throughput, skipped steps, spikes of the loss."""
 
 import statistics
 import time
@@ -15,18 +15,18 @@ from train.plan.flops import model_flops, peak_flops
 
 
 class Health(NamedTuple):
-    """What a run that is resumed must know of the steps before, as its metrics do not tell it."""
+    """What a resumed run must know about earlier steps and cannot read in its metrics."""
 
     skipped: int = 0  # steps that changed nothing, since their loss or gradient was not finite
-    in_a_row: int = 0  # of them, the last ones
-    owed: bool = False  # the last one was to sample curvature: the next does it in its place
+    in_a_row: int = 0  # how many of the last steps were skipped
+    refresh_pending: bool = False  # a skipped step was to sample curvature: the next one does
 
 
 class Meter:
     """Fetches metrics one step late, so that the device always has a step to work on.
 
-    Of a step that samples curvature it waits for the end: if it was left out, the next must
-    sample instead.
+    It waits for the end of a step that samples curvature: if that step was skipped, the next one
+    must sample instead.
     """
 
     def __init__(self, config: Config, log: run_log.RunLog, first: int, health: Health):
@@ -37,23 +37,28 @@ class Meter:
         self.restart(first)
 
     def restart(self, step: int) -> None:
-        """Starts the clock at a step: what came before is not counted as training."""
+        """Starts the clock at a step: the time before does not count as training."""
         self._restart(step, time.perf_counter())
 
     def _restart(self, step: int, now: float) -> None:
         self.since, self.clock = step, now
 
     def report(self, step: int, measured: Mapping[str, jax.Array], sampled: bool) -> None:
-        """Takes the metrics of a step, still on their way.
+        """Takes the metrics of a step that may still be in flight.
+
+        Args:
+          step: steps done, this one included.
+          measured: its metrics.
+          sampled: whether it sampled curvature.
 
         Raises:
-          FloatingPointError: too many steps in a row were left out.
+          FloatingPointError: too many steps in a row were skipped.
         """
         self._pending.append((step, measured, sampled))
         self._take(0 if sampled else 1)
 
     def flush(self) -> None:
-        """Waits for the last step that was reported."""
+        """Waits for the last reported step."""
         self._take(0)
 
     def _take(self, keep: int) -> None:
@@ -68,7 +73,7 @@ class Meter:
         self.health = Health(
             skipped=self.health.skipped + skipped,
             in_a_row=self.health.in_a_row + 1 if skipped else 0,
-            owed=skipped if sampled else self.health.owed,
+            refresh_pending=skipped if sampled else self.health.refresh_pending,
         )
 
     def _check(self, step: int) -> None:
@@ -82,11 +87,11 @@ class Meter:
 
     def _record(self, step: int, measured: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
-        now = time.perf_counter()  # what follows may wait for the next step, whose time it is
+        now = time.perf_counter()  # what follows may wait for the next step
         del values["skipped"]
         seconds = max(now - self.clock, 1e-9)
         tokens = (step - self.since) * self.config.batch_size * self.config.sequence_length
-        # The optimizer counts the steps before this one that were not left out.
+        # The optimizer counts the earlier steps that were not skipped.
         counted = step - 1 - self.health.skipped + (self.health.in_a_row > 0)
         values["learning_rate"] = float(jax.device_get(self.config.schedule(counted)))
         values["skipped_steps"] = self.health.skipped
@@ -105,7 +110,12 @@ class Meter:
 
 
 class Spikes:
-    """Finds losses far above those before; of a resumed run from its rows, so that it goes on."""
+    """Finds losses far above the recent ones.
+
+    Args:
+      threshold: standard deviations above the mean of the last 50 losses.
+      rows: metrics of the steps before a resume; the result is as if the run had not stopped.
+    """
 
     def __init__(self, threshold: float, rows: Sequence[Mapping[str, Any]] = ()):
         self.threshold, self.count = threshold, 0
@@ -116,7 +126,7 @@ class Spikes:
             self.count = int(row.get("spikes", self.count))
 
     def add(self, loss: float) -> tuple[int, str]:
-        """(spikes so far, how far above the others this loss is; empty if it is none)."""
+        """(spikes so far, how far this loss is above the recent ones; empty if it is none)."""
         above = ""
         if len(self._recent) >= 10:
             mean, deviation = statistics.fmean(self._recent), statistics.pstdev(self._recent)

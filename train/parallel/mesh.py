@@ -1,4 +1,4 @@
-"""Devices in a mesh, and who holds which part of what."""
+"""The mesh of devices, and how arrays are sharded over it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,13 +8,15 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import models
+
 ROWS = ("data", "fsdp")
-"""The axes that rows of a batch are spread over; activations lie where their rows do."""
+"""The axes over which rows of a batch are sharded; activations follow their rows."""
 AXES = (*ROWS, "tensor")
-"""Parameters and optimizer state are sharded over the last two: along the model's width, and along
-heads, hidden units and vocabulary. An axis for experts would come before "tensor", one more of
-those that rows are spread over outside the experts; one for sequences would cut the second axis of
-activations, with ring attention, and belongs between "fsdp" and "tensor"."""
+"""Parameters and optimizer state are sharded over the last two: "fsdp" along the model's width,
+"tensor" along heads, hidden units and vocabulary. An axis for experts would come before "tensor",
+and shard rows outside the experts. An axis for sequences would shard the second axis of
+activations, with ring attention, and would come between "fsdp" and "tensor"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,34 +54,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are cut into."""
+    """Number of shards into which the rows of a batch are cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `ROWS`, copies over the rest."""
+    """Rows sharded over `ROWS`, replicated over the other axes."""
     return NamedSharding(mesh, P(ROWS))
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keeps activations sharded by rows; left alone, XLA gathers them to save a weight gather."""
+    """Keeps activations sharded by rows; XLA alone would gather them to save a weight gather."""
     return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
 
 
 def constrain_group(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keeps the activations of a group of rows where these are: in one place of `ROWS`.
+    """Keeps the activations of a group of rows on the devices of that group.
 
-    For groups side by side under a vmap over the mesh (`gauss_newton_bartlett(spmd_axis_name=)`).
+    For groups in parallel under a vmap over the mesh (`gauss_newton_bartlett(spmd_axis_name=)`).
     """
     return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
 
 
 def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`function(shared, rows)` by row, evaluated where the rows are.
+    """Evaluates `function(shared, rows)` on the devices that hold the rows.
 
-    What a loop inside adds to the gradient of `shared` is then added up over the devices once, at
-    its end; XLA would do it in each of its rounds. It does where the devices do not divide the
-    rows, such as those of a small set that has a probe of its own.
+    The gradient of `shared` from a loop inside is then summed over the devices once, after the
+    loop; XLA alone would sum it in each round. If the devices do not divide the rows, as in a
+    small set with a probe of its own, the function is left to XLA.
     """
     devices = row_devices(mesh)
     spread = jax.shard_map(
@@ -94,10 +96,11 @@ def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any,
 
 
 def gather_embedding(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of params and more that gathers the token embeddings over "fsdp" before it.
+    """Wraps a function of params: the token embeddings are gathered over "fsdp" before it.
 
-    XLA would look up rows of what each device holds, and move activations (all-to-all) instead.
-    The vocabulary stays cut over "tensor": each device looks up what it has, and they add up.
+    XLA alone would look up rows in each shard and move activations (all-to-all) instead. The
+    vocabulary stays sharded over "tensor": each device looks up its own rows, and the results are
+    summed.
     """
 
     def gathered(params, *args, **kwargs):
@@ -108,6 +111,15 @@ def gather_embedding(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., 
     return gathered
 
 
+def split_model(
+    config: models.DecoderConfig | models.EncoderConfig, mesh: Mesh
+) -> models.Functional:
+    """The functions of a model, each with the token embeddings gathered over "fsdp"."""
+    model = models.split(config)
+    names = ("apply", "features", "logits", "linear")
+    return model._replace(**{name: gather_embedding(mesh, getattr(model, name)) for name in names})
+
+
 def parameter_shardings(mesh: Mesh, specs: Any) -> Any:
     """A `NamedSharding` for each `PartitionSpec`."""
     return jax.tree.map(
@@ -116,10 +128,10 @@ def parameter_shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def state_shardings(mesh: Mesh, init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
-    """Shardings of an optimizer's state, each leaf like the parameter it is made of.
+    """Shardings of an optimizer's state; each leaf is sharded like the parameter it is made from.
 
-    `jax.jit(init)` would replicate it. On a mesh of explicit axes shardings are part of types,
-    so tracing `init` there tells where each leaf belongs.
+    `jax.jit(init)` would replicate the state. On a mesh with explicit axes shardings are part of
+    the types, so tracing `init` there tells the sharding of each leaf.
 
     Args:
       mesh: the mesh of automatic axes that the run uses.

@@ -1,7 +1,7 @@
-"""Several processes that train one model: how they find each other, and agree.
+"""Several processes that train one model: how they find each other, and how they agree.
 
-All of it does nothing where there is one process. Everything but `is_main` must be called by all
-processes alike: each waits for the others.
+With one process, all of it does nothing. Every function but `is_main` must be called by all
+processes, since each waits for the others.
 """
 
 import contextlib
@@ -24,39 +24,39 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.checkpoint import manifest
+from train.differences import differences
 
 T = TypeVar("T")
 _CURE = "Start all of them with the same flags and the same code, on the same files."
-_PARTING = 10.0  # seconds in which processes that fail alike end together
+_PARTING = 10.0  # seconds that processes with the same failure have to disconnect together
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # not SLURM_NTASKS: salloc sets it
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that train one model together. Left alone, there is one, or as many as Slurm
+    """Processes that train one model together. By default there is one, or as many as Slurm
     (srun) or Open MPI (mpirun) started.
     """
 
     coordinator: str = ""
     """HOST:PORT at which process 0 can be reached; empty takes COORDINATOR_ADDRESS from the
-    environment, or what the cluster says."""
+    environment, or asks the cluster."""
     processes: int = 0
-    """How many there are; 0 takes NUM_PROCESSES, or what the cluster says."""
+    """How many there are; 0 takes NUM_PROCESSES, or asks the cluster."""
     process: int = -1
-    """Which of them this is, from 0; -1 takes PROCESS_ID, or what the cluster says."""
+    """Index of this one, from 0; -1 takes PROCESS_ID, or asks the cluster."""
     automatic: bool = False
-    """Let JAX find out which cluster this is; for a TPU pod or Kubernetes."""
+    """Let JAX detect the cluster, such as a TPU pod or Kubernetes."""
     timeout: int = 300
-    """Seconds to wait for the others at the start."""
+    """Seconds to wait for the other processes at the start."""
 
 
 def start(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes, where there are any; before any other use of JAX.
+    """Joins the other processes, if there are any. Call it before any other use of JAX.
 
     Raises:
-      ValueError: it is not said, or not rightly, who they are.
-      ConnectionError: they did not come.
+      ValueError: the processes are described only in part, or wrongly.
+      ConnectionError: the others did not connect in time.
     """
     arguments = _arguments(config, environ)
     if config.timeout < 1:
@@ -80,7 +80,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] = os.environ) ->
 
 
 def _arguments(config: DistributedConfig, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Those of `jax.distributed.initialize`; None for one process alone."""
+    """Arguments of `jax.distributed.initialize`; None for one process alone."""
     coordinator = config.coordinator or environ.get("COORDINATOR_ADDRESS", "")
     launched = any(int(environ.get(name) or 1) > 1 for name in _LAUNCHED)
     if not (coordinator or config.automatic or launched):
@@ -103,10 +103,11 @@ def _arguments(config: DistributedConfig, environ: Mapping[str, str]) -> dict[st
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """A process that fails ends, and does not wait for others that wait for it.
+    """Ends a failed process in seconds, without waiting for others that wait for it.
 
-    At its exit JAX would wait for five minutes. All that fail alike still part in order; else the
-    others meet a lost connection, or in 100 s miss the heartbeat, and end too.
+    JAX alone would wait for five minutes at its exit. Processes that fail together disconnect in
+    order; otherwise the others find the connection lost, or miss the heartbeat after 100 s, and end
+    too.
     """
     try:
         yield
@@ -122,13 +123,13 @@ def leaving() -> Iterator[None]:
 
 
 def _tell(error: BaseException) -> None:
-    """What Python would print of it at its end."""
+    """Prints what Python would print at its exit."""
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
     else:
         traceback.print_exception(error)
-        print("If another process failed before, its output says why.", file=sys.stderr)
+        print("If another process failed first, its output says why.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
 
@@ -144,12 +145,12 @@ def from_main(text: str) -> str:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Lets process 0 alone act, and has the result there; where that fails, all raise."""
+    """Calls the action on process 0 alone, which gets the result; if it fails, all raise."""
     return on_all(lambda: action() if is_main() else None)
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """Lets each process act, and has its own result; where that fails on any of them, all raise."""
+    """Calls the action on each process, which gets its own result; if one fails, all raise."""
     result, error = None, None
     try:
         result = action()
@@ -165,12 +166,12 @@ def on_all(action: Callable[[], T]) -> T:
 
 
 def _said(error: Exception | None) -> str:
-    """What an error says, or where that is nothing what it is; empty for none."""
+    """The text of an error, or its name if it has no text; empty without an error."""
     return "" if error is None else str(error) or repr(error)
 
 
 def check_same(fields: Mapping[str, Any], cure: str = _CURE) -> None:
-    """Raises ValueError on all processes where these nested fields are not the same on all."""
+    """Raises ValueError on all processes if these nested fields differ between them."""
     if jax.process_count() == 1:
         return
     text = json.dumps(fields, sort_keys=True)
@@ -181,7 +182,7 @@ def check_same(fields: Mapping[str, Any], cure: str = _CURE) -> None:
         return
     first, *others = (json.loads(each) for each in _gather(text))
     lines = [
-        f"process {i}: {'; '.join(manifest.differences(first, other)) or 'other fields'}"
+        f"process {i}: {'; '.join(differences(first, other)) or 'other fields'}"
         for i, other in enumerate(others, 1)
         if other != first
     ]
@@ -189,22 +190,22 @@ def check_same(fields: Mapping[str, Any], cure: str = _CURE) -> None:
 
 
 def late() -> int:
-    """Calls by which an `Agreement` is late."""
+    """How many calls later an `Agreement` answers."""
     return int(jax.process_count() > 1)
 
 
 class Agreement:
     """Flags that hold for all processes as soon as one of them has raised them.
 
-    Several processes see a call's flags one call later, all at the same call: to wait for each
-    other within a step would leave the devices idle.
+    With several processes, all see the flags of a call one call later: if they waited for each
+    other within a step, the devices would be idle.
     """
 
     def __init__(self):
         self._pending: deque[jax.Array] = deque()
 
     def __call__(self, *flags: bool) -> tuple[bool, ...]:
-        """The flags of this call, or of the one before."""
+        """The flags of this call, or with several processes of the call before."""
         if jax.process_count() == 1:
             return flags
         self._pending.append(_any(flags))
@@ -213,13 +214,13 @@ class Agreement:
         return tuple(bool(x) for x in np.asarray(self._pending.popleft()))
 
     def at_once(self, *flags: bool) -> tuple[bool, ...]:
-        """The flags of this call: the processes wait for each other."""
+        """The flags of this call, for which the processes wait for each other."""
         seen = [self(*flags) for _ in range(1 + late())]
         return seen[-1]
 
 
 def _any(flags: Sequence[bool]) -> jax.Array:
-    """bool[flags], on its way to every process."""
+    """bool[flags], in flight to every process."""
     devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
     mesh = Mesh(devices, ("process", "device"))
     mine = np.array([flags], np.bool_)
@@ -237,7 +238,7 @@ def _over_rows(rows: jax.Array) -> jax.Array:
 
 
 def _gather(text: str) -> list[str]:
-    """The texts of all processes."""
+    """The texts of all processes, in their order."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks a run to stop, the second ends it at once."""
+"""SIGINT and SIGTERM: the first asks a run to stop, the second ends the process at once."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was told to stop, and has saved its state; a loop over runs ends with it."""
+    """A run was told to stop and has saved its state. It also ends a loop over runs."""
 
     def __init__(self, folder: Path, step: int):
         super().__init__(f"stopped at step {step}, which is saved in {folder}")
@@ -20,10 +20,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that the first signal sets: a state is whole only between steps.
+    """An event that the first signal sets, so that the run stops between two steps.
 
-    The second meets the default action of the system, so that it ends the process even inside of
-    a computation. Outside of the main thread signals are not ours to handle.
+    The second signal has the system's default action: it ends the process even inside a
+    computation. Outside the main thread, Python cannot handle signals, and the event stays unset.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

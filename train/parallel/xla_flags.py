@@ -1,7 +1,7 @@
-"""Options of XLA, set only where the installed jaxlib knows them.
+"""Options of XLA, set only if the installed jaxlib knows them.
 
-Each jaxlib has its own set, and one unknown name in XLA_FLAGS ends the process that starts JAX. So
-another process tries them first, which takes a third of a second.
+Each jaxlib has its own set, and an unknown name in XLA_FLAGS aborts the process that starts JAX. So
+a subprocess tries them first, which takes a third of a second.
 """
 
 import functools
@@ -19,18 +19,18 @@ QUICK: dict[str, Option] = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-"""Compiles faster; the programs are slower."""
+"""Faster compilation of slower programs."""
 PATIENT: dict[str, Option] = {"xla_cpu_collective_call_terminate_timeout_seconds": 600}
-"""On busy cores XLA would give up on an all-reduce of fake devices after 40 s."""
+"""Without it, XLA gives up on an all-reduce of fake devices after 40 s on busy cores."""
 
 _START = "from jaxlib import xla_client; xla_client.make_cpu_client()"
 _UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS:(.*)")
 
 
 def known(options: dict[str, Option]) -> dict[str, Any]:
-    """The options that the installed jaxlib knows; one line on stderr names the others.
+    """The options that the installed jaxlib knows; a line on stderr names the others.
 
-    The result can be given to `jax.jit` as `compiler_options`.
+    The result can be passed to `jax.jit` as `compiler_options`.
 
     >>> known({"xla_backend_optimization_level": 0})
     {'xla_backend_optimization_level': 0}
@@ -40,7 +40,7 @@ def known(options: dict[str, Option]) -> dict[str, Any]:
 
 
 def flags(options: dict[str, Option]) -> str:
-    """The known options as words for the environment variable XLA_FLAGS."""
+    """The known options in the form of the environment variable XLA_FLAGS."""
     return _words(known(options))
 
 
@@ -55,7 +55,7 @@ def _words(options: dict[str, Option]) -> str:
 
 @functools.cache
 def _unknown(words: str) -> frozenset[str]:
-    """Names that XLA refuses; all of them where it stops for another reason."""
+    """Names that XLA refuses; all names if it stops for another reason."""
     environment = os.environ | {"XLA_FLAGS": words}
     command = [sys.executable, "-c", _START]
     tried = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -69,4 +69,4 @@ def _unknown(words: str) -> frozenset[str]:
 
 @functools.cache
 def _say(names: str) -> None:
-    print(f"jaxlib {version('jaxlib')} goes without {names}", file=sys.stderr)
+    print(f"jaxlib {version('jaxlib')} does not know {names}: not set", file=sys.stderr)

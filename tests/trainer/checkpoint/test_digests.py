@@ -24,9 +24,9 @@ OLD_SOPHIA = OLD.with_name("old_sophia")
 def folder(tmp_path_factory):
     """Checkpoints of the steps 1 and 2."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    with store.Checkpoints(folder, save_interval=1) as checkpoints:
+    with store.Checkpoints(folder) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, state(step), record={"step": step})
+            checkpoints.save(step, state(step), {"step": step})
     return folder
 
 
@@ -42,7 +42,7 @@ def state(step):
 def restored(folder):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state(0))
-    with store.Checkpoints(folder, save_interval=1) as checkpoints:
+    with store.Checkpoints(folder) as checkpoints:
         return *checkpoints.restore(target), checkpoints.notes
 
 
@@ -169,18 +169,17 @@ def test_damaged_metrics_of_an_older_version_cost_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("fields", "words"),
     [
-        ({"step": 4}, "record of a checkpoint .*KeyError: 'config'"),
-        ({"step": 4, "config": 3}, "record of a checkpoint .* unexpected form"),
+        ({"step": 4}, "manifest of a checkpoint .*KeyError: 'config'"),
+        ({"step": 4, "config": 3}, "manifest of a checkpoint .* unexpected form"),
         (3, "step 4 is unreadable"),
     ],
 )
-def test_a_record_of_another_form_is_named(tmp_path, record, words):
-    """What stands beside the arrays of a checkpoint."""
+def test_a_manifest_of_another_form_is_named(tmp_path, fields, words):
     run = tmp_path / "run"
     shutil.copytree(OLD, run)
     path = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": record}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": fields}))
     with pytest.raises((ValueError, store.CheckpointError), match=words):
         train.resume(run, steps=6, compile_cache="")

@@ -6,15 +6,14 @@ import sys
 import pytest
 
 from train.cli import flags, main
+from train.cli.train import parse
 from train.config import command_line, schema
 from train.config.presets import preset
 from train.optimizers.registry import OPTIMIZERS
 
 
 def test_positional_names_choose_the_defaults_and_flags_change_them():
-    run = main.parse(
-        ["tiny", "sophia-g", "--optim.gamma", ".07", "--mesh.fsdp", "4", "--steps", "500"]
-    )
+    run = parse(["tiny", "sophia-g", "--optim.gamma", ".07", "--mesh.fsdp", "4", "--steps", "500"])
     want = preset("tiny", "sophia-g")
     assert run == dataclasses.replace(
         want,
@@ -25,7 +24,7 @@ def test_positional_names_choose_the_defaults_and_flags_change_them():
 
 
 def test_no_names_mean_the_tiny_model_with_sophia_g():
-    assert main.parse([]) == preset("tiny", "sophia-g")
+    assert parse([]) == preset("tiny", "sophia-g")
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2-125m"])
@@ -38,7 +37,7 @@ def test_a_run_prints_the_command_that_makes_it_again(model):
     )
     words = command_line.command(run).split()
     assert words[:3] == ["python", "-m", "train"]
-    assert main.parse(words[3:]) == run
+    assert parse(words[3:]) == run
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_every_flag_is_known_to_be_one():
     """Each with the value that it has, so that nothing is refused that tyro takes."""
     for model, optimizer in (("tiny", "sophia-g"), ("bert-small", "muon"), ("gpt2-125m", "soaa")):
         run = preset(model, optimizer)
-        for flag in flags._flags(run, ""):
+        for flag in flags.names(run):
             flags.check([f"--{flag}"], {"": run}, "")
             flags.check([f"--{flag.replace('-', '_')}=3"], {"": run}, "")
 
@@ -100,7 +99,7 @@ def test_every_flag_is_known_to_be_one():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_help_of_an_optimizer_explains_it_and_each_flag(optimizer, capsys):
     with pytest.raises(SystemExit):
-        main.parse(["tiny", optimizer, "--help"])
+        parse(["tiny", optimizer, "--help"])
     panel = capsys.readouterr().out.partition("optim options")[2].partition("mesh options")[0]
     _, about, flags = re.split("[─-]{40,}", panel)[:3]
     kind, words = OPTIMIZERS[optimizer], " ".join(about.replace("│", " ").split())
@@ -129,7 +128,7 @@ def test_a_run_of_any_optimizer_prints_the_command_that_makes_it_again(optimizer
     changes = {"soaa": {"rule": "tadam"}, "orthosoph": {"rms": None, "form": "tiles"}}
     optim = dataclasses.replace(run.optim, **changes.get(optimizer, {"momentum": 0.5}))
     run = dataclasses.replace(run, optim=optim)
-    assert main.parse(command_line.command(run).split()[3:]) == run
+    assert parse(command_line.command(run).split()[3:]) == run
 
 
 @pytest.mark.parametrize(("words", "cure"), [(["tiny"], True), ([], True), (["eval", "x"], False)])

@@ -13,7 +13,7 @@ import pytest
 from models import PRESETS, DecoderConfig, huggingface
 from train import loop, program
 from train.checkpoint import moved, warm_start
-from train.cli import inspect, main
+from train.cli import main, resume
 from train.config import serialize
 from train.config.presets import preset
 from train.config.schema import OutputConfig
@@ -55,9 +55,9 @@ def test_eval_prints_what_the_run_measured(run, capsys):
 
 def test_a_run_is_loaded_in_shards_and_without_its_optimizer(run, monkeypatch):
     """Also where its rows do not divide over the devices that are here."""
-    monkeypatch.setattr(program, "_optimizer", None)
+    monkeypatch.setattr(program, "assemble", None)
     uneven = dataclasses.replace(load(run), batch_size=9, accumulation=3)
-    monkeypatch.setattr(warm_start.serialize, "load", lambda folder: uneven)
+    monkeypatch.setattr(serialize, "load", lambda folder: uneven)
     loaded = warm_start.load(run)
     matrix = loaded.params["tokens"]["embedding"]
     assert matrix.shape == (256, 16)
@@ -228,7 +228,7 @@ def test_an_imported_model_is_resumed_for_as_many_steps_as_one_likes(run, tmp_pa
     with pytest.raises(SystemExit, match="give --warmup-steps too"):
         main.main(["resume", str(tmp_path / "again"), "--steps", "60"])
     words = ["resume", str(tmp_path / "again"), "--steps", "60", "--warmup-steps", "5"]
-    assert inspect.parse_resume(words[1:]).warmup_steps == 5
+    assert resume.parse(words[1:]).warmup_steps == 5
 
 
 @pytest.mark.parametrize(

@@ -6,29 +6,24 @@
 import dataclasses
 import json
 import random
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import tokenizers as library
+from tiny_models import END, SIZES, TEXT, byte_pairs, model_in, read, word_pieces
 from tokenizers import pre_tokenizers
 
-from models import DecoderConfig, EncoderConfig, huggingface, split
+from models import DecoderConfig, EncoderConfig
 from models.presets import BYTE_IDS
-from train import data, loop, program
-from train.checkpoint import classes, warm_start
-from train.cli import convert, main
+from train import data, program
+from train.cli import main
 from train.config import serialize
-from train.config.presets import preset
-from train.config.schema import OutputConfig
+from train.convert import tokenizer_files
+from train.convert.to_hugging_face import special_ids
 from train.data import embedded, tokenizers
 from train.data.tokenizers import for_transformers
 
-TEXT = "To be, or not to be: that is the question. Ünïcödé 中文!\n" * 150
-SIZES: Any = {"context": 16, "width": 8, "layers": 1, "heads": 2, "ffn_width": 16}
 GPT2 = DecoderConfig(vocab_size=300, bias=True, **SIZES)
-END = "<|endoftext|>"
 
 
 @pytest.fixture(autouse=True)
@@ -36,28 +31,6 @@ def short_text(monkeypatch):
     """Shorter than the embedded text, which is tokenized at each import."""
     corpus = embedded.cut(np.frombuffer(TEXT.encode(), np.uint8), 0.2)
     monkeypatch.setattr(data, "shakespeare", lambda: corpus)
-
-
-def byte_pairs(size=300):
-    model = library.ByteLevelBPETokenizer()
-    model.train_from_iterator([TEXT], size, special_tokens=[END], show_progress=False)
-    return model
-
-
-def word_pieces():
-    model = library.BertWordPieceTokenizer(lowercase=True)
-    model.train_from_iterator([TEXT], vocab_size=100, show_progress=False)
-    return model
-
-
-def model_in(folder, model, **notes):
-    params = split(model).init(jax.random.key(0))
-    huggingface.save(params, model, folder, **notes)
-    return params
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
@@ -101,7 +74,7 @@ def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):
 
 def test_the_ids_of_the_byte_presets_are_those_of_the_byte_tokenizer():
     ours = tokenizers.load("bytes")
-    assert convert._ids(ours) == BYTE_IDS
+    assert special_ids(ours) == BYTE_IDS
     assert (ours.begin, ours.end, ours.pad) == (2, 3, 0)
 
 
@@ -147,12 +120,12 @@ def test_the_older_files_of_gpt2_are_made_a_tokenizer_json(tmp_path):
     (source / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
     kept = tmp_path / "kept"
     kept.mkdir()
-    loaded = tokenizers.load(convert._adopt(source, GPT2, kept))
+    loaded = tokenizers.load(tokenizer_files.adopt(source, GPT2, kept))
     assert loaded.encode("not to").tolist() == byte_pairs().encode(" not to").ids
     assert loaded.end == byte_pairs().token_to_id(END)
     llama = dataclasses.replace(GPT2, positions="rope")
     with pytest.raises(ValueError, match=r"has no tokenizer that can be read: save it as a tok"):
-        convert._adopt(source, llama, kept)
+        tokenizer_files.adopt(source, llama, kept)
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -163,7 +136,7 @@ def test_the_vocab_txt_of_bert_is_cased_as_its_config_says(lower, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     kept = tmp_path / "kept"
     kept.mkdir()
-    loaded = tokenizers.load(convert._adopt(tmp_path, model, kept))
+    loaded = tokenizers.load(tokenizer_files.adopt(tmp_path, model, kept))
     unknown = word_pieces().token_to_id("[UNK]")
     assert (loaded.encode("BE").tolist() == loaded.encode("be").tolist()) == lower
     assert (unknown in loaded.encode("BE")) != lower
@@ -245,110 +218,7 @@ def test_a_malformed_tokenizer_is_named(model, contents, tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "kept").mkdir()
     with pytest.raises(ValueError, match=rf"the tokenizer of {tmp_path} cannot be used: .*choose"):
-        convert._adopt(tmp_path, model, tmp_path / "kept")
+        tokenizer_files.adopt(tmp_path, model, tmp_path / "kept")
 
 
 # ---------------------------------------------------------------- classes
-
-NAMES = ("good", "so-so", "bad")  # a run has them by the alphabet
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    """(folder of a classifier, labelled texts, the logits that it gives some tokens)."""
-    model = EncoderConfig(vocab_size=100, classes=3, **SIZES)
-    params = model_in(tmp_path / "source", model, class_names=NAMES)
-    word_pieces().save(str(tmp_path / "source" / "tokenizer.json"))
-    lines = [{"text": f"be {i} {n}", "label": n} for i in range(40) for n in NAMES]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path / "source", f"jsonl:{tmp_path}/a.jsonl", logits(model, params)
-
-
-def logits(model, params):
-    tokens = np.arange(16, dtype=np.int32)[None] + 5
-    return np.asarray(split(model).apply(params, tokens))[0]
-
-
-def test_classes_keep_their_names_and_numbers(classifier, tmp_path, capsys):
-    source, texts, before = classifier
-    run, out = tmp_path / "run", tmp_path / "out"
-    main.main(["import", str(source), str(run), "--data.source", texts])
-    loaded = warm_start.load(run)
-    assert sorted(NAMES) == ["bad", "good", "so-so"]
-    inside = logits(loaded.config.model, loaded.params)
-    np.testing.assert_allclose(inside, before[[2, 0, 1]], rtol=1e-5)
-    main.main(["export", str(run), str(out)])
-    assert huggingface.read_notes(out).class_names == NAMES
-    np.testing.assert_allclose(logits(*huggingface.load(out)), before, rtol=1e-5)
-    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
-    capsys.readouterr()
-    main.main(["export", str(run), str(tmp_path / "without")])
-    assert "classes are written as LABEL_0, LABEL_1, ...:" in capsys.readouterr().err
-
-
-def test_a_new_run_has_the_classes_of_a_folder_by_name(classifier, tmp_path):
-    source, _, before = classifier
-    model, _ = huggingface.load(source)
-    (tmp_path / "other.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("good", "ok"))
-    for name, same in (("a", True), ("other", False)):
-        start = dataclasses.replace(
-            preset("tiny-bert", "adamw"),
-            model=model,
-            data=data.DataConfig(
-                source=f"jsonl:{tmp_path}/{name}.jsonl",
-                task="classify",
-                tokenizer=str(source / "tokenizer.json"),
-            ),
-            sequence_length=16,
-            start_from=str(source),
-            output=OutputConfig(folder=str(tmp_path / name), compile_cache="", quiet=True),
-        )
-        loop.begin(start)
-        found = logits(model, warm_start.load(tmp_path / name).params)
-        assert np.allclose(found, before[[2, 0, 1]], rtol=1e-5) == same, name
-    shown = dataclasses.replace(start.output, folder=str(tmp_path / "again"))
-    loop.begin(dataclasses.replace(start, start_from=str(tmp_path / "a"), output=shown))
-    found = logits(
-        model, warm_start.load(tmp_path / "again").params
-    )  # of a run with other names, too
-    assert not np.allclose(found, before[[2, 0, 1]], rtol=1e-5)
-    main.main(["export", str(tmp_path / "a"), str(tmp_path / "out")])
-    assert huggingface.read_notes(tmp_path / "out").class_names == ("bad", "good", "so-so")
-
-
-def test_a_classifier_needs_texts_with_its_classes(classifier, tmp_path):
-    source, texts, _ = classifier
-    with pytest.raises(SystemExit, match=r"a classifier of good, so-so, bad: name labelled texts"):
-        main.main(["import", str(source), str(tmp_path / "run")])
-    path = tmp_path / "a.jsonl"
-    path.write_text(path.read_text().replace("so-so", "fine"))
-    with pytest.raises(SystemExit, match=r"of good, so-so, bad, but .* classes bad, fine, good"):
-        main.main(["import", str(source), str(tmp_path / "run"), "--data.source", texts])
-    assert not (tmp_path / "run").exists()
-
-
-def test_classes_go_by_number_where_one_side_has_no_names():
-    assert classes.order(("0", "1", "2"), NAMES) == [0, 1, 2]
-    assert classes.order(NAMES, ("LABEL_0", "LABEL_1", "LABEL_2")) == [0, 1, 2]
-    assert classes.order(("bad", "good", "so-so"), NAMES) == [2, 0, 1]
-    assert classes.order(("bad", "good"), NAMES) is None
-    assert classes.order(("bad", "good", "x"), NAMES) is None
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"id2label": {"0": "a", "2": "b"}}, "it needs a name for each class 0, 1, 2"),
-        ({"id2label": ["a"]}, "it needs a name for each class"),
-        ({"id2label": {"0": 5}}, "names of classes are strings"),
-        ({"id2label": None, "num_labels": 2**40}, "num_labels=1099511627776: it needs"),
-        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is no token"),
-        ({"eos_token_id": [True]}, "is no token"),
-    ],
-)
-def test_malformed_names_and_ids_are_refused(fields, message, classifier):
-    path = classifier[0] / "config.json"
-    path.write_text(json.dumps(read(path) | fields))
-    refuses = huggingface.read_notes if "eos_token_id" in fields else huggingface.load
-    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
-        refuses(classifier[0])

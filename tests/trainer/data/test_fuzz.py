@@ -195,15 +195,15 @@ STATE = {"params": {"a": jnp.arange(8.0), "b": jnp.ones((4, 4))}, "step": jnp.in
 def checkpoint(folder: Path) -> None:
     run = serialize.to_json(presets.preset("tiny", "adamw"))
     beside = {"step": 1, "config": run, "fingerprint": "x", "versions": manifest.versions()}
-    with Checkpoints(folder, save_interval=1) as kept:
-        kept.save(1, STATE, record=beside | {"health": {"bad": 0}})
+    with Checkpoints(folder) as kept:
+        kept.save(1, STATE, manifest=beside | {"health": {"bad": 0}})
 
 
 def restored(folder: Path) -> object:
     run = serialize.to_json(presets.preset("tiny", "adamw"))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), STATE)
-    with Checkpoints(folder, save_interval=1) as kept:
+    with Checkpoints(folder) as kept:
         return kept.restore(abstract, accept=lambda saved: manifest.check(saved, run, "x"))
 
 

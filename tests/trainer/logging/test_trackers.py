@@ -16,12 +16,13 @@ from train.logging.throughput import Spikes
     ("make", "extra"),
     [
         (lambda folder: trackers.TensorBoard(folder), "tensorboard"),
-        (lambda folder: trackers.Wandb("project", folder, {}), "wandb"),
+        (lambda folder: trackers.wandb("project", folder, {}), "wandb"),
+        (lambda folder: trackers.trackio("project", folder, {}), "trackio"),
     ],
 )
 def test_a_missing_library_names_the_extra(make, extra, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    for library in ("tensorboardX", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ValueError, match=rf"--output\.{extra} needs .*'\.\[{extra}\]'"):
         make(tmp_path)
 
@@ -50,15 +51,17 @@ def test_tensorboard_gets_one_point_of_each_metric(tmp_path, monkeypatch):
     ]
 
 
-def test_wandb_goes_on_with_the_run_of_this_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("make", [trackers.wandb, trackers.trackio])
+def test_an_experiment_goes_on_with_the_run_of_this_folder(make, tmp_path, monkeypatch):
     library = Calls()
-    monkeypatch.setitem(sys.modules, "wandb", library)
-    writer = trackers.Wandb("sophia", tmp_path, {"seed": 3})
+    monkeypatch.setitem(sys.modules, make.__name__, library)
+    writer = make("sophia", tmp_path, {"seed": 3})
     writer.write(5, {"loss": 2.0})
     writer.close()
     (_, _, given), logged, finished = library.seen
     assert given["project"] == "sophia" and given["resume"] == "allow"
-    assert given["id"] == tmp_path.name and given["config"] == {"seed": 3}
+    assert given["name"] == tmp_path.name and given["config"] == {"seed": 3}
+    assert given.get("id", tmp_path.name) == tmp_path.name
     assert logged == ("log", ({"loss": 2.0},), {"step": 5})
     assert finished[0] == "finish"
 
@@ -141,3 +144,14 @@ def test_spikes_are_found_and_counted_across_a_resume():
     resumed = Spikes(6.0, rows[:26])
     assert [resumed.add(loss) for loss in losses[25:]] == found[25:]
     assert not resumed.add(float("nan"))[1]
+
+
+def test_a_run_has_the_trackers_that_it_asks_for(tmp_path, monkeypatch):
+    libraries = {name: Calls() for name in ("tensorboardX", "wandb", "trackio")}
+    for name, library in libraries.items():
+        monkeypatch.setitem(sys.modules, name, library)
+    assert trackers.asked_for(OutputConfig(), tmp_path, {}, 0) == []
+    output = OutputConfig(tensorboard=True, wandb="a", trackio="b")
+    assert len(trackers.asked_for(output, tmp_path, {}, 3)) == 3
+    assert libraries["tensorboardX"].seen[0][2] == {"purge_step": 4}
+    assert [libraries[name].seen[0][2]["project"] for name in ("wandb", "trackio")] == ["a", "b"]

@@ -12,9 +12,10 @@ from places import ROOT, SUPPORT
 
 from benchmarks.mesh_equality import free_port
 from train import loop
-from train.cli.main import parse
+from train.cli.train import parse
 from train.logging import jsonl
 from train.parallel import processes
+from train.parallel.mesh import MeshConfig
 from train.parallel.processes import DistributedConfig, _arguments
 
 WORDS = """tiny adamw --data.heldout-fraction .003
@@ -130,7 +131,7 @@ def test_two_processes_train_what_one_does_and_stop_together(tmp_path):
     assert 4 <= step < 8
     assert f"stopped at step {step} of 8" in outs[0]
     assert "step" not in outs[1].partition("FAILED")[2]  # process 0 alone prints
-    mesh = loop.MeshConfig(fsdp=2)
+    mesh = MeshConfig(fsdp=2)
     resumed = loop.resume(folder, mesh=mesh, compile_cache="")
     assert any((folder / "checkpoints" / str(step)).iterdir())
     one = loop.train(

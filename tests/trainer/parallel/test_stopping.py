@@ -1,34 +1,22 @@
 """A signal is heard wherever a run is: what was done is saved, and no evaluation is lost."""
 
-import dataclasses
 import os
 import signal
 
 import pytest
-from small_run import small
+from small_run import change_programs, output, small
 
 import train
-from train import evaluate as judging
-from train import loop, program, report
-from train.checkpoint import policy
+from train import evaluate, generate
+from train.checkpoint import run_folder
+from train.checkpoint.autosave import Autosave
 from train.checkpoint.store import Checkpoints
 from train.config import serialize
 from train.data.rows import Data
 from train.logging import jsonl
 from train.parallel import signals
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Compiling is what takes long here."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_cache", lambda *args: folder)
-        loop.program.use_compile_cache(folder)
-        loop.jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        yield
-    loop.jax.config.update("jax_compilation_cache_dir", None)
-    loop.jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def told():
@@ -45,7 +33,7 @@ def rows(history):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory, quick):
     return rows(train.train(of(tmp_path_factory.mktemp("runs") / "whole")))
 
 
@@ -53,7 +41,7 @@ def stopped(run, folder):
     """The step at which a run says that it stopped, which is saved."""
     with pytest.raises(signals.Stopped) as found:
         train.train(run)
-    with loop._checkpoints(run, folder) as checkpoints:
+    with run_folder.checkpoints(run, folder) as checkpoints:
         assert checkpoints.latest == found.value.step
     return found.value.step
 
@@ -74,28 +62,32 @@ def test_in_an_evaluation_within_a_batch_and_it_is_made_up_for(at, whole, tmp_pa
     monkeypatch.setattr(Data, "heldout", slow)
     assert stopped(of(tmp_path / "run"), tmp_path / "run") == 4 * at
     assert read[-1] == (at, 1)  # none was read after it
-    judged = [row["step"] for row in jsonl.read_history(tmp_path / "run") if "bits_per_byte" in row]
-    assert judged == [4][: at - 1]
+    evaluated = [
+        row["step"] for row in jsonl.read_history(tmp_path / "run") if "bits_per_byte" in row
+    ]
+    assert evaluated == [4][: at - 1]
     assert rows(train.resume(tmp_path / "run")) == whole
 
 
 def test_while_a_program_compiles_before_the_next_one(tmp_path, monkeypatch):
-    compiled, compile = [], program._compile
+    compiled = []
 
-    def slow(*args):
-        compiled.append(args[-1])
-        told()
-        return compile(*args)
+    def slow(compile):
+        def compiles(refresh):
+            compiled.append(refresh)
+            told()
+            return compile(refresh)
 
-    run = small(tmp_path / "run", "sophia-g", steps=8)
-    monkeypatch.setattr(program, "_compile", slow)
-    assert stopped(run, tmp_path / "run") == 0
+        return compiles
+
+    change_programs(monkeypatch, compile=slow)
+    assert stopped(small(tmp_path / "run", "sophia-g", steps=8), tmp_path / "run") == 0
     assert compiled == [True]
     assert serialize.load(tmp_path / "run").steps == 8  # it can be resumed
 
 
 def test_while_a_state_is_saved(whole, tmp_path, monkeypatch):
-    save, seen = policy.Saver.save, []
+    save, seen = Autosave.save, []
 
     def slow(keep, step, *args, **how):
         if step == 6 and not seen:
@@ -103,54 +95,46 @@ def test_while_a_state_is_saved(whole, tmp_path, monkeypatch):
             told()
         save(keep, step, *args, **how)
 
-    monkeypatch.setattr(policy.Saver, "save", slow)
+    monkeypatch.setattr(Autosave, "save", slow)
     assert stopped(of(tmp_path / "run"), tmp_path / "run") == 7
     assert rows(train.resume(tmp_path / "run")) == whole
 
 
 def test_while_a_sample_is_drawn_which_is_left_out(whole, tmp_path, monkeypatch, capsys):
     """The run is done: it ends as one that was not told."""
-    sample, before = report.sample.sample, signal.getsignal(signal.SIGTERM)
+    sample, before = generate.sample, signal.getsignal(signal.SIGTERM)
 
     def slow(*args, **how):
         told()
         return sample(*args, **how)
 
-    monkeypatch.setattr(report.sample, "sample", slow)
-    run = of(tmp_path / "run")
-    run = dataclasses.replace(run, output=dataclasses.replace(run.output, quiet=False))
-    assert rows(train.train(run)) == whole
+    monkeypatch.setattr(generate, "sample", slow)
+    assert rows(train.train(output(of(tmp_path / "run"), quiet=False))) == whole
     assert not (tmp_path / "run" / "sample.txt").exists()
     assert "to train longer" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_state_is_saved_before_it_is_judged_and_the_best_is_kept(tmp_path, monkeypatch):
-    """Judged at 2, 4, ..., saved at the same steps: the best of them, and the last."""
-    assemble, events = program.assemble, []
+def test_a_state_is_saved_before_it_is_evaluated_and_the_best_is_kept(tmp_path, monkeypatch):
+    """Evaluated at 2, 4, ..., saved at the same steps: the best of them, and the last."""
+    events = []
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 10: 4.0}
 
-    def watched(run):
-        programs = assemble(run)
-
-        def evaluate(params, **how):
-            step = 2 * sum(kind == "judged" for kind, _ in events) + 2
-            events.append(("judged", step))
-            return {"heldout_loss": losses[step]}
-
-        return programs._replace(evaluate=evaluate)
+    def evaluate(params, **how):
+        step = 2 * sum(kind == "evaluated" for kind, _ in events) + 2
+        events.append(("evaluated", step))
+        return {"heldout_loss": losses[step]}
 
     def saving(checkpoints, step, *args, **how):
         events.append(("saved", step))
         return save(checkpoints, step, *args, **how)
 
     save = Checkpoints.save
-    monkeypatch.setattr(program, "assemble", watched)
+    change_programs(monkeypatch, evaluate=lambda own: evaluate)
     monkeypatch.setattr(Checkpoints, "save", saving)
     run = of(tmp_path / "run", evaluate_every=2)
-    shown = dataclasses.replace(run.output, checkpoint_every=2, keep_checkpoints=1)
-    train.train(dataclasses.replace(run, output=shown))
-    assert events == [(kind, step) for step in (2, 4, 6, 8) for kind in ("saved", "judged")]
+    train.train(output(run, checkpoint_every=2, keep_checkpoints=1))
+    assert events == [(kind, step) for step in (2, 4, 6, 8) for kind in ("saved", "evaluated")]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["4", "8"]
     train.resume(tmp_path / "run", steps=9)  # which knows the losses from the metrics
@@ -161,9 +145,7 @@ def test_a_state_is_saved_before_it_is_judged_and_the_best_is_kept(tmp_path, mon
 @pytest.mark.parametrize(("tokens", "want"), [(1, 1), (128, 1), (300, 3), (0, None)])
 def test_an_evaluation_reads_whole_batches(tokens, want):
     """Of 8 rows of 16 tokens."""
-    run = of("unused")
-    shown = dataclasses.replace(run.output, evaluate_tokens=tokens)
-    assert judging.batches(dataclasses.replace(run, output=shown)) == want
+    assert evaluate.batches(output(of("unused"), evaluate_tokens=tokens)) == want
 
 
 def test_the_last_evaluation_reads_all(tmp_path, monkeypatch):
@@ -174,8 +156,5 @@ def test_the_last_evaluation_reads_all(tmp_path, monkeypatch):
         return heldout(data, batches)
 
     monkeypatch.setattr(Data, "heldout", noted)
-    run = of(tmp_path / "run")
-    train.train(
-        dataclasses.replace(run, output=dataclasses.replace(run.output, evaluate_tokens=300))
-    )
+    train.train(output(of(tmp_path / "run"), evaluate_tokens=300))
     assert asked == [3, None]

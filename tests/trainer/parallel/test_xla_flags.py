@@ -17,13 +17,13 @@ LEVEL = "xla_backend_optimization_level"
 def test_the_unknown_are_left_out_and_named(capfd):
     assert xla_flags.known({LEVEL: 1, "xla_no_such": 3, "xla_nor_this": True}) == {LEVEL: 1}
     said = capfd.readouterr().err
-    assert "goes without xla_no_such, xla_nor_this" in said and LEVEL not in said
+    assert "does not know xla_no_such, xla_nor_this" in said and LEVEL not in said
 
 
 def test_a_process_starts_with_what_was_added():
     code = f"""
 import os
-from train import xla_flags
+from train.parallel import xla_flags
 xla_flags.add({{"xla_force_host_platform_device_count": 3, "xla_no_such": True}})
 xla_flags.add({{"{LEVEL}": 0}})
 import jax
@@ -44,7 +44,7 @@ def test_flags_of_the_user_are_not_tried(monkeypatch):
 def test_where_xla_does_not_start_nothing_is_set(monkeypatch, capfd):
     monkeypatch.setattr(xla_flags, "_START", "raise SystemExit(1)")
     assert xla_flags.flags({LEVEL: 0, "xla_other": 7}) == ""
-    assert f"goes without {LEVEL}, xla_other" in capfd.readouterr().err
+    assert f"does not know {LEVEL}, xla_other" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("options", [xla_flags.QUICK, xla_flags.PATIENT])
