@@ -31,11 +31,12 @@ from rich.table import Table
 
 import sophia_optax
 from models import GPT2, DecoderConfig, split
+from train.optimizers.base import Due, SamplingPlan
 from train.parallel import xla_flags
 from train.plan.flops import model_flops
 from train.step.batch import Batch, next_tokens
-from train.step.loss import outputs_of
-from train.step.train_step import init_state, make_step
+from train.step.loss import Outputs, mean_loss, outputs_of
+from train.step.train_step import TrainState, init_state, make_step
 
 MODELS = ("gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m")
 DENOMINATORS = (1, 2, 4, 8, 10, 15, 16, 20)
@@ -56,7 +57,7 @@ class Sampler(NamedTuple):
 def gauss_newton(n: int = 1, groups: int = 1, interval: int = 10) -> Sampler:
     """Sophia-G on every n-th row, all groups side by side."""
     estimator = sophia_optax.gauss_newton_bartlett(
-        batch_fraction=1 / n, groups=groups, shards=groups
+        batch_fraction=1 / n, groups=groups, parallel_groups=groups
     )
     return Sampler(
         sophia_optax.sophia_g(1e-3, estimator=estimator, update_interval=interval), estimator
@@ -69,16 +70,41 @@ def hutchinson(n: int = 1) -> Sampler:
     return Sampler(sophia_optax.sophia_h(1e-3, estimator=estimator), estimator)
 
 
+def sampling_of(estimator: sophia_optax.Estimator | None) -> SamplingPlan | None:
+    """A sample on one micro-batch, as the estimator cuts it."""
+    return None if estimator is None else SamplingPlan(estimator, 1, 1, 1, 1, 1, "backward")
+
+
 def lower(
     config: DecoderConfig, sampler: Sampler, refresh: bool | None, rows: int, length: int
 ) -> jax.stages.Lowered:
-    """The trainer's step, lowered for shapes alone; with `refresh` None it decides for itself."""
-    model, estimator = split(config), None if refresh is None else sampler.estimator
-    step = make_step(outputs_of(model), sampler.tx, estimator=estimator)
+    """The trainer's step, lowered for shapes alone; with `refresh` None `tx` decides by itself."""
+    model = split(config)
+    sampling = sampling_of(sampler.estimator)
+    step = make_step(outputs_of(model), sampler.tx, sampling=sampling)
+    if refresh is None:
+        step = one_program(outputs_of(model), sampler.tx)
     state = jax.eval_shape(functools.partial(init_state, model.init, sampler.tx, 0))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     step = jax.jit(step, static_argnums=2, donate_argnums=0)
-    return step.lower(state, Batch(tokens, tokens), refresh)
+    return step.lower(state, Batch(tokens, tokens), Due(refresh))
+
+
+def one_program(outputs: Outputs, optimizer: optax.GradientTransformation) -> Any:
+    """A step whose `tx` samples curvature inside a `lax.cond`, as in a user's own loop."""
+    tx = optax.with_extra_args_support(optimizer)
+
+    def obj_fn(params, batch):
+        return mean_loss(outputs(params, batch), batch)
+
+    def step(state, batch, due):
+        loss, grads = jax.value_and_grad(obj_fn)(state.params, batch)
+        extra = {"obj_fn": obj_fn, "logits_fn": outputs, "inputs": batch, "value": loss}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), {"loss": loss}
+
+    return step
 
 
 def flops(program: Any) -> float:

@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from models import split
 from sophia_optax import gauss_newton_bartlett, hutchinson, value_grad_and_hessian
 from train import data, program
 from train.config.presets import preset
 from train.config.schema import Config
-from train.optimizers.registry import refresh_due
 from train.step.batch import next_tokens
 from train.step.loss import mean_loss
 
@@ -93,8 +93,8 @@ def problem(run: Config, steps: int, rows: int) -> Problem:
     programs = program.assemble(run, jax.devices()[:1])
     state = programs.init()
     for step in range(steps):
-        state, _ = programs.step(state, programs.batch(step), refresh=refresh_due(run.optim, step))
-    return flat_problem(programs.apply, state.params, unseen(run, rows))
+        state, _ = programs.step(state, programs.batch(step), due=programs.optimizer.due(step))
+    return flat_problem(split(run.model).apply, state.params, unseen(run, rows))
 
 
 def unseen(run: Config, rows: int) -> jax.Array:

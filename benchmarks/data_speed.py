@@ -28,6 +28,7 @@ from train.config.schema import Config
 from train.data import DataConfig, sources
 from train.data.prepare import documents
 from train.data.prepare.prepare import prepare
+from train.optimizers.base import Due
 
 LENGTH = 1024
 ROWS = 64
@@ -147,7 +148,7 @@ def added(run: Config, steps: int, rounds: int) -> tuple[float, float]:
       (share of the time of the latter, its standard error over the rounds).
     """
     programs = program.assemble(run, jax.devices()[:1])
-    step, state, same = programs.compile(None), programs.init(), programs.batch(0)
+    step, state, same = programs.compile(Due()), programs.init(), programs.batch(0)
 
     def seconds(make: Callable[[int], Any], first: int) -> float:
         nonlocal state

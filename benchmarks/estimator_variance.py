@@ -35,8 +35,8 @@ ESTIMATORS = {
     "Hutchinson, Rademacher": hutchinson(),
     "Hutchinson, normal": hutchinson(probe="normal"),
     "GNB, 1 group": gauss_newton_bartlett(),
-    "GNB, 4 groups": gauss_newton_bartlett(groups=4, shards=4),
-    "GNB, 16 groups": gauss_newton_bartlett(groups=16, shards=16),
+    "GNB, 4 groups": gauss_newton_bartlett(groups=4, parallel_groups=4),
+    "GNB, 16 groups": gauss_newton_bartlett(groups=16, parallel_groups=16),
 }
 
 

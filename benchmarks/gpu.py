@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sophia_optax
-from benchmarks.curvature_cost import SHARE, Sampler, gauss_newton, hutchinson
+from benchmarks.curvature_cost import SHARE, Sampler, gauss_newton, hutchinson, sampling_of
 from benchmarks.update_cost import compile_update
 from models import GPT2, DecoderConfig, split
+from train.optimizers.base import Due
 from train.plan.flops import model_flops, peak_flops
 from train.step.batch import next_tokens
 from train.step.loss import outputs_of
@@ -112,11 +113,12 @@ def step(name: str, size: Size) -> Row:
     model = split(config)
     twice_differentiable = outputs_of(split(dataclasses.replace(config, attention="xla")))
     outputs = outputs_of(model)
-    one = make_step(outputs, tx, estimator=estimator, hessian_outputs=twice_differentiable)
+    sampling = sampling_of(estimator)
+    one = make_step(outputs, tx, sampling=sampling, hessian_outputs=twice_differentiable)
     state = jax.jit(functools.partial(init_state, model.init, tx, 0))()
     shape = size.rows, config.context + 1
     batch = next_tokens(jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size))
-    program = jax.jit(one, static_argnums=2, donate_argnums=0).lower(state, batch, refresh)
+    program = jax.jit(one, static_argnums=2, donate_argnums=0).lower(state, batch, Due(refresh))
     program = program.compile()
     memory = program.memory_analysis()
     row = {

@@ -36,7 +36,6 @@ from train import program
 from train.config import command_line
 from train.config.presets import preset
 from train.config.schema import Config
-from train.optimizers.registry import refresh_due
 
 PATH = Path("runs/leaderboard.json")
 WEIGHT_DECAY = 0.1
@@ -76,10 +75,10 @@ def measure(run: Config, after_step: Callable[[], None] = lambda: None) -> dict[
     programs = program.assemble(run)
     state, times, loss = programs.init(), {}, math.nan
     for step in range(run.steps):
-        start, refresh = time.perf_counter(), refresh_due(run.optim, step)
-        state, measured = programs.step(state, programs.batch(step), refresh=refresh)
+        start, due = time.perf_counter(), programs.optimizer.due(step)
+        state, measured = programs.step(state, programs.batch(step), due=due)
         loss = float(jax.block_until_ready((state, measured))[1]["loss"])
-        times.setdefault(refresh, []).append(time.perf_counter() - start)
+        times.setdefault(due.refresh, []).append(time.perf_counter() - start)
         after_step()
         if not math.isfinite(loss):
             break

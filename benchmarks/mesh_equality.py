@@ -40,6 +40,7 @@ from models.config import RematName
 from train import program
 from train.config.presets import preset
 from train.config.schema import Config
+from train.optimizers.base import Due
 from train.parallel import processes as distributed
 from train.parallel.mesh import MeshConfig
 
@@ -81,8 +82,8 @@ def losses(optimizer: str, form: Form) -> np.ndarray:
     programs = program.assemble(config(optimizer, form), devices)
     state, seen = programs.init(), []
     for step in range(STEPS):
-        due = step % SAMPLE_EVERY == 0
-        state, metrics = programs.step(state, programs.batch(step), refresh=due)
+        due = Due(refresh=step % SAMPLE_EVERY == 0)
+        state, metrics = programs.step(state, programs.batch(step), due=due)
         seen.append(float(metrics["loss"]))
     return np.array(seen)
 

@@ -26,7 +26,8 @@ from benchmarks.curvature_cost import flops
 from benchmarks.update_cost import compile_update, parameters
 from models import DecoderConfig
 from train.config.schema import Config
-from train.optimizers.registry import SophiaG
+from train.optimizers.base import Due
+from train.optimizers.sophia import SophiaG
 from train.parallel import xla_flags
 from train.parallel.mesh import MeshConfig
 from train.plan.hlo import collectives
@@ -99,7 +100,7 @@ def compile_step(mesh: MeshConfig, devices: int, fraction: float, refresh: bool)
         sequence_length=MODEL.context,
     )
     program = assemble(run, jax.devices("cpu")[:devices])
-    lowered = program.step.lower(program.abstract, program.batch(0), refresh=refresh)
+    lowered = program.step.lower(program.abstract, program.batch(0), due=Due(refresh))
     return lowered.compile(compiler_options=xla_flags.known(xla_flags.QUICK))
 
 

@@ -31,11 +31,11 @@ from rich.table import Table
 
 from benchmarks import leaderboard
 from benchmarks.curvature_error import Moments, moments
+from models import split
 from sophia_optax import gauss_newton_bartlett
 from train import data, program
 from train.config.presets import preset
 from train.config.schema import Config
-from train.optimizers.registry import refresh_due
 from train.step.batch import Batch, next_tokens
 
 PATH = Path("runs/tracking.json")
@@ -74,6 +74,7 @@ def track(
 ) -> dict[str, Any]:
     """Errors of h by sample, step and b2; `reference` is rows a draw, and draws."""
     programs = program.assemble(config, jax.devices()[:1])
+    model = split(config.model)
     state, (size, number) = programs.init(), reference
 
     @partial(jax.jit, static_argnums=0)
@@ -83,14 +84,14 @@ def track(
         return ravel_pytree(h)[0]
 
     def logits_fn(params, rows):
-        return programs.apply(params, rows.inputs)
+        return model.apply(params, rows.inputs)
 
     averages = {kind: Average(b2s) for kind in samples}
     found = {"b2": list(b2s), "step": list(judged), "errors": {str(kind): [] for kind in samples}}
     found |= {"reference_error": [], "size": []}
     for step in range(config.steps):
-        due = refresh_due(config.optim, step)
-        for i, (rows, groups) in enumerate(samples if due else ()):
+        due = programs.optimizer.due(step)
+        for i, (rows, groups) in enumerate(samples if due.refresh else ()):
             own = rows == config.batch_size
             batch = programs.batch(step) if own else training_rows(config, 1, rows, step)
             key = jax.random.fold_in(jax.random.key(i), step)
@@ -105,7 +106,7 @@ def track(
             noise = truth.squared_standard_error.sum() / truth.squared_mean.sum()
             found["reference_error"].append(float(noise))
             found["size"].append(float(truth.squared_mean.sum() ** 0.5))
-        state, _ = programs.step(state, programs.batch(step), refresh=due)
+        state, _ = programs.step(state, programs.batch(step), due=due)
     return found
 
 

@@ -1,4 +1,4 @@
-"""In which dtype numbers are summed, stored and passed on."""
+"""The dtypes in which numbers are summed, stored and returned."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,18 @@ import optax
 
 
 def accumulation_dtype(x: jax.typing.ArrayLike) -> jnp.dtype:
-    """float32 at least, float64 where `x` is."""
-    with jax.numpy_dtype_promotion("standard"):  # else bfloat16 has no answer in strict mode
+    """The dtype in which `x` is accumulated: float32, or float64 if `x` is float64."""
+    with jax.numpy_dtype_promotion("standard"):  # strict mode cannot promote bfloat16
         return jnp.promote_types(jnp.result_type(x), jnp.float32)
 
 
 def widen(x: jax.typing.ArrayLike) -> jax.Array:
+    """Casts `x` to its accumulation dtype."""
     return jnp.asarray(x, accumulation_dtype(x))
 
 
 def widest(params: optax.Params) -> jnp.dtype:
-    """The dtype of scalars that sum over the tree: float32, or float64 where some leaf is."""
+    """The dtype of sums over the whole tree: float32, or float64 if some leaf is float64."""
     dtypes = [jnp.dtype(jnp.float32), *map(accumulation_dtype, jax.tree.leaves(params))]
     return max(dtypes, key=lambda dtype: dtype.itemsize)
 
@@ -24,9 +25,9 @@ def widest(params: optax.Params) -> jnp.dtype:
 def cast_to_step(
     step: optax.Updates, updates: optax.Updates, params: optax.Params | None
 ) -> optax.Updates:
-    """The dtype of the gradient, or of the parameter where that is wider.
+    """Casts the step to the dtype of the gradient, or of the parameter if that is wider.
 
-    A bfloat16 gradient of a float32 parameter must not cut the step to 8 bits.
+    A bfloat16 gradient of a float32 parameter must not round the step to 8 bits.
     """
 
     def cast(u, g, p):

@@ -1,4 +1,4 @@
-"""Axes of a mesh: manual ones that a caller names, explicit ones that JAX tracks in types."""
+"""Mesh axes: manual ones, which the caller names, and explicit ones, which JAX tracks in types."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = Any
@@ -15,8 +16,9 @@ AxisName = str | tuple[str, ...] | None
 
 
 def varies_over(x: Any) -> frozenset[Any]:
-    """Manual axes over which an array, or its shape, differs; JAX has spelt this in three ways."""
+    """Manual axes over which an array, or its shape, differs between shards."""
     kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    # JAX versions spell this in three ways.
     if getattr(kind, "vma", None) is not None:
         return kind.vma
     kind = getattr(kind, "manual_axis_type", None)
@@ -24,12 +26,12 @@ def varies_over(x: Any) -> frozenset[Any]:
 
 
 def manual_axes() -> tuple[Any, ...]:
-    """Axes of the `shard_map` or `pmap` that this is traced in."""
+    """Axes of the `shard_map` or `pmap` that is being traced."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def varying(tree: Tree, axis_name: AxisName) -> Tree:
-    """Marks a tree as differing over shards: else `grad` inside `shard_map` sums over them."""
+    """Marks a tree as differing between shards; otherwise `grad` in `shard_map` sums over them."""
     if not axis_name:
         return tree
     zero = 0 * jax.lax.axis_index(axis_name)
@@ -37,18 +39,40 @@ def varying(tree: Tree, axis_name: AxisName) -> Tree:
 
 
 def varying_like(x: jax.Array, like: Tree) -> jax.Array:
-    """Marked as differing over the manual axes over which some leaf of `like` differs."""
+    """Marks `x` as differing over the manual axes over which some leaf of `like` differs."""
     axes = frozenset().union(*map(varies_over, jax.tree.leaves(like))) - varies_over(x)
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
+def sum_over(
+    function: Callable[[Any], tuple[Tree, Tree]], xs: Any, axis_name: AxisName = None
+) -> tuple[Tree, Tree]:
+    """Applies `function` to each row of `xs` in turn: (sum of first results, all second results).
+
+    The running sum starts with the sharding of what is added to it, as `jax.lax.scan` requires.
+    """
+    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
+    zeros = varying(jax.tree.map(_zeros_like, shapes), axis_name)
+
+    def add(total, x):
+        part, kept = function(x)
+        return optax.tree.add(total, part), kept
+
+    return jax.lax.scan(add, zeros, xs)
+
+
+def _zeros_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros with the sharding of `shape`, on explicit and on manual axes."""
+    return varying_like(jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding), shape)
+
+
 def across(collective: Callable, tree: Tree, axis_name: AxisName) -> Tree:
-    """A `psum` or `pmean` over named axes, nothing where there are none."""
+    """Applies a collective, such as `psum` or `pmean`, if there are named axes."""
     return collective(tree, axis_name) if axis_name else tree
 
 
 def mean_over_shards(tree: Tree, axis_name: AxisName) -> Tree:
-    """The mean of real numbers over named axes, of anything else the largest."""
+    """The mean over named axes of floating-point leaves, and the maximum of integer leaves."""
     if not axis_name:
         return tree
 
@@ -63,17 +87,17 @@ def mean_over_shards(tree: Tree, axis_name: AxisName) -> Tree:
 
 
 def check_named(owner: str, of_batch: Any, params: Tree, axis_name: AxisName) -> None:
-    """Refuses manual axes that split the batch and are not named.
+    """Rejects manual axes that split the batch but are not named.
 
     Args:
-      owner: the estimator, for the message.
+      owner: name of the estimator, for the message.
       of_batch: the loss or the outputs, traced on `params` or by `jax.eval_shape`.
       params: the parameters as the caller passed them.
-      axis_name: the axes that the caller named; `()` says that each shard is a run of its own.
+      axis_name: the axes that the caller named; `()` says that each shard is a separate run.
 
     Raises:
-      ValueError: `of_batch` differs over another axis, or JAX cannot tell and none was named;
-        parameters differ over a named axis; runs of their own share a parameter.
+      ValueError: `of_batch` differs over an axis that is not named, or JAX does not track this and
+        no axis is named; parameters differ over a named axis; separate runs share a parameter.
     """
     manual = manual_axes()
     if not manual:
@@ -91,20 +115,21 @@ def check_named(owner: str, of_batch: Any, params: Tree, axis_name: AxisName) ->
         cause = "differs over" if missing else "may differ over (JAX does not track it here)"
         raise ValueError(
             f"{owner}: the objective {cause} the manual axis {name} of `jax.shard_map` or "
-            f"`jax.pmap`, which `axis_name` does not name, so curvature would be that of one shard "
-            f"or a sum over shards. Pass `axis_name={name}` to the optimizer if each shard has its "
+            "`jax.pmap`, which `axis_name` does not name. Curvature would be that of one shard, or "
+            f"a sum over shards. Pass `axis_name={name}` to the optimizer if each shard has its "
             "own rows of the batch, or `axis_name=()` if each shard is a run of its own."
         )
     if mixed := named & set().union(*map(varies_over, jax.tree.leaves(params))):
         raise ValueError(
             f"{owner}: `params` differ over the axis {sorted(mixed)} that `axis_name` names, so an "
-            "average over it would mix parameters. Pass `update` the parameters that are the same "
-            "on all shards, or make the sample outside `jax.shard_map` and pass it as `hessian=`."
+            "average over it would mix parameters. Pass `update` parameters that are the same on "
+            "all shards, or take the sample outside `jax.shard_map` and pass it as "
+            "`hessian=`."
         )
 
 
 def _check_own_runs(owner: str, split: set[Any], params: Tree) -> None:
-    """Refuses parameters that are one for all shards: their gradient is a sum over the shards."""
+    """Rejects parameters that the shards share: JAX would sum their gradient over the shards."""
     shared = set().union(*[split - varies_over(x) for x in jax.tree.leaves(params)])
     if shared:
         axes = tuple(sorted(shared))
@@ -120,7 +145,7 @@ def _check_own_runs(owner: str, split: set[Any], params: Tree) -> None:
 
 
 def explicit_mesh(tree: Tree) -> Any:
-    """The mesh with explicit axes on which some leaf lies, or None."""
+    """The mesh of the first leaf that lies on a mesh with explicit axes, or None."""
     for x in jax.tree.leaves(tree):
         mesh = jax.typeof(x).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:
@@ -129,27 +154,27 @@ def explicit_mesh(tree: Tree) -> Any:
 
 
 class Spec(tuple[Any, ...]):
-    """Mesh axes of the leading axes of an array; a type of its own, since trees have tuples."""
+    """Mesh axes of the leading axes of an array; its own type, because a tuple is a pytree."""
 
 
 def spec_of(x: Any) -> Spec:
-    """Explicit mesh axes of each axis of an array, as JAX tracks them."""
+    """The explicit mesh axes of each axis of an array, as JAX tracks them."""
     return Spec(jax.typeof(x).sharding.spec)
 
 
 def parts_of(x: Any, axis: int) -> int:
-    """How many pieces an axis is known to be in: only explicit axes say."""
+    """The number of parts into which explicit mesh axes split an axis."""
     return devices_of(jax.typeof(x).sharding.mesh, spec_of(x)[axis])
 
 
 def devices_of(mesh: Any, names: Any) -> int:
-    """Along a mesh axis, several, or None, which is one."""
+    """The number of devices along one mesh axis, or several; 1 for None."""
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def fitting(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Any) -> NamedSharding:
-    """`spec` without the mesh axes that do not divide their axis of the shape."""
+    """The sharding of `spec`, without mesh axes that do not divide their axis of the shape."""
     spec = (*spec, *[None] * (len(shape) - len(spec)))
     fits = [
         None if n % devices_of(mesh, names) else names for names, n in zip(spec, shape, strict=True)
@@ -158,16 +183,16 @@ def fitting(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Any) -> NamedSh
 
 
 def with_auto_axes(function: Callable[..., Tree], *args: Tree, specs: Tree) -> Tree:
-    """`function(*args)`; on a mesh with explicit axes these are of type Auto in it.
+    """`function(*args)`, with explicit mesh axes turned into Auto axes inside it.
 
-    For code of ours, whose slices, reshapes and products JAX would ask the sharding of. Functions
-    of the user are never called in it: they may name explicit axes.
+    The library's own slices, reshapes and products need this: on explicit axes JAX would ask for
+    the sharding of each. Never call a function of the user in it, which may name explicit axes.
 
     Args:
-      function: of arrays alone.
-      *args: trees of arrays.
-      specs: a tree of `Spec`, a prefix of the result. Mesh axes that do not divide theirs are
-        dropped.
+      function: a function of trees of arrays.
+      *args: its arguments.
+      specs: the sharding of the result, a tree prefix of `Spec`. Mesh axes that do not divide
+        their array axis are dropped.
     """
     mesh = explicit_mesh(args)
     if mesh is None:

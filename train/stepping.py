@@ -15,6 +15,7 @@ from train.logging import profiler, trackers
 from train.logging.run_log import RunLog
 from train.logging.throughput import Health, Meter
 from train.logging.trackers import Tracker
+from train.optimizers.base import Due
 from train.parallel import processes
 from train.step.train_step import TrainState
 
@@ -42,7 +43,7 @@ def advance(
 class _Host(NamedTuple):
     """What the host does around the steps."""
 
-    compiled: dict[bool | None, Any]  # `refresh` -> its program
+    compiled: dict[Due, Any]  # what a step renews -> its program
     meter: Meter
     autosave: Autosave
     trace: Callable[[int, Any], None]  # called with a step and an array that it made
@@ -106,10 +107,10 @@ def _until_stopped(run: Run, state: TrainState, host: _Host) -> tuple[TrainState
     if stopped or done == steps:  # the schedule may be a new one
         save(done, state, last=True)
     while done < steps and not stopped:
-        refresh = _refresh(run, done, host.meter.health)
-        state, measured = host.compiled[refresh](state, run.programs.batch(done))
+        due = _due(run, done, host.meter.health)
+        state, measured = host.compiled[due](state, run.programs.batch(done))
         done += 1
-        host.meter.report(done, measured, refresh is True)
+        host.meter.report(done, measured, True in due)
         host.trace(done, measured)
         stopped, overdue = host.agree(host.stop.is_set(), host.autosave.overdue())
         save(done, state, overdue=overdue, last=stopped or done == steps)
@@ -124,28 +125,28 @@ def _asked_to_stop(agree: processes.Agreement, stop: threading.Event) -> bool:
     return agree.at_once(stop.is_set(), False)[0]
 
 
-def _refresh(run: Run, step: int, health: Health) -> bool | None:
-    """Whether a step samples curvature: it is due, or was at a step that changed nothing."""
-    due = run.programs.due(step)
-    return True if due is False and health.refresh_pending else due
+def _due(run: Run, step: int, health: Health) -> Due:
+    """What a step renews: what is due, and what was due at a skipped step before it."""
+    return run.programs.optimizer.due(step, pending=health.refresh_pending)
 
 
 def _compiled(
     run: Run, first: int, health: Health, log: RunLog, asked_to_stop: Callable[[], bool]
-) -> dict[bool | None, Any]:
-    """The programs that the steps from `first` on need, by `refresh`, so that errors come first.
+) -> dict[Due, Any]:
+    """The programs that the steps from `first` on need, by what they renew.
 
-    Once `asked_to_stop`, the remaining programs are not compiled.
+    Errors of compilation come before the first step. Once `asked_to_stop`, the remaining programs
+    are not compiled.
     """
     compiled = {}
     names = {True: "step that samples curvature", False: "plain step", None: "step"}
     due = [
-        _refresh(run, step, health if step == first else Health())
+        _due(run, step, health if step == first else Health())
         for step in range(first, run.config.steps)
     ]
-    for refresh in dict.fromkeys(due):
+    for kind in dict.fromkeys(due):
         if asked_to_stop():
             break
-        with log.compiling(names[refresh]):
-            compiled[refresh] = run.programs.compile(refresh)
+        with log.compiling(names[kind.refresh]):
+            compiled[kind] = run.programs.compile(kind)
     return compiled

@@ -1,1 +1,1 @@
-"""Estimators: one sample of curvature each, and how rows of a batch are sampled."""
+"""Estimators of curvature: each call returns one sample of diag H."""

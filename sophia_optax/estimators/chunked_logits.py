@@ -1,4 +1,4 @@
-"""Logits that are never held whole: the last matrix product, a few positions at a time."""
+"""Logits as the factors of the last matrix product, multiplied out a few positions at a time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from sophia_optax.sharding import varying_like
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearLogits:
-    """Logits features @ matrixᵀ + bias over a large vocabulary, as the factors of the product.
+    """Logits over a large vocabulary, kept as factors: features @ matrixᵀ + bias.
 
-    `logits_fn` may return it in place of an array, with likelihood "categorical": labels and losses
-    are then made of `chunk` positions at a time, and forward and backward pass hold float32[B,
-    chunk, V] instead of [B, T, V]. The backward pass of a loss multiplies once more, a third more
-    operations in this layer; that of drawn labels does not. Products are taken in the dtype of
-    features, sums in float32 at least.
+    With likelihood "categorical", `logits_fn` may return this in place of an array. Labels and
+    losses are then computed for `chunk` positions at a time, so that forward and backward pass hold
+    float32[B, chunk, V] instead of [B, T, V]. The backward pass of a loss repeats the product: a
+    third more operations in this layer. The backward pass of sampled labels does not. Products are
+    taken in the dtype of features, and sums in float32 or wider.
 
     >>> import jax.numpy as jnp
     >>> logits = LinearLogits(jnp.ones((2, 8, 3)), jnp.ones((100, 3)), chunk=4)
@@ -30,8 +30,8 @@ class LinearLogits:
     ((2, 8, 100), (2, 8))
     """
 
-    features: jax.Array  # float[B, T, D], without unit
-    matrix: jax.Array  # float[V, D], perhaps the embedding itself
+    features: jax.Array  # float[B, T, D]
+    matrix: jax.Array  # float[V, D], which may be the embedding
     bias: jax.Array | None = None  # float[V]
     chunk: int = dataclasses.field(default=128, metadata={"static": True})  # positions of a row
 
@@ -40,29 +40,29 @@ class LinearLogits:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the logits: (B, T, V)."""
+        """Shape of the logits: (B, T, V)."""
         return (*self.features.shape[:-1], self.matrix.shape[0])
 
 
 def softmax_cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
-    """Cross-entropy in nats of each label, of whole logits or of `LinearLogits` chunk by chunk.
+    """Cross-entropy of each label, in nats; `LinearLogits` are evaluated chunk by chunk.
 
         l = log Σ_v exp(f_v) - f_y
 
-    It is a pure function, which may be differentiated any number of times in either mode. On a mesh
-    a gradient of `LinearLogits` reduces that of the matrix over devices once a chunk; call it in a
-    `jax.shard_map` over the axes of the batch, with the matrix whole on each device, and it is
-    reduced once.
+    It is a pure function, and may be differentiated any number of times in either mode. On a mesh,
+    the gradient of the matrix of `LinearLogits` is reduced over devices once per chunk. To reduce
+    it only once, call this function inside a `jax.shard_map` over the axes of the batch, with the
+    whole matrix on each device.
 
     Args:
-      logits: `float[..., V]`, or `LinearLogits` of `[B, T, V]`.
+      logits: `float[..., V]`, or `LinearLogits` of shape `[B, T, V]`.
       labels: `int[...]`, the true classes, 0 to V - 1.
 
     Returns:
-      `float32[...]`, one loss for each label; float64 for logits of it.
+      `float32[...]`, one loss for each label; float64 if the logits are float64.
 
     Raises:
-      ValueError: the shapes do not fit each other.
+      ValueError: the shapes of logits and labels, or of the factors, do not fit each other.
 
     Source: the textbook's; the chunks are ours.
 
@@ -76,7 +76,7 @@ def softmax_cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
     """
     if jnp.shape(labels) != logits.shape[:-1]:
         raise ValueError(
-            f"`labels` has shape {jnp.shape(labels)}, but logits of {logits.shape} have one label "
+            f"`labels` has shape {jnp.shape(labels)}, but logits of {logits.shape} need one label "
             f"for each of {logits.shape[:-1]}."
         )
     if not isinstance(logits, LinearLogits):
@@ -85,7 +85,7 @@ def softmax_cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
 
 
 def check_factors(logits: LinearLogits) -> None:
-    """Refuses factors that make no logits."""
+    """Rejects factors whose shapes do not fit."""
     features, matrix = jnp.shape(logits.features), jnp.shape(logits.matrix)
     bias = matrix[:1] if logits.bias is None else jnp.shape(logits.bias)
     if len(features) != 3 or len(matrix) != 2 or features[2] != matrix[1] or bias != matrix[:1]:
@@ -99,7 +99,7 @@ def check_factors(logits: LinearLogits) -> None:
 def by_chunk(
     losses: Callable[..., jax.Array], logits: LinearLogits, *positions: jax.Array
 ) -> jax.Array:
-    """[B, T], of `losses(logits[B, t, V], *positions[B, t, ...])`, [B, t], chunk by chunk."""
+    """[B, T] from `losses(logits[B, t, V], *positions[B, t, ...])`, which returns [B, t]."""
     check_factors(logits)
     whole = _whole(logits)
 
@@ -107,7 +107,7 @@ def by_chunk(
         features, *at = x
         return losses(_product(features, *whole), *at)
 
-    # In a loop nothing can be merged with what was computed before it.
+    # prevent_cse is not needed in a loop: XLA merges nothing in it with what is outside.
     of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
     return _join(logits, jax.lax.map(of_chunk, _cut(logits, logits.features, *positions)))
 
@@ -117,7 +117,8 @@ def gradient_by_chunk(
 ) -> LinearLogits:
     """Gradient of the sum over chunks of `loss(logits[B, t, V], *positions[B, t, ...])`, a scalar.
 
-    Where nothing is differentiated again: a chunk goes back at once, and no product is made twice.
+    For results that are not differentiated again: the backward pass of a chunk follows its forward
+    pass at once, so no product is repeated.
     """
     check_factors(logits)
     whole = _whole(logits)
@@ -136,23 +137,23 @@ def gradient_by_chunk(
 
 
 def _whole(logits: LinearLogits) -> tuple[jax.Array, jax.Array | None]:
-    """(matrix, bias) as a loop over chunks takes them.
+    """(matrix, bias), ready for a loop over chunks.
 
-    Widened, so that their gradients are summed over chunks in float32. Marked here, since inside
-    the loop the shards of a `shard_map` would add up their gradients chunk by chunk.
+    Widened, so that their gradients are summed over chunks in float32. Marked as varying outside
+    the loop; inside it, the shards of a `shard_map` would sum their gradients once per chunk.
     """
     factors = logits.matrix, logits.bias
     return jax.tree.map(lambda x: varying_like(widen(x), logits.features), factors)
 
 
 def _sizes(logits: LinearLogits) -> tuple[int, int]:
-    """(number of chunks, positions of each): as even as can be."""
+    """(number of chunks, positions in each), as even as possible."""
     number = max(-(-logits.shape[1] // logits.chunk), 1)
     return number, -(-logits.shape[1] // number)
 
 
 def _cut(logits: LinearLogits, *positions: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] to [chunks, B, t, ...]; the last is filled with zeros, less than one a chunk."""
+    """[B, T, ...] to [chunks, B, t, ...]; zeros fill the last chunk."""
     number, size = _sizes(logits)
 
     def cut(x):
@@ -169,10 +170,10 @@ def _join(logits: LinearLogits, parts: jax.Array) -> jax.Array:
 
 
 def _product(features: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """float32[B, t, V] at least, multiplied in the dtype of features.
+    """Logits [B, t, V], float32 or wider, multiplied in the dtype of features.
 
-    With bfloat16 operands the algorithm is named: asking for float32 logits alone would make the
-    backward pass multiply in float32.
+    With bfloat16 operands the algorithm is named, because float32 as `preferred_element_type` alone
+    would make the backward pass multiply in float32.
     """
     bfloat16 = features.dtype == jnp.bfloat16
     logits = jnp.einsum(

@@ -1,4 +1,4 @@
-"""Estimators that read nothing but the gradient: they cost no pass over the model."""
+"""Estimators that read only the gradient, without a pass over the model."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,18 @@ ArrayLike = jax.typing.ArrayLike
 
 
 def squared_gradient(*, scale: float = 1.0) -> Estimator:
-    """Empirical Fisher diagonal h = scale · g ⊙ g, of the incoming gradient.
+    """Empirical Fisher diagonal: the square of the incoming gradient.
 
-    Biased for every curvature (labels are the data's, not the model's); the baseline that
-    Gauss-Newton-Bartlett is compared with. Needs no extra argument.
+        h = scale · g ⊙ g
+
+    It is a biased estimate of any curvature, because its labels are the data's and not the model's.
+    It serves as the baseline for `gauss_newton_bartlett`, and needs no extra argument.
 
     Args:
-      scale: factor on g²; the number of outputs B makes it an estimate of the Fisher diagonal.
+      scale: factor on g². With the number of outputs B, h is an estimate of the Fisher diagonal.
 
     Returns:
-      An estimator.
+      An estimator, whose sample has the shapes of the gradient and is float32 or wider.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), the ablation "E-F".
 
@@ -38,13 +40,15 @@ def squared_gradient(*, scale: float = 1.0) -> Estimator:
 
 
 def gradient_magnitude() -> Estimator:
-    """The curvature of Sophia-Lite, h = |g|, of the incoming gradient. Needs no extra argument.
+    """The curvature of Sophia-Lite: the magnitude of the incoming gradient.
 
-    It is no curvature: it has the unit of a gradient, so m / h is a step without a unit, as in
-    an L1 Adam.
+        h = |g|
+
+    h has the unit of a gradient, not of a curvature, so m / h has no unit, as in an Adam with the
+    L1 norm. The estimator needs no extra argument.
 
     Returns:
-      An estimator.
+      An estimator, whose sample has the shapes of the gradient and is float32 or wider.
 
     Source: Sophia-Lite, equation 2.
 
@@ -61,16 +65,20 @@ def gradient_magnitude() -> Estimator:
 
 
 def weighted_squared_gradient(*, max_norm: ArrayLike | None = None) -> Estimator:
-    """The curvature of geometric SophiaG, h = g² / (1 + ‖g‖). Needs no extra argument.
+    """The curvature of geometric SophiaG: g² weighted by the norm of the gradient.
 
-    The norm is that of the whole incoming tree, so it is a pass over the gradient of its own.
+        h = g ⊙ g / (1 + ‖g‖)
+
+    ‖g‖ is the norm of the whole incoming tree, which takes one more pass over the gradient. The
+    estimator needs no extra argument.
 
     Args:
-      max_norm: bound on ‖g‖: that of g scaled down to it, as by `optax.clip_by_global_norm`, is
-        the curvature. Both norms are one here: behind such a clip the norm would be taken again.
+      max_norm: bound on ‖g‖: g is first scaled down to it, as by `optax.clip_by_global_norm`. Set
+        it here rather than chaining that transformation, which would compute the norm twice.
 
     Returns:
-      An estimator.
+      An estimator, whose sample has the shapes of the gradient and is float32 or wider. It is NaN
+      if ‖g‖ is not finite.
 
     Raises:
       ValueError: `max_norm` is not above 0.
@@ -86,22 +94,22 @@ def weighted_squared_gradient(*, max_norm: ArrayLike | None = None) -> Estimator
     """
     if max_norm is not None:
         checks.in_range("max_norm", max_norm, 0, float("inf"))
-        checks.nonzero("max_norm", max_norm, "it stops all movement; None leaves the gradient.")
+        checks.nonzero("max_norm", max_norm, "it stops all movement; None does not bound it.")
 
     def estimator(key, params, updates, **unused):
         del key, params, unused
         updates, norm = bounded(jax.tree.map(widen, updates), max_norm)
         weight = 1 / (1 + norm)
-        # Not g² times it: shared with the norm, g² would be written to memory.
+        # Not g² * weight: XLA would write g² to memory, because the norm reads it too.
         return jax.tree.map(lambda g: g * (g * weight.astype(g.dtype)), updates)
 
     return Sampler("weighted_squared_gradient", estimator)
 
 
 def bounded(updates: optax.Updates, max_norm: ArrayLike | None) -> tuple[optax.Updates, jax.Array]:
-    """The gradient, scaled down to a norm of `max_norm`, and its norm, NaN if it was not finite."""
+    """(gradient scaled down to a norm of `max_norm`, its norm); NaN if the norm is not finite."""
     norm = optax.tree.norm(jax.tree.map(widen, updates))
-    finite = jnp.isfinite(norm)  # over a norm of inf all curvature would be 0, and taken
+    finite = jnp.isfinite(norm)  # an infinite norm would give h = 0, which would be accepted
     if max_norm is None:
         return updates, jnp.where(finite, norm, jnp.nan)
     bound = jnp.minimum(norm, jnp.asarray(max_norm, norm.dtype))

@@ -1,4 +1,8 @@
-"""Rows of a batch in groups: cut out, evaluated side by side or in turn, put in order again."""
+"""Groups of consecutive rows: cut them out, evaluate them in rounds, put the rows in order again.
+
+A round evaluates `parallel` groups at once under `jax.vmap`, one in each slot. If `parallel` does
+not divide the number of groups, the last round has idle slots.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sophia_optax.estimators.base import sum_over
 from sophia_optax.estimators.chunked_logits import LinearLogits
 from sophia_optax.estimators.rows import (
+    Rows,
     batch_size,
     check_groups,
     check_stride,
@@ -19,13 +23,12 @@ from sophia_optax.estimators.rows import (
     numbers_of,
     row_axes,
 )
-from sophia_optax.sharding import AxisName, Spec, Tree, spec_of, with_auto_axes
+from sophia_optax.sharding import AxisName, Spec, Tree, spec_of, sum_over, with_auto_axes
 
 
-def sampled_rows(
-    inputs: Tree, weights: Any, row_numbers: Any, groups: int, fraction: float
-) -> tuple[Tree, Any, Any]:
-    """(inputs, weights, row numbers) of the sub-batch; row numbers are those of the full batch."""
+def sampled_rows(batch: Rows, groups: int, fraction: float) -> Rows:
+    """The rows that are sampled, with their row numbers in the full batch."""
+    inputs, weights, row_numbers = batch
     if inputs is None:
         if groups > 1 or fraction != 1:
             raise ValueError(
@@ -34,28 +37,32 @@ def sampled_rows(
                 "`logits_fn=lambda params, inputs: ...`."
             )
         numbers = None if row_numbers is None else numbers_of(row_numbers, jnp.size(row_numbers))
-        return None, weights, numbers
+        return Rows(None, weights, numbers)
     numbers = numbers_of(row_numbers, batch_size((inputs, weights)))
-    rows = every_nth_row((inputs, weights, numbers), fraction)
-    check_groups(len(rows[2]), len(numbers), fraction, groups)
+    rows = every_nth_row(Rows(inputs, weights, numbers), fraction)
+    check_groups(len(rows.numbers), len(numbers), fraction, groups)
     return rows
 
 
-def other_rows(inputs: Tree, weights: Any, row_numbers: Any, stride: int) -> tuple[Tree, Any, Any]:
-    """(inputs, weights, row numbers) of the rows that are not in the sub-batch."""
+def remaining_rows(batch: Rows, stride: int) -> Rows:
+    """The rows that are not sampled."""
+    inputs, weights, row_numbers = batch
     number = batch_size((inputs, weights))
     check_stride(number, stride)
-    return every_other_row((inputs, weights, numbers_of(row_numbers, number)), stride)
+    return every_other_row(Rows(inputs, weights, numbers_of(row_numbers, number)), stride)
 
 
-def mean_of_parts(true: Tree, others: Tree, groups: int, stride: int) -> Tree:
-    """Means over all rows, of sums over the groups and of means over the other rows."""
+# ---------------------------------------------------------------- joining the results of two passes
+
+
+def mean_of_parts(sampled: Tree, remaining: Tree, groups: int, stride: int) -> Tree:
+    """Mean over all rows, from sums over the sampled groups and means over the remaining rows."""
     share = 1 / stride
-    return jax.tree.map(lambda s, m: s * (share / groups) + m * (1 - share), true, others)
+    return jax.tree.map(lambda s, m: s * (share / groups) + m * (1 - share), sampled, remaining)
 
 
-def join_rows(aux: Tree, others: Tree, number: int) -> Tree:
-    """Auxiliary output in the order of the rows, the sub-batch's `number` and the other rows'."""
+def join_rows(sampled: Tree, remaining: Tree, number: int) -> Tree:
+    """Auxiliary output in the order of the batch; `number` rows of it were sampled."""
 
     def join(x, other):
         parts = x.reshape(number, 1, *x.shape[1:]), other.reshape(number, -1, *x.shape[1:])
@@ -64,11 +71,11 @@ def join_rows(aux: Tree, others: Tree, number: int) -> Tree:
     def joined(x, other):
         return with_auto_axes(join, x, other, specs=spec_of(other))
 
-    return jax.tree.map(joined, aux, others)
+    return jax.tree.map(joined, sampled, remaining)
 
 
 def mean_of_states(states: Tree) -> Tree:
-    """[G, ...] to [...]: the mean of real numbers over groups, of anything else the first.
+    """[G, ...] to [...]: the mean of real numbers over groups, and the first of everything else.
 
     Running averages all start from one state, so their mean is the average of the whole batch.
     """
@@ -79,34 +86,23 @@ def mean_of_states(states: Tree) -> Tree:
     return jax.tree.map(mean, states)
 
 
-def mean_of_two_states(state: Tree, other: Tree, stride: int) -> Tree:
-    """Of the sub-batch, one row in `stride`, and of the other rows."""
+def mean_of_two_states(sampled: Tree, remaining: Tree, stride: int) -> Tree:
+    """As `mean_of_states`, where one row in `stride` was sampled."""
 
     def mean(x, y):
         return x / stride + y * (1 - 1 / stride) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
-    return jax.tree.map(mean, state, other)
+    return jax.tree.map(mean, sampled, remaining)
 
 
-def spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
-    """`logits_fn` whose constraints apply to the rows of one shard, as in a group.
+# ---------------------------------------------------------------- rounds of parallel groups
 
-    It raises ValueError where shards do not divide the rows.
+
+def in_parallel_groups(logits_fn: Any, number: int, spmd_axis_name: AxisName) -> Callable:
+    """`logits_fn` on `number` equal groups of the rows at once, spread over mesh axes.
+
+    Sharding constraints inside `logits_fn` then apply to one group, as they do in a sample.
     """
-
-    def spreading(params, inputs):
-        number = batch_size(inputs)
-        if number % shards:
-            raise ValueError(
-                f"shards={shards} does not divide the {number} rows of `inputs` whose gradient is "
-                "taken. Choose the number of devices that the batch is spread over."
-            )
-        cut = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), inputs)
-        # What has no rows, such as a head's matrix, is one for all shards.
-        mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
-        of_rows, whole = mapped(params, cut)
-        of_rows = of_rows.reshape(-1, *of_rows.shape[2:])
-        return of_rows if whole is None else dataclasses.replace(whole, features=of_rows)
 
     def parts(params, inputs):
         outputs = logits_fn(params, inputs)
@@ -114,17 +110,26 @@ def spread(logits_fn: Any, shards: int, spmd_axis_name: AxisName) -> Callable:
             return outputs, None
         return outputs.features, dataclasses.replace(outputs, features=None)
 
-    return spreading
+    # All groups share what has no rows, such as the matrix of a head.
+    mapped = jax.vmap(parts, (None, 0), (0, None), spmd_axis_name=spmd_axis_name)
 
+    def outputs_of(params, inputs):
+        rows = batch_size(inputs)
+        if rows % number:
+            raise ValueError(
+                f"parallel_groups={number} does not divide the {rows} rows of `inputs` whose "
+                "gradient is taken. Choose the number of devices that the batch is spread over."
+            )
+        cut = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), inputs)
+        by_row, whole = mapped(params, cut)
+        by_row = by_row.reshape(-1, *by_row.shape[2:])
+        return by_row if whole is None else dataclasses.replace(whole, features=by_row)
 
-def _filled(x: jax.Array, multiple: int) -> jax.Array:
-    """`x` with leading entries repeated at its end, up to a multiple of their number."""
-    missing = -len(x) % multiple
-    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "wrap") if missing else x
+    return outputs_of
 
 
 def zero_unless(condition: jax.Array | None, tree: Tree) -> Tree:
-    """Zeros where the condition is false; None is always true."""
+    """Zeros where the condition is false; None counts as true."""
     if condition is None:
         return tree
     return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
@@ -134,71 +139,89 @@ def sum_over_groups(
     function: Callable[[Tree, jax.Array | None], tuple[Tree, tuple[Tree, Tree]]],
     rows: Tree,
     groups: int,
-    shards: int,
+    parallel: int,
     axis_name: AxisName,
 ) -> tuple[Tree, tuple[Tree, Tree]]:
-    """(sums, (outputs by row, state)); `function` takes rows of one group, or of `shards` of them.
+    """Evaluates all groups in rounds: (sums, (auxiliary output in the order of the rows, state)).
 
-    Groups that only fill the last round are told that they do not count, and must give no output
-    by row. The scan is outside: inside a shard its sums would be of the size of all parameters,
-    however these are sharded. A scan over all groups would gather every group onto every device.
+    Args:
+      function: `(rows, counts) -> (sums, (auxiliary output, state))` of one group, or of
+        `parallel` groups if that is more than one. `counts` is False in an idle slot, and None if
+        no slot is idle. With idle slots there must be no auxiliary output.
+      rows: all rows that are sampled.
+      groups: number of groups.
+      parallel: number of groups in a round.
+      axis_name: manual axes over which the sums differ.
     """
-    if groups == shards == 1:
+    if groups == parallel == 1:
         return function(rows, None)
-    cuts = _rounds(rows, groups, shards)
+    # The scan is outside the vmap: inside, its sums would be as large as all parameters on every
+    # device, however these are sharded. A scan over groups instead of rounds would gather every
+    # group onto every device.
+    cuts = _cut_into_rounds(rows, groups, parallel)
     sums, (aux, states) = sum_over(lambda cuts: function(*cuts), cuts, axis_name)
-    if shards > 1:
+    if parallel > 1:
         states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
-    return sums, (jax.tree.map(lambda x: _joined(x, shards), aux), mean_of_states(states))
+    return sums, (jax.tree.map(lambda x: _join_rounds(x, parallel), aux), mean_of_states(states))
 
 
-def _rounds(rows: Tree, groups: int, shards: int) -> tuple[Tree, jax.Array | None]:
-    """([rounds, shards, rows of a group, ...] or without the second axis, which places count)."""
-    rounds = -(-groups // shards)
-    places = jnp.arange(rounds * shards).reshape(shards, rounds).T
+def _cut_into_rounds(rows: Tree, groups: int, parallel: int) -> tuple[Tree, jax.Array | None]:
+    """(leaves [rounds, parallel, rows of a group, ...], bool[rounds, parallel] or None).
 
-    def cut(x):
-        x = _filled(x.reshape(groups, -1, *x.shape[1:]), shards)
-        x = x.reshape(shards, rounds, *x.shape[1:]).swapaxes(0, 1)
-        return x if shards > 1 else x[:, 0]
-
-    def key(x):
-        keys = jax.random.split(x, rounds * shards)
-        return keys.reshape(rounds, shards) if shards > 1 else keys
-
+    The second axis is missing if `parallel` is 1. The booleans say which slots are not idle.
+    """
+    rounds, idle = -(-groups // parallel), groups % parallel > 0
     lead = row_axes(rows)
 
-    def spec(x):
-        if is_key(x):
-            return Spec((None, lead)) if shards > 1 else Spec()
-        rest = spec_of(x)[1:]
-        return Spec((None, lead, None, *rest) if shards > 1 else (None, lead, *rest))
+    def cut(rows):
+        slots = jnp.arange(rounds * parallel).reshape(parallel, rounds).T
+        counts = slots < groups if idle else None
+        return jax.tree.map(lambda x: _cut_leaf(x, groups, parallel, rounds), rows), counts
 
-    def all_cut(rows):
-        counts = places < groups if groups % shards else None
-        return jax.tree.map(lambda x: key(x) if is_key(x) else cut(x), rows), counts
-
-    counts = Spec((None, lead)) if groups % shards else None
-    return with_auto_axes(all_cut, rows, specs=(jax.tree.map(spec, rows), counts))
+    specs = jax.tree.map(lambda x: _spec_in_rounds(x, lead, parallel), rows)
+    return with_auto_axes(cut, rows, specs=(specs, Spec((None, lead)) if idle else None))
 
 
-def _joined(x: jax.Array, shards: int) -> jax.Array:
-    """What `_rounds` cut, by rows again."""
+def _cut_leaf(x: jax.Array, groups: int, parallel: int, rounds: int) -> jax.Array:
+    if is_key(x):
+        keys = jax.random.split(x, rounds * parallel)
+        return keys.reshape(rounds, parallel) if parallel > 1 else keys
+    x = _wrap(x.reshape(groups, -1, *x.shape[1:]), parallel)
+    x = x.reshape(parallel, rounds, *x.shape[1:]).swapaxes(0, 1)
+    return x if parallel > 1 else x[:, 0]
+
+
+def _spec_in_rounds(x: jax.Array, lead: Any, parallel: int) -> Spec:
+    """Explicit mesh axes of a leaf that `_cut_leaf` has cut."""
+    if is_key(x):
+        return Spec((None, lead)) if parallel > 1 else Spec()
+    rest = spec_of(x)[1:]
+    return Spec((None, lead, None, *rest) if parallel > 1 else (None, lead, *rest))
+
+
+def _wrap(x: jax.Array, multiple: int) -> jax.Array:
+    """Repeats leading entries at the end of `x`, so that `multiple` divides their number."""
+    missing = -len(x) % multiple
+    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "wrap") if missing else x
+
+
+def _join_rounds(x: jax.Array, parallel: int) -> jax.Array:
+    """[rounds, parallel, rows of a group, ...] to [rows, ...], in the order of the rows."""
 
     def join(x):
-        x = x if shards > 1 else x[:, None]
+        x = x if parallel > 1 else x[:, None]
         return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
     _, first, *rest = spec_of(x)
-    spec = (first or rest[0], *rest[1:]) if shards > 1 else (first, *rest)
+    spec = (first or rest[0], *rest[1:]) if parallel > 1 else (first, *rest)
     return with_auto_axes(join, x, specs=Spec(spec))
 
 
-def check_leads_with_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:
-    """Raises ValueError where an output is not by row."""
+def check_aux_rows(aux: Tree, number: int, groups: int, fraction: float) -> None:
+    """Rejects auxiliary output that does not lead with the rows of its outputs."""
     if any(jnp.shape(x)[:1] != (number,) for x in jax.tree.leaves(aux)):
         raise ValueError(
             f"with groups={groups} and batch_fraction={fraction} the auxiliary output of `loss_fn` "
             f"must lead with the rows of its outputs, here {number}, but its shapes are "
-            f"{jax.tree.map(jnp.shape, aux)}: what is not of a row cannot be joined."
+            f"{jax.tree.map(jnp.shape, aux)}. The passes over groups can only be joined row by row."
         )

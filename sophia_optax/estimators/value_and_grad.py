@@ -1,4 +1,4 @@
-"""Loss, gradient and a sample of curvature, of one forward pass."""
+"""Loss, gradient and a curvature sample from one forward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,59 +16,61 @@ def value_grad_and_hessian(
 
         (key, θ) -> (L(θ), ∇L(θ), ĥ)
 
-    For steps on which curvature is due, in place of `jax.value_and_grad`. All three come of one
-    forward pass: with `gauss_newton_bartlett` the gradients of the true loss and of the sampled
-    one are two pullbacks of each group's outputs; with `hutchinson` loss and gradient are what
-    H u is the derivative of. ĥ is what `estimator(key, θ, None, **extra)` returns, up to rounding.
+    Call it in place of `jax.value_and_grad` on steps that sample curvature. All three results come
+    from one forward pass. With `gauss_newton_bartlett`, the gradients of the true and of the
+    sampled loss are two pullbacks of the outputs of each group. With `hutchinson`, H u is the
+    derivative of the gradient that is returned. ĥ equals `estimator(key, θ, None, **extra)`, up to
+    rounding.
 
-    Loss and gradient are always those of the whole batch. Where the estimator takes 1/n of it,
-    Gauss-Newton-Bartlett shares the forward pass of those rows, and the other rows get an ordinary
-    pass: about 1 + 2/(3n) gradients instead of 1 + 1/n. Hutchinson evaluates its rows apart, since
-    the mean that `obj_fn` returns may weigh them.
+    Loss and gradient are always those of the whole batch. If the estimator samples 1/n of the rows,
+    `gauss_newton_bartlett` shares the forward pass of these rows and makes an ordinary pass over
+    the others: about 1 + 2/(3n) gradients instead of 1 + 1/n. `hutchinson` evaluates the sampled
+    rows separately, since `obj_fn` may weigh them.
 
-    Micro-batches of gradient accumulation may be shared: call this on those that curvature is
-    sampled from, all with one key and each with the `row_numbers` of its rows, and
-    `jax.value_and_grad` on the others. The mean of the samples is a sample of all their rows,
-    exactly where B is the same in each.
+    With gradient accumulation, call it on the micro-batches that are sampled, all with one key and
+    each with the `row_numbers` of its rows, and `jax.value_and_grad` on the others. The mean of the
+    samples is a sample of all these rows, exactly so if B is the same in each micro-batch.
 
-    In units of one `jax.value_and_grad`, such a step of a small GPT-2 takes 1.68 times the
-    floating-point operations with Gauss-Newton-Bartlett instead of 2.02, and 3.02 with Hutchinson
-    instead of 3.71, on the whole batch. Of separate calls in one program XLA merges what is equal
-    by itself: all of the forward pass with one group (1.68), some of it with Hutchinson (3.24),
-    but nothing with groups or several draws, or where parameters are sharded.
+    In units of one `jax.value_and_grad`, a step of a small GPT-2 that samples the whole batch takes
+    1.68 times the floating-point operations with `gauss_newton_bartlett` (2.02 with separate
+    calls), and 3.02 with `hutchinson` (3.71). If the separate calls are in one program, XLA merges
+    equal operations itself: the whole forward pass with one group (1.68), a part of it with
+    `hutchinson` (3.24), but nothing with several groups or draws, or with sharded parameters.
 
     Args:
-      estimator: of `hutchinson` or `gauss_newton_bartlett`.
-      has_aux: the loss returns auxiliary output too, `(loss, aux)`; with groups or a sub-batch of
-        `gauss_newton_bartlett` its leaves lead with the rows of the outputs at hand, and come back
-        with those of the batch.
-      has_state: `logits_fn` of `gauss_newton_bartlett` returns `(outputs, state)`, such as running
-        averages of batch normalisation. Of several groups or shards the mean of real numbers comes
-        back, which is right for averages that start from one state, and of anything else one of
-        them. With `hutchinson` the state is the auxiliary output.
+      estimator: made by `hutchinson` or `gauss_newton_bartlett`.
+      has_aux: whether the loss returns `(loss, aux)`, with auxiliary output. If
+        `gauss_newton_bartlett` has groups or samples a fraction of the rows, the leaves of `aux`
+        must lead with the rows of the outputs; they come back with all rows of the batch.
+      has_state: whether `logits_fn` of `gauss_newton_bartlett` returns `(outputs, state)`, such as
+        running averages of batch normalisation. With several groups or shards, floating-point
+        leaves come back as their mean, which is right for averages that start from one state, and
+        other leaves from one of them. With `hutchinson`, use the auxiliary output for the state.
 
     Returns:
-      A function `(key, params, **extra) -> (loss, gradient, h)`, with `(loss, aux)`, `(loss,
-      state)` or `(loss, aux, state)` in the place of the loss where the arguments say so.
-      The gradient has the dtypes of params. To use it, `tx.update(gradient, state, params,
-      hessian=h)`. The key that `hessian_estimate(seed=s)` uses at its update n = 0, 1, ... is
-      `jax.random.fold_in(jax.random.key(s), n)`. Of `extra` each estimator reads its own, and
-      ignores the others:
-        obj_fn, inputs, row_numbers: as in `hutchinson`, whose loss this is.
-        loss_fn: for `gauss_newton_bartlett`, the true loss of each output, unaveraged:
-          `outputs -> float[B, ...]`, or `(outputs, inputs)` when `inputs` is passed; shaped as
-          `weights` where there are some. The loss is Σ w l / Σ w, not finite if Σ w = 0.
-          Of `LinearLogits`, `softmax_cross_entropy`.
+      A function `(key, params, **extra) -> (loss, gradient, h)`. In the place of the loss it
+      returns `(loss, aux)`, `(loss, state)` or `(loss, aux, state)`, as `has_aux` and `has_state`
+      say. The gradient has the dtypes of params. Pass the sample on with
+      `tx.update(gradient, state, params, hessian=h)`. The key that `hessian_estimate(seed=s)` uses
+      at its update n = 0, 1, ... is `jax.random.fold_in(jax.random.key(s), n)`. Each estimator
+      reads its own arguments from `extra`, and ignores the others:
+        obj_fn, inputs, row_numbers: as in `hutchinson`; `obj_fn` gives the loss.
+        loss_fn: for `gauss_newton_bartlett`, the true loss of each output, not averaged:
+          `outputs -> float[B, ...]`, or `(outputs, inputs)` if `inputs` is passed, shaped as
+          `weights` if there are any. The loss is Σ w l / Σ w, which is not finite if Σ w = 0. For
+          `LinearLogits`, use `softmax_cross_entropy`.
         logits_fn, inputs, weights, row_numbers: as in `gauss_newton_bartlett`.
-        axis_name: axis of an enclosing `shard_map`; loss and gradient are then those of all
-          shards (Hutchinson: the mean of the shards' losses), auxiliary output is the shard's.
+        axis_name: axis of an enclosing `shard_map`. Loss and gradient are then those of all
+          shards (with `hutchinson` the mean of the shards' losses); `aux` is the shard's own.
 
     Raises:
-      TypeError: the estimator shares no forward pass; `obj_fn` returns another form.
-      ValueError: what the estimator raises; `loss_fn` is missing or returns another form;
-        `sampled_loss_fn` is passed; the n of Gauss-Newton-Bartlett does not divide the rows.
+      TypeError: the estimator cannot share a forward pass; `obj_fn` returns another form.
+      ValueError: the estimator raises it; `loss_fn` is missing or returns another form;
+        `sampled_loss_fn` is passed; `gauss_newton_bartlett` samples every n-th row, and n does not
+        divide the rows.
 
-    Source: Liu et al. 2023 (arXiv 2305.14342) evaluate the two apart; the sharing is ours.
+    Source: Liu et al. 2023 (arXiv 2305.14342) evaluate gradient and sample separately; sharing a
+    pass is ours.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from sophia_optax import gauss_newton_bartlett, sophia_g
@@ -85,7 +87,7 @@ def value_grad_and_hessian(
     """
     if not isinstance(estimator, Sampler) or estimator.with_gradient is None:
         raise TypeError(
-            f"{estimator} shares no forward pass: only hutchinson(...) and "
+            f"{estimator} shares no forward pass with the loss: only hutchinson(...) and "
             "gauss_newton_bartlett(...) do. Call `jax.value_and_grad`, and let `update` call the "
             "estimator."
         )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from sophia_optax import checks
-from sophia_optax.estimators.base import check_denominator
 from sophia_optax.numerics import cast_to_step, widen, widest
 from sophia_optax.sharding import parts_of, varying_like
 from sophia_optax.transforms.hessian_estimate import refresh_due
@@ -214,7 +213,7 @@ def clip_by_ratio(
         statistics_fraction,
         "nothing would be counted; statistics=False takes none.",
     )
-    check_denominator(denominator, (floor, shift, rms_floor))
+    _check_denominator(denominator)
     momentum = optax.with_extra_args_support(momentum)
     curvature = optax.with_extra_args_support(curvature)
     second = optax.with_extra_args_support(second_moment or optax.identity())
@@ -272,6 +271,18 @@ def clip_by_ratio(
         return cast_to_step(step, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_denominator(denominator: Any) -> None:
+    """Rejects a function that does not take (h, v), and a factory passed without its call."""
+    if checks.takes_positional(denominator, 2) and denominator not in (floor, shift, rms_floor):
+        return
+    name = getattr(denominator, "__name__", repr(denominator))
+    raise TypeError(
+        f"denominator={name} cannot be called as (h, v), the curvature and the second moment of "
+        "the gradient. Pass what a factory returns, such as `floor(.01, 1e-12)`, or "
+        "`lambda h, v: ...`, which need not read v."
+    )
 
 
 def _times(scalar: ArrayLike, tree: optax.Updates) -> optax.Updates:

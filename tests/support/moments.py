@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-# Most of the time of a small test is LLVM's: unoptimised programs compile three times faster.
+# Small tests spend most of their time in LLVM; unoptimised programs compile three times faster.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -22,7 +22,7 @@ def standard_error(samples):
 def assert_mean(samples, exact, power):
     """Every coordinate's mean is within 5 standard errors of `exact`.
 
-    And the test means something: half of the coordinates would reveal a bias of `power` times
+    The test must also be sensitive: half of the coordinates would reveal a bias of `power` times
     the exact value.
     """
     for name, want in exact.items():
@@ -33,5 +33,5 @@ def assert_mean(samples, exact, power):
 
 
 def flops(function, *shapes):
-    """XLA's count for one call; the body of a scan is counted once."""
+    """XLA's count of floating-point operations for one call; the body of a scan counts once."""
     return jit(function).lower(*shapes).compile().cost_analysis()["flops"]

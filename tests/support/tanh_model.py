@@ -1,4 +1,4 @@
-"""A small tanh network as the estimators see it; `exact.ExactTanh` is its oracle."""
+"""A small tanh network with all arguments of the estimators; its oracle is `exact.ExactTanh`."""
 
 import functools
 
@@ -19,7 +19,7 @@ Y = {
     "bernoulli": rng.integers(2, size=(ROWS, TOKENS, V)),
     "gaussian": rng.normal(size=(ROWS, TOKENS, V)),
 }
-# Fractional, padded, unequal in every way of grouping; the last quarter of the rows has nothing.
+# Fractional weights and padding, unequal in every grouping; the last quarter of the rows has none.
 W = np.array([[1, 0.3], [2, 0], [1, 1], [0.5, 0.1], [0, 0.2], [1, 0], [0, 0], [0, 0]])
 PARAMS = {
     name: rng.normal(size=shape)
@@ -51,7 +51,7 @@ def obj_fn(params, batch, likelihood="categorical"):
 
 
 def arguments(likelihood="categorical", weighted=False, dtype="float64"):
-    """(params, extra arguments for every estimator)."""
+    """(params, extra arguments of every estimator)."""
     cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
     batch = {"x": cast(X), "y": jnp.asarray(Y[likelihood])}
     weights = cast(weights_of(likelihood)) if weighted else None
@@ -62,6 +62,23 @@ def arguments(likelihood="categorical", weighted=False, dtype="float64"):
         "inputs": batch | ({"w": weights} if weighted else {}),
     }
     return cast(PARAMS), extra | ({"weights": weights} if weighted else {})
+
+
+@jax.custom_vjp
+def _tanh(x):
+    return jnp.tanh(x)
+
+
+@jax.custom_vjp
+def tanh_squared(x):
+    """tanh(x)² with a nested `custom_vjp`, which JAX cannot differentiate in forward mode."""
+    return _tanh(x) ** 2
+
+
+_tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
+tanh_squared.defvjp(
+    lambda x: (_tanh(x) ** 2, x), lambda x, g: (2 * g * _tanh(x) / jnp.cosh(x) ** 2,)
+)
 
 
 def shared(estimate, params, extra, key=KEY, **more):

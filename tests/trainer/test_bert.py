@@ -20,6 +20,7 @@ from train.checkpoint import warm_start
 from train.config.presets import preset
 from train.config.schema import OutputConfig
 from train.data import DataConfig, load
+from train.optimizers.base import Due
 from train.step.batch import Batch
 
 MODEL = models.EncoderConfig(
@@ -193,7 +194,7 @@ def test_a_sample_of_a_masked_batch_is_of_what_is_hidden_alone():
     run = small("", "sophia-g", steps=11, model=TINY, batch_size=8, sequence_length=6)
     optim = dataclasses.replace(run.optim, num_samples=400)
     programs = program.assemble(dataclasses.replace(run, optim=optim, accumulation=2))
-    step = programs.compile(True)
+    step = programs.compile(Due(True))
     states = [step(programs.init(), Batch(inputs, x, weights)) for x in (tokens, other)]
     equal(states[0], states[1])
     state = states[0][0].opt_state

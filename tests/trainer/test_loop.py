@@ -94,9 +94,9 @@ def test_programs_are_compiled_before_the_first_step_and_never_again(
     def watched(*args, **kwargs):
         step = make_step(*args, **kwargs)
 
-        def traced(state, batch, refresh):
-            events.append(refresh)
-            return step(state, batch, refresh)
+        def traced(state, batch, due):
+            events.append(due.refresh)
+            return step(state, batch, due)
 
         return traced
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from train import program
+from train import inputs, program
 from train.checkpoint import manifest, run_folder, warm_start
 from train.config import schema, serialize
 from train.config.schema import Config
@@ -26,7 +26,7 @@ class Start(NamedTuple):
 def recorded(config: Config) -> Config:
     """The config as it is recorded: its precision and paths mean the same on any machine."""
     config = schema.resolved(config, jax.default_backend())
-    return processes.on_all(functools.partial(program.settled, config))
+    return processes.on_all(functools.partial(inputs.settled, config))
 
 
 def begin(config: Config) -> None:

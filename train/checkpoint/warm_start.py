@@ -11,7 +11,7 @@ import numpy as np
 import models
 from models import huggingface
 from models.reading import read_json
-from train import program
+from train import eval_program
 from train.checkpoint import classes, leaves, moved, store, validate
 from train.config import command_line, serialize
 from train.config.schema import Config
@@ -45,7 +45,7 @@ def load(folder: Path, step: int | None = None, data: moved.Places = moved.STAYE
       CheckpointError: no checkpoint can be read.
     """
     config = moved.placed(serialize.load(folder), data)
-    programs = program.assemble_trained(config)
+    programs = eval_program.build_eval(config)
     with store.Checkpoints(folder / "checkpoints") as checkpoints:
         done, state = checkpoints.restore(
             {"params": programs.params, "step": programs.step},

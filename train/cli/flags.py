@@ -74,8 +74,14 @@ _USUAL = {
 }
 
 
-OLD = {"--run.": "--output."}
-"""Old prefix of flags -> its name now."""
+OLD = {
+    "--run.": "--output.",
+    "--optim.spread": "--optim.amortize",
+    "--optim.no-spread": "--optim.no-amortize",
+    "--optim.b2-numbers": "--optim.b2-vector",
+    "--optim.b2_numbers": "--optim.b2_vector",
+}
+"""Beginnings of flags that have another name now."""
 
 
 def current(args: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from train import generate, program
+from train import generate, inputs
 from train.checkpoint import moved, warm_start
 
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -65,7 +65,7 @@ def sample(
     generate.check_seed(seed)
     loaded = load(run, step, data)
     with moved.explained(loaded.config):
-        tokenizer = program.load_tokenizer(loaded.config)
+        tokenizer = inputs.load_tokenizer(loaded.config)
     tokens = generate.sample(
         loaded.config.model,
         loaded.params,

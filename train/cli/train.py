@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from train.cli import flags
-from train.config import presets, schema
+from train.config import command_line, presets, schema
+from train.optimizers.base import OptimizerConfig
 from train.parallel.processes import DistributedConfig
 
 
@@ -51,7 +52,8 @@ def parse_all(
     optim, note = _fitted(parsed.config, words)
     if note:
         print(note, file=sys.stderr)
-    config = schema.Config(**_fields(parsed.config) | {"optim": optim})
+    fields: dict[str, Any] = _fields(parsed.config) | {"optim": optim}
+    config = schema.Config(**fields)
     return config, parsed.distributed
 
 
@@ -81,26 +83,19 @@ def _fields(config: schema.Config) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def _fitted(config: schema.Config, words: Sequence[str]) -> tuple[Any, str]:
-    """The optimizer with a share of rows that divides the batch, unless a word names the share.
+def _fitted(config: schema.Config, words: Sequence[str]) -> tuple[OptimizerConfig, str]:
+    """The optimizer with hyperparameters that suit the batch, but for those that a word names.
 
     Returns:
       (the optimizer, a note for the user; empty if nothing was changed).
     """
-    given = {word.partition("=")[0].replace("_", "-") for word in words}
-    optim: Any = config.optim
     rows, pieces = config.batch_size, config.accumulation
-    fitted = getattr(optim, "fitted", None)
-    if fitted is None or "--optim.batch-fraction" in given:
-        return optim, ""
-    # The config itself refuses these numbers.
-    if min(rows, pieces, getattr(optim, "update_interval", 1)) < 1 or rows % pieces:
-        return optim, ""
-    fit = fitted(rows, pieces, regroup="--optim.groups" not in given)
-    if fit == optim:
-        return optim, ""
-    said = f"--optim.batch-fraction {fit.batch_fraction:.4g}"
-    if fit.groups != optim.groups:
-        said += f" --optim.groups {fit.groups}"
+    flags_given = [word.partition("=")[0].replace("-", "_") for word in words]
+    fixed = {flag.partition("__optim.")[2] for flag in flags_given}
+    if min(rows, pieces) < 1 or rows % pieces:  # the config itself refuses these numbers
+        return config.optim, ""
+    fit = config.optim.fitted(rows, pieces, fixed)
+    changed = command_line.differing(fit, config.optim)
+    said = " ".join(f"--optim.{name.replace('_', '-')} {new:.4g}" for name, new in changed)
     cut = f" in {pieces} micro-batches" * (pieces > 1)
-    return fit, f"{said}: the preset's share, fitted to a batch of {rows}{cut}."
+    return fit, f"{said}: the preset's share, fitted to a batch of {rows}{cut}." if said else ""

@@ -1,4 +1,4 @@
-"""What no config may hold, whatever else it says."""
+"""Values that no config may hold."""
 
 import dataclasses
 import math
@@ -19,7 +19,17 @@ MOST_SAMPLES = 1024
 
 
 def check_numbers(fields: dict[str, Any], flag: str) -> None:
-    """What is no number would train to NaN, or diverge and be laid on the learning rate."""
+    """Rejects non-finite and impossible numbers.
+
+    Otherwise training yields NaN and the learning rate gets the blame.
+
+    Args:
+      fields: of a config, nested.
+      flag: beginning of the flags of these fields, for messages.
+
+    Raises:
+      ValueError: names the flag and the cure.
+    """
     for name, value in fields.items():
         shown = flag + name.replace("_", "-")
         if isinstance(value, dict):
@@ -41,25 +51,25 @@ def check_numbers(fields: dict[str, Any], flag: str) -> None:
 
 
 def check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:
-    """A decoder names the next token, an encoder hidden ones or classes."""
+    """Raises ValueError if the model has no output for the task."""
     classes = getattr(model, "classes", 0)
     encoder = isinstance(model, EncoderConfig)
     if encoder != (task != "next-token") or (task == "classify") != bool(classes):
         kind = f"an encoder for {classes} classes" if classes else "an encoder" * encoder
         raise ValueError(
-            f"data.task={task} does not go with {kind or 'a decoder'}: decoders name the next "
-            "token, encoders hidden ones (--data.task masked), those with --model.classes above 0 "
-            "classes (--data.task classify)."
+            f"data.task={task} does not suit {kind or 'a decoder'}: a decoder predicts the next "
+            "token, an encoder masked tokens (--data.task masked), an encoder with --model.classes "
+            "above 0 classes (--data.task classify)."
         )
 
 
 def make(kind: type[T], fields: Mapping[str, Any], name: str = "") -> T:
-    """A dataclass of plain JSON values.
+    """A dataclass from plain JSON values.
 
     Args:
       kind: the dataclass.
-      fields: its fields; those that are dataclasses are made already.
-      name: of the dataclass, before the names of its fields in messages.
+      fields: values; nested dataclasses are made already.
+      name: prefix of the field names in messages.
 
     Raises:
       TypeError, AttributeError, ValueError: a field is unknown, or not of its type.
@@ -69,12 +79,12 @@ def make(kind: type[T], fields: Mapping[str, Any], name: str = "") -> T:
         if dataclasses.is_dataclass(value) or field not in kinds:
             continue
         if not _fits(value, kinds[field]):
-            raise TypeError(f"{name}{field} is {value!r:.40}, which is not what it should be")
+            raise TypeError(f"{name}{field} is {value!r:.40}, which is not of the right type")
     return kind(**fields)
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value, as JSON has it, is of a field's type."""
+    """Whether a JSON value has the type of a field."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return value in parts

@@ -1,4 +1,4 @@
-"""Command lines that can be pasted: of a config, and of a command on a run."""
+"""Command lines to paste: for a config, and for commands on a run."""
 
 import dataclasses
 import shlex
@@ -13,13 +13,13 @@ from train.optimizers.registry import name_of
 
 
 def python() -> str:
-    """The interpreter, as it is called from here."""
+    """The interpreter, relative to the working directory if it lies inside."""
     running, here = Path(sys.executable), Path.cwd()
     return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
 
 
 def call(*words: object) -> str:
-    """A command line that can be pasted, whatever is in its paths.
+    """A command line to paste, with its paths quoted.
 
     >>> call("resume", Path("my runs/a")).partition(" ")[2]
     "-m train resume 'my runs/a'"
@@ -28,7 +28,7 @@ def call(*words: object) -> str:
 
 
 def command(config: Config) -> str:
-    """The command line of a run, with a flag for each departure from its preset.
+    """The command line of a run: its preset, and a flag for each field that differs.
 
     >>> command(dataclasses.replace(preset("tiny", "adamw"), steps=500))
     'python -m train tiny adamw --steps 500'
@@ -37,15 +37,20 @@ def command(config: Config) -> str:
     return " ".join(["python -m train", *names, *_flags(config, preset(*names))])
 
 
+def differing(value: Any, default: Any) -> list[tuple[str, Any]]:
+    """(name, value) of the fields of a dataclass that differ from another's."""
+    pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return [(name, new) for name, new in pairs if new != getattr(default, name)]
+
+
 def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
     flags = []
-    for field in dataclasses.fields(value):
-        new, old = getattr(value, field.name), getattr(default, field.name)
-        name = prefix + field.name.replace("_", "-")
-        if isinstance(new, OutputConfig) or field.name == "base" or new == old:
+    for field, new in differing(value, default):
+        name = prefix + field.replace("_", "-")
+        if isinstance(new, OutputConfig) or field == "base":
             continue
         if dataclasses.is_dataclass(new):
-            flags += _flags(new, old, name + ".")
+            flags += _flags(new, getattr(default, field), name + ".")
         elif isinstance(new, bool):
             head, _, tail = name.rpartition(".")
             flags.append(name if new else f"{head}.no-{tail}" if head else f"--no-{tail[2:]}")

@@ -15,20 +15,23 @@ from train.config.output import OutputConfig
 from train.config.schema import Config
 from train.config.sizes import GPT2_SIZE
 from train.data.config import DataConfig
-from train.optimizers.baselines import Adafactor, Adam, AdamW, GaLore, Lion, Muon, Sgd, Sm3
-from train.optimizers.registry import (
-    OPTIMIZERS,
-    Optimizer,
-    OrthoSoph,
-    Soaa,
-    SophiaG,
-    SophiaGeometric,
-    SophiaH,
-    SophiaLite,
-)
+from train.optimizers.adafactor import Adafactor
+from train.optimizers.adam import Adam, AdamW
+from train.optimizers.base import OptimizerConfig
+from train.optimizers.galore import GaLore
+from train.optimizers.lion import Lion
+from train.optimizers.muon import Muon
+from train.optimizers.orthosoph import OrthoSoph
+from train.optimizers.registry import OPTIMIZERS
+from train.optimizers.sgd import Sgd
+from train.optimizers.sm3 import Sm3
+from train.optimizers.soaa import Soaa
+from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.sophia_geometric import SophiaGeometric
+from train.optimizers.sophia_lite import SophiaLite
 
 
-def _at(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Optimizer]:
+def _at(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, OptimizerConfig]:
     return {
         "sophia-g": SophiaG(  # published, where the sample is half the rows, squared at once
             learning_rate=rate, gamma=gamma, weight_decay=0.2, batch_fraction=1 / 10, groups=0
@@ -52,18 +55,20 @@ def _at(rate: float, gamma: float, adamw_rate: float, rank: int) -> dict[str, Op
 
 
 # Sophia's rate, Sophia-G's gamma, AdamW's rate, GaLore's rank
-_OF_SIZE: dict[str, dict[str, Optimizer]] = {
+_OF_SIZE: dict[str, dict[str, OptimizerConfig]] = {
     "30m": _at(6e-4, 0.05, 6e-4, 128),  # 125m's; the rank published for a Llama of 60m
     "125m": _at(6e-4, 0.05, 6e-4, 256),  # published
     "355m": _at(7e-4, 0.08, 3e-4, 256),  # published
     "540m": _at(3e-4, 0.05, 2e-4, 512),  # 770m's
     "770m": _at(3e-4, 0.05, 2e-4, 512),  # published; the rank that of a Llama of 1b
 }
-LARGE: dict[str, dict[str, Optimizer]] = {name: _OF_SIZE[size] for name, size in GPT2_SIZE.items()}
+LARGE: dict[str, dict[str, OptimizerConfig]] = {
+    name: _OF_SIZE[size] for name, size in GPT2_SIZE.items()
+}
 """Every model that is no tiny one."""
 
 # At 1,200 steps of 16 x 64 bytes, where long momentum hurts sign-like steps.
-TINY: dict[str, Optimizer] = {
+TINY: dict[str, OptimizerConfig] = {
     "sophia-g": SophiaG(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.1, groups=0),  # measured
     "sophia-h": SophiaH(learning_rate=3e-3, b1=0.8, b2=0.9, gamma=0.02, groups=0),  # measured
     "sophia-lite": SophiaLite(learning_rate=2.5e-3, b1=0.8),  # measured at 400 steps
@@ -102,11 +107,12 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     _known(optimizer, OPTIMIZERS, "optimizer")
     shape = PRESETS[model]
     data = DataConfig(task="masked" if isinstance(shape, EncoderConfig) else "next-token")
+    tuned = LARGE.get(model, TINY).get(optimizer) or OPTIMIZERS[optimizer]()
     if model not in LARGE:
-        return Config(shape, TINY[optimizer], data, base=model)
+        return Config(shape, tuned, data, base=model)
     return Config(
         dataclasses.replace(shape, scan_layers=True),
-        LARGE[model][optimizer],
+        tuned,
         data,
         base=model,
         output=OutputConfig(checkpoint_every=1000),

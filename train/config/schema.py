@@ -15,8 +15,8 @@ from train.config import checks
 from train.config.output import OutputConfig
 from train.config.sizes import GPT2_SIZE
 from train.data.config import DataConfig
-from train.optimizers.registry import Optimizer, name_of
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import OptimizerConfig, TrainContext
+from train.optimizers.registry import name_of
 from train.parallel.mesh import MeshConfig
 
 _WARMUP, _LONG_WARMUP = 100, 2000  # published with the large models: 2000 of 100,000 steps
@@ -33,45 +33,44 @@ class Config:
 
     model: DecoderConfig | EncoderConfig
     """Shape of the model."""
-    optim: Optimizer
-    """The optimizer and its hyperparameters."""
+    optim: OptimizerConfig
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """What it is trained on."""
+    """Training data."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """How devices are arranged."""
+    """Mesh of devices."""
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
     """What is written and shown."""
     steps: int = 1200
     """Optimizer steps."""
     batch_size: int = 16
-    """Sequences a step, over all devices."""
+    """Sequences per step, over all devices."""
     accumulation: int = 1
-    """Micro-batches that a step evaluates one after the other, for less memory: of batch_size
-    sequences together, which they and the devices must divide. The gradient is the same, and so
-    are samples of curvature whose groups the micro-batches can keep: of one row each, for one."""
+    """Micro-batches of a step, evaluated one after the other for less memory. They and the devices
+    must divide batch_size. The gradient stays the same; so do curvature samples if no group spans
+    two micro-batches, for example with groups of one row."""
     sequence_length: int = 64
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of activations and products, in place of model.dtype; auto is bfloat16 on GPU and
-    TPU and as the model says elsewhere. Parameters, softmax, losses, samples of curvature and
-    optimizers are float32."""
+    """Dtype of activations and matrix products, instead of model.dtype; auto is bfloat16 on GPU and
+    TPU and model.dtype elsewhere. Parameters, softmax, losses, curvature samples and optimizers are
+    float32."""
     loss_chunk: int = 0
-    """Positions of a sequence whose logits are held at once, for less memory where the vocabulary
-    is large, and one more product with it in three; 0 holds all."""
+    """Positions of a sequence whose logits are in memory at once: less memory with a large
+    vocabulary, for a third more products with it; 0 holds all."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate grows from 0 to its peak; None for 100 (2000 for models
-    from 30 million parameters), or a tenth of --steps if that is less."""
+    """Steps of linear warm-up of the learning rate; None for 100 (2000 for models from 30 million
+    parameters), or a tenth of --steps if that is less."""
     final_learning_rate: float = 0.05
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     evaluate_every: int = 200
-    """Steps between evaluations on held-out text; --output.evaluate-tokens says how much of it."""
+    """Steps between evaluations on the held-out split; --output.evaluate-tokens sets their size."""
     seed: int = 0
-    """Of initial parameters, data order, and curvature samples."""
+    """Seed of initial parameters, data order and curvature samples."""
     start_from: str = ""
-    """Folder of a run, or of a Hugging Face model, whose parameters to begin with; a head for
-    classes that it lacks begins at random. Empty begins all at random."""
+    """Folder of a run or of a Hugging Face model to take the initial parameters from. A
+    classification head that it lacks is initialised at random. Empty initialises all at random."""
     base: tyro.conf.Suppress[str] = "tiny"
     """The model's name, before any flag changed it."""
 
@@ -84,8 +83,6 @@ class Config:
                 f"batch_size={self.batch_size} does not divide into accumulation="
                 f"{self.accumulation} micro-batches; choose a multiple of {self.accumulation}."
             )
-        if isinstance(self.optim, SophiaG | SophiaH):
-            self.optim.estimator(1, self.batch_size, self.accumulation)
         checks.check_numbers(dataclasses.asdict(self), "--")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(
@@ -109,6 +106,7 @@ class Config:
                 f"steps={self.steps}, or the learning rate never reaches its peak: give "
                 "--warmup-steps too, about a tenth of --steps."
             )
+        self.optim.build(self.context())  # raises what does not fit the run
 
     @property
     def name(self) -> str:
@@ -117,7 +115,7 @@ class Config:
 
     @property
     def warmup(self) -> int:
-        """`warmup_steps`, or what None stands for.
+        """Steps of warm-up, with the default filled in.
 
         >>> from train.config.presets import preset
         >>> preset("tiny").warmup, dataclasses.replace(preset("tiny"), steps=60).warmup
@@ -138,9 +136,25 @@ class Config:
             self.final_learning_rate * peak,
         )
 
+    def context(self, row_devices: int = 1) -> TrainContext:
+        """What an optimizer may need to know of the run.
+
+        Args:
+          row_devices: devices over which rows are spread.
+        """
+        return TrainContext(
+            schedule=self.schedule,
+            seed=self.seed,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            row_devices=row_devices,
+            max_grad_norm=self.gradient_clip or None,
+        )
+
     @property
     def hash(self) -> str:
-        """Changes with whatever can change the result, not with where it runs or is written."""
+        """A hash of what can change the result; not of the mesh, precision and output."""
         fields: dict[str, Any] = dataclasses.asdict(self) | {"optimizer": name_of(self.optim)}
         fields = {k: v for k, v in fields.items() if k not in ("output", "mesh", "precision")}
         fields["warmup_steps"] = self.warmup
@@ -150,9 +164,7 @@ class Config:
 
 
 def resolved(config: Config, platform: str) -> Config:
-    """The config with the precision that it has on a platform, so that it stays when that changes.
-
-    What it starts from and its cache mean the same from any folder.
+    """The config with its precision on a platform filled in and its paths made absolute.
 
     >>> from train.config.presets import preset
     >>> resolved(preset(), "gpu").model.dtype, resolved(preset(), "cpu").model.dtype
@@ -168,5 +180,5 @@ def resolved(config: Config, platform: str) -> Config:
 
 
 def absolute(path: str) -> str:
-    """From the root on, or from home, which may be another on another machine."""
+    """An absolute path; ~ stays, since home differs between machines."""
     return path if path.startswith("~") or not path else str(Path(path).absolute())

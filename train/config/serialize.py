@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,27 @@ from train.data.config import DataConfig
 from train.optimizers.registry import OPTIMIZERS, name_of
 from train.parallel.mesh import MeshConfig
 
+RENAMED = {"run": "output"}
+"""Fields of a config by the names that older versions saved."""
+RENAMED_OPTIM = {"spread": "amortize", "b2_numbers": "b2_vector"}
+"""Fields of an optimizer by the names that older versions saved."""
+
 
 def to_json(config: Config) -> dict[str, Any]:
     """The config as plain JSON values, with the optimizer's name."""
     return {**dataclasses.asdict(config), "optimizer": name_of(config.optim)}
+
+
+def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a config with today's field names.
+
+    >>> renamed({"run": {}, "optim": {"spread": True}})
+    {'output': {}, 'optim': {'amortize': True}}
+    """
+    fields = {RENAMED.get(name, name): value for name, value in fields.items()}
+    if isinstance(optim := fields.get("optim"), Mapping):
+        fields["optim"] = {RENAMED_OPTIM.get(name, name): x for name, x in optim.items()}
+    return fields
 
 
 def from_json(fields: dict[str, Any]) -> Config:
@@ -31,9 +49,7 @@ def from_json(fields: dict[str, Any]) -> Config:
     >>> from_json(to_json(preset())) == preset()
     True
     """
-    fields = dict(fields)
-    if "run" in fields:  # its name until version 0.2
-        fields["output"] = fields.pop("run")
+    fields = renamed(fields)
     kinds = {
         "model": type(PRESETS[fields["base"]]),
         "optim": OPTIMIZERS[fields.pop("optimizer")],

@@ -8,7 +8,7 @@ from models import DecoderConfig, EncoderConfig, huggingface
 from models.reading import read_json
 from models.weights import inside
 from models.writing import replace_text
-from train import files, program
+from train import files, inputs
 from train.checkpoint import classes, moved
 from train.checkpoint.warm_start import LoadedRun
 from train.config.schema import Config
@@ -34,7 +34,7 @@ def export(folder: Path, output: Path, loaded: LoadedRun) -> list[str]:
     Raises:
       ValueError: the tokenizer cannot be read, or no model of `transformers` computes this one.
     """
-    config, tokenizer = loaded.config, program.load_tokenizer(loaded.config)
+    config, tokenizer = loaded.config, inputs.load_tokenizer(loaded.config)
     kept = _kept(folder, config)
     own = _has_tokenizer(kept, tokenizer)
     notes = huggingface.read_notes(kept) if kept.is_dir() else huggingface.Notes({}, ())

@@ -8,6 +8,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import models
+
 ROWS = ("data", "fsdp")
 """The axes over which rows of a batch are sharded; activations follow their rows."""
 AXES = (*ROWS, "tensor")
@@ -107,6 +109,15 @@ def gather_embedding(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., 
         return function(params | {"tokens": {"embedding": table}}, *args, **kwargs)
 
     return gathered
+
+
+def split_model(
+    config: models.DecoderConfig | models.EncoderConfig, mesh: Mesh
+) -> models.Functional:
+    """The functions of a model, each with the token embeddings gathered over "fsdp"."""
+    model = models.split(config)
+    names = ("apply", "features", "logits", "linear")
+    return model._replace(**{name: gather_embedding(mesh, getattr(model, name)) for name in names})
 
 
 def parameter_shardings(mesh: Mesh, specs: Any) -> Any:

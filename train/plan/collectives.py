@@ -1,4 +1,4 @@
-"""What devices exchange in a training step, by hand from shapes."""
+"""Collectives of a training step, estimated from shapes."""
 
 from typing import Any
 
@@ -7,30 +7,46 @@ from jax.sharding import Mesh
 
 import models
 from train.config.schema import Config
-from train.optimizers.sophia import SophiaH
+from train.optimizers.base import SamplingPlan
 from train.parallel.mesh import row_devices
 from train.plan.flops import Model
 from train.plan.hlo import Collective
-from train.plan.memory import Cut, cut, gathered_bytes, in_block, itemsize, scanned, shard_bytes
+from train.plan.memory import (
+    DeviceShare,
+    device_share,
+    gathered_bytes,
+    in_block,
+    itemsize,
+    scanned,
+    shard_bytes,
+)
 
 TABLE = "['tokens']['embedding']"
 
 
 def collectives(
-    config: Config, abstract: Any, mesh: Mesh, samples: bool, *, scatter: bool = True
+    config: Config,
+    abstract: Any,
+    mesh: Mesh,
+    sampling: SamplingPlan | None,
+    *,
+    scatter: bool = True,
 ) -> dict[str, Collective]:
-    """What a device exchanges in a step: kind -> number of arrays, bytes of the results.
+    """Collectives of one device in a step: kind -> number of arrays, bytes of the results.
 
-    Each pass over a micro-batch gathers each matrix, and sums gradients over the devices; a tied
-    table has two gradients, of what it reads and of what it writes. Blocks that are scanned or
-    computed again are gathered again on each way back. Over "tensor", a block sums its two outputs,
-    and on the way back its two inputs.
+    Each pass over a micro-batch gathers each matrix and reduces its gradient. A tied table has two
+    gradients, as input and as output embedding. Scanned and rematerialised blocks are gathered
+    again in each backward pass. Over "tensor" a block reduces its two outputs, and in the backward
+    pass its two inputs.
 
     Args:
-      scatter: whether gradients are summed where they are kept, as on GPU and TPU. XLA on CPU sums
-        all of them everywhere.
+      config: of the run.
+      abstract: the `TrainState`, as shapes with shardings.
+      mesh: of the shardings.
+      sampling: of a step that samples curvature; None for a plain step.
+      scatter: gradients are reduce-scattered, as on GPU and TPU. XLA on CPU all-reduces them.
     """
-    part = cut(config, mesh, samples)
+    part = device_share(config, mesh, sampling)
     gathers, sums, again = _passes(config, part)
     again_gathered = config.model.scan_layers or config.model.remat != "none"
     found = {"all-gather": [0, 0], "all-reduce": [0, 0], "reduce-scatter": [0, 0]}
@@ -59,37 +75,37 @@ def collectives(
 
 
 def _tensor_sums(config: Model, together: bool) -> int:
-    """Sums of activations over "tensor": two a block each way, of embeddings, and of the head.
+    """Reductions of activations over "tensor": two per block and pass, the embeddings, the head.
 
-    On CPU gradients by queries, keys and values (gate and up) are summed one by one.
+    On CPU gradients with respect to queries, keys and values (gate and up) are reduced one by one.
     """
     gated = not isinstance(config, models.EncoderConfig) and config.mlp == "swiglu"
     return 2 + config.layers * (4 if together else 6 + gated)
 
 
 def tied(config: Model) -> bool:
-    """Whether logits are inner products with the table that tokens are looked up in."""
+    """Whether input and output embeddings are one table."""
     return not config.classes if isinstance(config, models.EncoderConfig) else config.tied
 
 
-def _passes(config: Config, part: Cut) -> tuple[int, int, int]:
-    """How often a step gathers parameters, sums gradients (or squares), a tied table's once more.
+def _passes(config: Config, part: DeviceShare) -> tuple[int, int, int]:
+    """Passes of a step: gathers of parameters, reductions of gradients, more of a tied table.
 
-    Rounds share what they gather, and so do a group of its own and the other rows. What Hutchinson
-    gathers again is the probe, and each matrix is in two products of a gradient's tangent. Groups
-    side by side add the two gradients of a table before they are summed over devices.
+    Rounds share their gathers, as do a single group and the other rows. A Hessian-vector product
+    gathers its probe as well, and each matrix is in two products of a gradient's tangent. Groups
+    side by side add the two gradients of a tied table before they are reduced.
     """
     if not part.groups:
         return config.accumulation, config.accumulation, config.accumulation
-    if isinstance(config.optim, SophiaH):
+    if part.cost == "product":
         products = part.rounds * part.draws
         gathers, sums, again = products, 2 * products, products
-    elif part.apart:
+    elif part.idle:
         gathers, sums, again = 1, part.rounds * part.draws, 0
     else:
         rest = part.share < 1
-        gathers = rest and (part.beside or part.rounds > 1)
+        gathers = rest and (part.parallel or part.rounds > 1)
         sums = part.rounds * (1 + part.draws) + rest - 1
-        again = rest - 1 if part.beside else sums
+        again = rest - 1 if part.parallel else sums
     plain, n = config.accumulation, part.sampled
     return plain + n * gathers, plain + n * sums, plain + n * again

@@ -1,13 +1,13 @@
-"""Operations of a model by hand: products of matrices alone, a multiply-add is two."""
+"""FLOPs of a model, estimated from shapes: matrix products alone, two for a multiply-add."""
 
 import re
 
 import models
 
 Model = models.DecoderConfig | models.EncoderConfig
-# Dense bfloat16 TFLOP/s of one JAX device, and how its `device_kind` reads; the first that fits.
-# NVIDIA's data sheets, where figures "with sparsity" are twice as large; for TPUs the tables of
-# docs.cloud.google.com/tpu/docs and the names of jax._src.tpu_info.
+# Dense bfloat16 TFLOP/s of one JAX device, and a pattern of its `device_kind`: the first match.
+# From NVIDIA's data sheets (figures "with sparsity" are twice as large), the tables of
+# docs.cloud.google.com/tpu/docs and the device names in jax._src.tpu_info.
 _CHIPS = {
     "A100": (312.0, "A100"),
     "H100 PCIe": (756.0, "H100 PCIe"),
@@ -29,11 +29,11 @@ PEAKS = {name: peak for name, (peak, _) in _CHIPS.items()}
 
 
 def peak_flops(kind: str, given: float | None = None) -> float | None:
-    """Operations a second that a device could do, None if nobody has told.
+    """Peak FLOP/s of a device; None if it is unknown.
 
     Args:
-      kind: its `device_kind`.
-      given: TFLOP/s, instead of what is known.
+      kind: the `device_kind` of the device.
+      given: TFLOP/s that override the table.
 
     >>> peak_flops("NVIDIA A100-SXM4-80GB")
     312000000000000.0
@@ -46,10 +46,14 @@ def peak_flops(kind: str, given: float | None = None) -> float | None:
 
 
 def forward_flops(config: Model, length: int) -> tuple[float, float]:
-    """Of a token of a sequence of `length`: (products with parameters, those of attention).
+    """FLOPs per token of the forward pass: (products with parameters, products in attention).
 
-    Attention masks half of its T x T scores and computes all. A head of classes reads one token of
-    a sequence, which is left out.
+    Attention computes all of its T x T scores and masks half. A classification head reads one token
+    of a sequence, and is left out.
+
+    Args:
+      config: of the model.
+      length: T, tokens in a sequence.
 
     >>> forward_flops(models.PRESETS["tiny"], 64)
     (229376.0, 32768.0)
@@ -67,9 +71,13 @@ def forward_flops(config: Model, length: int) -> tuple[float, float]:
 
 
 def model_flops(config: Model, rows: int, length: int) -> float:
-    """Of loss and gradient: each product forward, and two backward; what MFU is a share of.
+    """FLOPs of loss and gradient, the numerator of MFU: the forward pass, and twice that backward.
 
-    What a step computes beyond that (recomputed activations, samples of curvature, the update)
-    does not count as use of the hardware.
+    Recomputed activations, curvature samples and the update do not count.
+
+    Args:
+      config: of the model.
+      rows: sequences.
+      length: tokens in a sequence.
     """
     return 3 * rows * length * sum(forward_flops(config, length))

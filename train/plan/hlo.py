@@ -1,4 +1,4 @@
-"""What a compiled program says about itself: collectives in XLA's text, loops counted."""
+"""Collectives of a compiled program, counted in its HLO text."""
 
 import math
 import re
@@ -6,28 +6,28 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-Calls = list[tuple[str, int]]  # (name of a computation, how often it runs)
+Calls = list[tuple[str, int]]  # (name of a computation, number of runs)
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, in one run of a program on one device."""
+    """Collectives of one kind in one run of a program on one device."""
 
     number: int
     bytes: int  # of their results
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """What devices exchange in one run of a compiled program.
+    """Collectives of one run of a compiled program.
 
-    A collective in the body of a loop counts as often as the loop turns, loops in loops multiply.
-    Of a conditional every branch counts, and a loop whose number of turns XLA does not know (none
-    of `jax.lax.scan`) counts once.
+    A collective in a loop body counts once per iteration, and nested loops multiply. Every branch
+    of a conditional counts. A loop with an unknown number of iterations (`jax.lax.scan` makes none)
+    counts once.
 
     Args:
       text: `Compiled.as_text()`.
 
     Returns:
-      Kind -> its number, and the bytes of its results; kinds that do not occur are left out.
+      Kind -> number and bytes of the results, for the kinds that occur.
 
     Raises:
       ValueError: the text is no HLO module.
@@ -52,7 +52,7 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """(name of the entry, name of each computation -> its lines)."""
+    """(name of the entry computation, name of each computation -> its lines)."""
     entry, bodies, lines = "", {}, []
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
@@ -70,7 +70,7 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _calls(lines: list[str]) -> Calls:
-    """Computations that these lines run, and how often each line does."""
+    """Computations that these lines call, and how often."""
     calls = []
     for line in lines:
         trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line) if " while(" in line else None
@@ -82,7 +82,7 @@ def _calls(lines: list[str]) -> Calls:
 
 
 def _runs(name: str, calls: dict[str, Calls], times: int = 1) -> Iterator[tuple[str, int]]:
-    """Each computation that is reached, with how often, once for every way to it."""
+    """Each computation that is reached and its number of runs, once per call path."""
     yield name, times
     for inner, number in calls[name]:
         if inner in calls:
@@ -90,7 +90,7 @@ def _runs(name: str, calls: dict[str, Calls], times: int = 1) -> Iterator[tuple[
 
 
 def _of(lines: list[str]) -> Iterator[tuple[str, int]]:
-    """(kind, bytes of the result) of each collective, of an asynchronous pair where it ends."""
+    """(kind, bytes of the result) of each collective; an asynchronous pair counts at its end."""
     for line in lines:
         found = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-done)?\(", line)
         if found:
@@ -98,5 +98,5 @@ def _of(lines: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def _bytes(shape: re.Match[str]) -> int:
-    bits = int(shape[2] or 8)  # pred has no number of bits, and a byte
+    bits = int(shape[2] or 8)  # pred, which takes a byte, names no bits
     return math.prod(int(n) for n in shape[3].split(",") if n) * bits // 8

@@ -1,11 +1,12 @@
-"""Bytes of a training step on one device, by hand from shapes.
+"""Bytes of a training step on one device, estimated from shapes.
 
-What must be there: state and batch exactly, activations as autodiff keeps them for its way back.
-XLA's own layout, copies and order of work are left out; `train.plan.plan` compares.
+State and batch are exact. Activations are those that autodiff keeps for the backward pass. XLA's
+layouts, copies and scheduling are left out; `train.plan.plan` compares with XLA's own figures.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 import models
 from train import data
 from train.config.schema import Config
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import SamplingPlan
 from train.parallel.mesh import row_devices
 from train.plan.flops import Model
 
@@ -21,25 +22,25 @@ FLOAT32 = 4
 
 
 class Memory(NamedTuple):
-    """Bytes on one device, when a step needs most."""
+    """Peak bytes on one device."""
 
     parameters: int
-    optimizer: int  # its state, and the number of the step
+    optimizer: int  # optimizer state and step counter
     batch: int
-    gathered: int  # parameters as matrix products read them: whole over "fsdp"
-    gradients: int  # the device's share, and the largest before it is summed over devices
-    activations: int  # of all blocks, kept for the way back
+    gathered: int  # parameters gathered over "fsdp"
+    gradients: int  # the device's shards, and the largest gradient before its reduction
+    activations: int  # of all blocks, kept for the backward pass
     loss: int  # logits and their gradient
-    curvature: int  # what a sample adds to all that
+    curvature: int  # what a curvature sample adds
 
     @property
     def arguments(self) -> int:
-        """What is there between steps."""
+        """Bytes that live between steps."""
         return self.parameters + self.optimizer + self.batch
 
     @property
     def temporaries(self) -> int:
-        """What a step needs besides."""
+        """Bytes that live during a step only."""
         return sum(self) - self.arguments
 
     @property
@@ -47,52 +48,62 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-class Cut(NamedTuple):
-    """What of a micro-batch one device bears."""
+class DeviceShare(NamedTuple):
+    """Per-device share of a micro-batch, and how its curvature sample is split."""
 
     rows: int
-    share: float  # of the rows, whose curvature is sampled, or as many where some devices are idle
-    groups: int  # whose gradients of one parameter live at once; 0 if nothing is sampled
-    rounds: int  # one after the other, each with its own sums over devices
-    draws: int  # of labels or probes
-    sampled: int  # micro-batches, of all
-    beside: bool  # groups go side by side
-    apart: bool  # with idle devices beside them, and the gradient of all rows by itself
+    share: float = 0.0  # fraction of the rows that is sampled; idle slots count as sampled
+    groups: int = 0  # gradients of one parameter that are alive at once; 0 samples nothing
+    rounds: int = 0  # sequential rounds of groups, each with its own reduction over devices
+    draws: int = 0  # labels or probes in one sample
+    sampled: int = 0  # micro-batches that are sampled
+    parallel: bool = False  # groups go side by side
+    idle: bool = False  # the last round has idle slots, so the sample shares no forward pass
+    cost: Literal["", "backward", "product"] = ""  # of a draw, as in `SamplingPlan`
 
 
-def cut(config: Config, mesh: Mesh, samples: bool) -> Cut:
-    """How a mesh and an optimizer cut a micro-batch; `samples` on a step that takes curvature."""
-    rows = config.batch_size // config.accumulation // row_devices(mesh)
-    if not samples or not isinstance(config.optim, SophiaG | SophiaH):
-        return Cut(rows, 0.0, 0, 0, 0, 0, False, False)
-    size, devices = (config.batch_size, config.accumulation), row_devices(mesh)
-    groups, shards = config.optim.groups_of(*size), config.optim.shards(devices, *size)
-    every, stride = config.optim.strides(*size)
-    rounds = math.ceil(groups / shards)
-    return Cut(
+def device_share(config: Config, mesh: Mesh, sampling: SamplingPlan | None) -> DeviceShare:
+    """How a mesh and a sampling plan divide a micro-batch.
+
+    Args:
+      config: of the run.
+      mesh: that it runs on.
+      sampling: of a step that samples curvature; None for a plain step.
+    """
+    devices = row_devices(mesh)
+    rows = config.batch_size // config.accumulation // devices
+    if sampling is None:
+        return DeviceShare(rows)
+    groups, parallel = sampling.groups, sampling.parallel_groups
+    return DeviceShare(
         rows=rows,
-        share=rounds * shards / groups / stride,
-        groups=max(shards // devices, 1),
-        rounds=rounds,
-        draws=config.optim.num_samples,
-        sampled=config.accumulation // every,
-        beside=shards > 1,
-        apart=groups % shards > 0,
+        share=sampling.rounds * parallel / groups / sampling.row_stride,
+        groups=max(parallel // devices, 1),
+        rounds=sampling.rounds,
+        draws=sampling.draws,
+        sampled=config.accumulation // sampling.microbatch_stride,
+        parallel=parallel > 1,
+        idle=groups % parallel > 0,
+        cost=sampling.cost,
     )
 
 
-def memory(config: Config, abstract: Any, mesh: Mesh, samples: bool) -> Memory:
+def memory(config: Config, abstract: Any, mesh: Mesh, sampling: SamplingPlan | None) -> Memory:
     """Bytes of a step on one device.
 
     Args:
-      config: its config.
+      config: of the run.
       abstract: the `TrainState`, as shapes with shardings.
-      mesh: theirs.
-      samples: whether this step samples curvature.
+      mesh: of the shardings.
+      sampling: of a step that samples curvature; None for a plain step.
     """
     params, tensor = jax.tree.leaves(abstract.params), mesh.shape["tensor"]
     here, whole = sum(map(shard_bytes, params)), _whole(config, abstract.params)
-    part = cut(config, mesh, samples)
+    part = device_share(config, mesh, sampling)
+    if part.cost == "product":  # cuDNN attention has no second derivative
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, attention="xla")
+        )
     rows, gathered = _live(config, part), sum(whole) if mesh.shape["fsdp"] > 1 else 0
     return Memory(
         parameters=here,
@@ -109,7 +120,7 @@ def memory(config: Config, abstract: Any, mesh: Mesh, samples: bool) -> Memory:
 
 
 def _whole(config: Config, params: Any) -> list[int]:
-    """Bytes of each parameter once it is whole over "fsdp"; of a scanned block's, one layer."""
+    """Bytes of each parameter gathered over "fsdp"; of scanned blocks one layer."""
     return [
         gathered_bytes(x) // (config.model.layers if scanned(config, path) else 1)
         for path, x in jax.tree.leaves_with_path(params)
@@ -117,7 +128,7 @@ def _whole(config: Config, params: Any) -> list[int]:
 
 
 def scanned(config: Config, path: Any) -> bool:
-    """Whether a parameter is that of all layers, which are gathered one by one."""
+    """Whether a parameter stacks all layers, which are gathered one at a time."""
     return config.model.scan_layers and in_block(path)
 
 
@@ -126,49 +137,51 @@ def in_block(path: Any) -> bool:
 
 
 def batch_bytes(config: Config) -> int:
-    """Of all rows of a step."""
+    """Bytes of a step's batch, over all devices."""
     sizes = {"batch_size": config.batch_size, "sequence_length": config.sequence_length}
     shapes = jax.tree.leaves(data.batch_shapes(config.data, **sizes))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
-def _live(config: Config, part: Cut) -> float:
-    """Rows that go forward and back at once: a sample in rounds is apart from the other rows."""
-    if part.rounds > 1 and not part.apart and isinstance(config.optim, SophiaG):
+def _live(config: Config, part: DeviceShare) -> float:
+    """Rows whose activations are alive at once: sampled rounds and other rows take turns."""
+    if part.rounds > 1 and not part.idle and part.cost == "backward":
         return part.rows * max(1 - part.share, part.share / part.rounds)
     return part.rows
 
 
 def _curvature(
-    config: Config, part: Cut, here: int, largest: int, gathered: int, tensor: int
+    config: Config, part: DeviceShare, here: int, largest: int, gathered: int, tensor: int
 ) -> int:
-    """The sample itself, and what the passes that make it keep beside the gradient's.
+    """Bytes of the sample, and what its passes keep beside those of the gradient.
 
-    Gauss-Newton-Bartlett goes back twice from the sampled rows, and what it goes back through
-    stays until both are done. Hutchinson carries a tangent for each of their activations.
+    A draw of cost "backward" runs a second backward pass over the sampled rows, whose activations
+    stay alive until both passes are done. A Hessian-vector product carries a tangent for each
+    activation.
     """
     tokens = part.rows * part.share / part.rounds * config.sequence_length
     loss, blocks = logits(config, tensor), activations(config, tensor)
-    if part.apart:  # XLA holds what gradient and sample keep at once, and gathers for each
+    if part.idle:  # XLA keeps the gradient's and the sample's activations, and gathers for each
         return round(here + part.groups * largest + tokens * (loss + blocks) + gathered)
-    if isinstance(config.optim, SophiaG):
-        rest = largest if part.share < 1 else 0  # the other rows go back by themselves
-        twice = max(tokens * loss, tokens * 2 * _way_back(config, tensor) - tokens * loss)
+    if part.cost == "backward":
+        rest = largest if part.share < 1 else 0  # the other rows have a backward pass of their own
+        twice = max(tokens * loss, tokens * 2 * backward_bytes(config, tensor) - tokens * loss)
         return round(here + part.groups * largest + rest + twice)
     apart = part.share < 1 or part.rounds > 1
     both = tokens * (2 if apart else 1) * (loss + blocks)
-    if part.rounds > 1:  # one by one, after the gradient
+    if part.rounds > 1:  # in turn, after the gradient
         both = max(both - part.rows * config.sequence_length * (loss + blocks), 0)
     return round(2 * here + both)
 
 
 def activations(config: Config, tensor: int = 1) -> float:
-    """Bytes of a token that the blocks keep for their way back.
+    """Bytes per token that the blocks keep for the backward pass.
 
-    A norm's input, centred (LayerNorm), scaled to 1, and its output; queries, keys, values and what
-    attention makes of them; its masked scores and their softmax (cuDNN keeps one sum of a head);
-    the feed-forward layer before and after its nonlinearity, and that itself. With `remat` of all
-    blocks their inputs, and products with parameters or not, and the rest of one block.
+    A block keeps, without `remat`: the inputs of its norms, centred (LayerNorm), normalised and
+    scaled; queries, keys, values and the output of attention; masked scores and their softmax
+    (cuDNN keeps one sum per head); the hidden layer before, in and after its nonlinearity. With
+    `remat` the blocks keep their inputs, and with "dots" their matrix products; all else is kept
+    for one block at a time.
     """
     model, size = config.model, itemsize(config.model)
     encoder = isinstance(model, models.EncoderConfig)
@@ -180,7 +193,7 @@ def activations(config: Config, tensor: int = 1) -> float:
     attention = 2 * head * (heads + shared) * size
     mlp, scores = (3 + gated) * _hidden(model) * size, _scores(config)
     if model.scan_layers and model.remat == "none":
-        mlp, scores = 2 * mlp, 1.5 * scores  # what a loop writes out no fusion can compute again
+        mlp, scores = 2 * mlp, 1.5 * scores  # the loop stores what fusion would recompute
     block = 2 * norm + (attention + scores + mlp) / tensor
     dots = head * (heads + 2 * shared) + (1 + gated) * _hidden(model)
     kept = {
@@ -191,15 +204,15 @@ def activations(config: Config, tensor: int = 1) -> float:
     return model.layers * kept + (block if model.remat != "none" else 0) + norm
 
 
-def _way_back(config: Config, tensor: int) -> float:
-    """Bytes of a token that one block holds on its way back: gradients of what it made."""
+def backward_bytes(config: Config, tensor: int) -> float:
+    """Bytes per token of the gradients that are alive in the backward pass of one block."""
     size, width = itemsize(config.model), config.model.width
     return 4 * width * size + (2 * _hidden(config.model) * size + _scores(config)) / tensor
 
 
 def _scores(config: Config) -> int:
-    """Of a token: float32 scores and their softmax, or cuDNN's sums."""
-    if config.model.attention == "cudnn" and not isinstance(config.optim, SophiaH):
+    """Bytes per token of float32 attention scores and their softmax, or of cuDNN's sums."""
+    if config.model.attention == "cudnn":
         return FLOAT32 * config.model.heads
     return 2 * FLOAT32 * config.model.heads * config.sequence_length
 
@@ -209,14 +222,14 @@ def _hidden(config: Model) -> int:
 
 
 def itemsize(config: Model) -> int:
-    """Of an activation."""
+    """Bytes of one activation."""
     return 2 if config.dtype == "bfloat16" else FLOAT32
 
 
 def logits(config: Config, tensor: int = 1) -> float:
-    """Bytes of a token's float32 logits and their gradient, as the share held at once.
+    """Bytes per token of the float32 logits that are alive at once, and of their gradient.
 
-    Of classes there are next to none.
+    Classifiers have next to none.
     """
     if isinstance(config.model, models.EncoderConfig) and config.model.classes:
         return 0.0
@@ -228,11 +241,11 @@ def logits(config: Config, tensor: int = 1) -> float:
 
 
 def shard_bytes(x: Any) -> int:
-    """Of an array that is only a shape and a sharding: what one device holds."""
+    """Bytes of one device's shard of an abstract array."""
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def gathered_bytes(x: Any) -> int:
-    """What one device holds of it once it is whole over "fsdp"."""
+    """Bytes on one device once the array is gathered over "fsdp"."""
     axes = [(axis,) if isinstance(axis, str) else axis for axis in x.sharding.spec if axis]
     return shard_bytes(x) * (x.sharding.mesh.shape["fsdp"] if "fsdp" in sum(axes, ()) else 1)

@@ -1,7 +1,7 @@
 """What a run needs, before anything is allocated: `python -m train plan gpt2-770m sophia-g`.
 
-Figures by hand come from shapes alone, at once; with `--compile` XLA's own stand beside them, of
-the run's programs compiled for as many fake CPU devices, and never run.
+Estimates come from shapes alone, at once. With `--compile` the run's programs are compiled for fake
+CPU devices, never run, and XLA's own figures stand beside the estimates.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ import jax
 import tyro
 
 from train.config.schema import Config, resolved
-from train.optimizers.registry import refresh_due
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import Due
 from train.parallel import xla_flags
 from train.parallel.mesh import row_devices
 from train.plan import collectives as traffic
@@ -34,18 +33,18 @@ class Compiled(NamedTuple):
     arguments: int
     temporaries: int
     total: int
-    flops: float  # the body of a loop once
+    flops: float  # a loop's body counts once
     collectives: dict[str, Collective]
-    seconds: float  # that compiling took
+    seconds: float  # of compilation
 
 
 class Step(NamedTuple):
-    """One program: of plain steps, or of those that sample curvature."""
+    """One program: the plain step, or the step that samples curvature."""
 
     memory: memory.Memory  # bytes on one device
-    flops: float  # products of matrices alone, on one device
-    collectives: dict[str, Collective]  # of one device, where gradients are summed where kept
-    on_cpu: dict[str, Collective]  # the same where they are summed everywhere, as XLA does there
+    flops: float  # of matrix products, on one device
+    collectives: dict[str, Collective]  # of one device; gradients are reduce-scattered
+    on_cpu: dict[str, Collective]  # the same; gradients are all-reduced, as XLA does on CPU
     compiled: Compiled | None
 
 
@@ -56,8 +55,10 @@ class Plan(NamedTuple):
     mesh: dict[str, int]  # devices of each axis
     parameters: int
     steps: dict[str, Step]  # "plain" and "curvature", or "every step"
-    interval: int  # steps between two that sample curvature; 1 without any
-    flops_per_token: float  # of loss and gradient: what MFU is a share of
+    interval: int  # steps between curvature samples; 1 without any
+    flops_per_token: float  # of loss and gradient, the numerator of MFU
+    curvature_flops: float  # of one sample, over all devices
+    idle: str  # advice if devices wait while curvature is sampled
 
     @property
     def devices(self) -> int:
@@ -65,31 +66,36 @@ class Plan(NamedTuple):
 
     @property
     def row_devices(self) -> int:
-        """Over which rows are spread."""
+        """Devices over which rows are spread."""
         return self.mesh["data"] * self.mesh["fsdp"]
 
     @property
     def curvature(self) -> float:
-        """Operations that samples add, as a share of all steps without."""
+        """FLOPs of curvature samples over the FLOPs of plain steps, averaged over an interval."""
         plain = self.config.batch_size * self.config.sequence_length * self.flops_per_token
-        return curvature_flops(self.config, self.row_devices) / plain / self.interval
+        return self.curvature_flops / plain / self.interval
 
     def tokens_per_second(self, peak: float, mfu: float = 0.4) -> float:
-        """Of all devices, each of which could do `peak` operations a second and does a share."""
+        """Throughput of all devices together.
+
+        Args:
+          peak: FLOP/s of one device.
+          mfu: fraction of the peak that is reached.
+        """
         return self.devices * peak * mfu / (self.flops_per_token * (1 + self.curvature))
 
 
 def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
-    """What a run needs on so many devices, which need not exist.
+    """What a run needs on a number of devices, which need not exist.
 
     Args:
-      config: its config. Precision "auto" is planned as on CPU.
-      devices: their number; 0 for the fewest that the mesh needs.
-      compile: also compile the programs, and read what XLA says of them.
+      config: of the run. Precision "auto" is planned as on CPU.
+      devices: number of devices; 0 for the fewest that the mesh needs.
+      compile: also compile the programs and read XLA's figures.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the run not the mesh; jax has started with
-        fewer devices.
+      ValueError: the mesh does not fit the devices, or the run does not fit the mesh; jax has
+        started with fewer devices.
 
     >>> from train.config.presets import preset
     >>> figures = plan(preset("tiny", "adamw"), devices=1)
@@ -100,38 +106,39 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     least = max(config.mesh.fsdp * config.mesh.tensor * max(config.mesh.data, 1), 1)
     program = assemble(config, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
-    kinds = dict.fromkeys(refresh_due(config.optim, step) for step in (1, 0))
-    interval = config.optim.update_interval if isinstance(config.optim, SophiaG | SophiaH) else 1
+    optimizer = program.optimizer
+    kinds = dict.fromkeys(map(optimizer.due, (1, 0)))
     return Plan(
         config=config,
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(program.abstract.params)),
-        steps={NAMES[kind]: _step(config, program, mesh, kind, compile) for kind in kinds},
-        interval=interval if len(kinds) > 1 else 1,
+        steps={NAMES[kind.refresh]: _step(config, program, mesh, kind, compile) for kind in kinds},
+        interval=optimizer.refresh_interval,
         flops_per_token=model_flops(config.model, 1, config.sequence_length)
         / config.sequence_length,
+        curvature_flops=curvature_flops(config, optimizer.sampling, row_devices(mesh)),
+        idle=config.optim.idle(config.context(row_devices(mesh))),
     )
 
 
-def _step(config: Config, program: Program, mesh: Any, refresh: bool | None, compile: bool) -> Step:
-    shapes = config, program.abstract, mesh, refresh is not False
-    flops = step_flops(config)
-    if refresh is not False:
-        flops += curvature_flops(config, row_devices(mesh))
+def _step(config: Config, program: Program, mesh: Any, due: Due, compile: bool) -> Step:
+    sampling = None if due.refresh is False else program.optimizer.sampling
+    shapes = config, program.abstract, mesh, sampling
+    flops = step_flops(config) + curvature_flops(config, sampling, row_devices(mesh))
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,
         traffic.collectives(*shapes),
         traffic.collectives(*shapes, scatter=False),
-        compiled(program, refresh) if compile else None,
+        compiled(program, due) if compile else None,
     )
 
 
-def compiled(program: Program, refresh: bool | None) -> Compiled:
-    """What XLA says of a program: its memory, operations and collectives, on one device."""
+def compiled(program: Program, due: Due) -> Compiled:
+    """XLA's figures of a program on one device."""
     start = time.perf_counter()
-    # For speed alone: what a program needs is decided before code is made of it.
-    executable = program.compile(refresh, options=xla_flags.known(xla_flags.QUICK))
+    # Faster compilation: memory and collectives are decided before code generation.
+    executable = program.compile(due, options=xla_flags.known(xla_flags.QUICK))
     seconds = time.perf_counter() - start
     used = executable.memory_analysis()
     new = used.output_size_in_bytes - used.alias_size_in_bytes
@@ -146,10 +153,10 @@ def compiled(program: Program, refresh: bool | None) -> Compiled:
 
 
 def fake_devices(number: int) -> list[Any]:
-    """So many CPU devices, of which jax then has no others; nothing is allocated on them.
+    """Fake CPU devices; jax sees no other devices then, and nothing is allocated on them.
 
     Raises:
-      ValueError: `number` is less than one, or jax has looked for devices and found fewer.
+      ValueError: `number` is less than one, or jax has started with fewer devices.
     """
     if number < 1:
         raise ValueError(f"a plan for {number} devices: choose at least 1 with --devices.")

@@ -6,19 +6,18 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cli.train import parse
-from train.optimizers.sophia import SophiaG, SophiaH
 from train.plan.flops import PEAKS
 from train.plan.hlo import KINDS, Collective
 from train.plan.plan import Plan, Step, options, plan
 
 MFU = 0.4
-HELP = """What a run needs: memory, operations and traffic, of devices that need not exist.
+HELP = """What a run needs: memory, FLOPs and collectives, on devices that need not exist.
 
 usage: python -m train plan [MODEL] [OPTIMIZER] [flags of a run] [options]
 
-  --devices N        how many; default the fewest that --mesh.* need
+  --devices N        number of devices; default the fewest that --mesh.* need
   --compile          also compile the programs for fake CPU devices, and compare XLA's figures
-  --peak-tflops X    of a device, for tokens a second; default those of known chips
+  --peak-tflops X    peak of a device, for tokens a second; default a table of known chips
 
 python -m train plan gpt2-770m sophia-g --mesh.fsdp 8 --devices 240 --precision bfloat16
 """
@@ -51,18 +50,17 @@ def command(args: Sequence[str]) -> None:
 
 
 def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> None:
-    """Prints a plan; tokens a second are those at `MFU` of the peak given, or of known chips."""
+    """Prints a plan, with tokens per second at an MFU of 40% on the given peak or known chips."""
     _head(figures, console)
     console.print(_memory(figures), _collectives(figures), _speed(figures, peak_tflops))
-    if waiting := _idle(figures):
+    if waiting := figures.idle:
         console.print(waiting, highlight=False)
     if any(step.compiled for step in figures.steps.values()):
         console.print(_compiled(figures))
         console.print(
-            "XLA's figures are those of programs for CPU: it sums gradients on all devices before "
-            "it cuts them, and keeps copies in other orders; attention, fusion and the order of "
-            "work are others on a GPU or TPU. A loop's operations count once, its collectives as "
-            "often as it turns."
+            "XLA's figures are for CPU, where it all-reduces gradients and keeps copies in other "
+            "layouts; attention, fusion and scheduling differ on GPU and TPU. FLOPs in a loop "
+            "count once, collectives once per iteration."
         )
 
 
@@ -91,15 +89,15 @@ def _memory(figures: Plan) -> Table:
     for name, label in LABELS.items():
         table.add_row(label, *(f"{getattr(step, name) / 1e6:,.1f}" for step in steps))
     table.add_section()
-    table.add_row("all", *(f"{step.total / 1e6:,.1f}" for step in steps))
+    table.add_row("total", *(f"{step.total / 1e6:,.1f}" for step in steps))
     table.add_section()
     flops = (f"{step.flops / 1e12:,.3f}" for step in figures.steps.values())
-    table.add_row("TFLOP of a device and step", *flops)
+    table.add_row("TFLOP per device and step", *flops)
     return table
 
 
 def _collectives(figures: Plan) -> Table:
-    table = _table("exchanged by one device in a step: number, MB of results", "", figures.steps)
+    table = _table("collectives of one device in a step: number, MB of results", "", figures.steps)
     for kind in KINDS:
         if any(kind in step.collectives for step in figures.steps.values()):
             table.add_row(kind, *(_cell(s.collectives, kind) for s in figures.steps.values()))
@@ -125,41 +123,12 @@ def _speed(figures: Plan, peak_tflops: float | None) -> Table:
     return table
 
 
-def _idle(figures: Plan) -> str:
-    """A better sample where devices wait for rows; empty where there is none, or none waits."""
-    config, devices = figures.config, figures.row_devices
-    if not isinstance(config.optim, SophiaG | SophiaH):
-        return ""
-    size = config.batch_size, config.accumulation
-    every, stride = config.optim.strides(*size)
-    rows, groups = (
-        config.batch_size // (config.accumulation * stride),
-        config.optim.groups_of(*size),
-    )
-    fraction = config.optim.slices * config.accumulation * devices / (every * config.batch_size)
-    if groups > 1 and rows // groups < devices and config.optim.shards(devices, *size) == 1:
-        fewer = max(rows // devices, 1) * config.accumulation // every
-        cure = "0 takes them side by side"
-        if isinstance(config.optim, SophiaH):
-            cure = f"{fewer} is faster, and noisier"
-        return (
-            f"{groups} sets of {rows // groups} sampled rows, one after the other, leave devices "
-            f"waiting: --optim.groups {cure}."
-        )
-    if groups < rows or rows >= devices or fraction > 1:
-        return ""
-    return (
-        f"{devices - rows} of {devices} devices wait while {rows} rows are sampled: "
-        f"--optim.batch-fraction {fraction:.4g} --optim.groups 0, a row a device, takes no longer."
-    )
-
-
 def _compiled(figures: Plan) -> Table:
-    table = _table("by hand and by XLA", "one device, one step", ("by hand", "XLA", "error"))
+    table = _table("estimate and XLA", "one device, one step", ("estimate", "XLA", "error"))
     for name, step in figures.steps.items():
         for label, ours, theirs in _pairs(step):
             looped = label == "GFLOP" and figures.config.model.scan_layers
-            error = "loops once" if looped else f"{ours / theirs - 1:+.1%}" if theirs else ""
+            error = "loop counts once" if looped else f"{ours / theirs - 1:+.1%}" if theirs else ""
             table.add_row(f"{name}: {label}", f"{ours:,.1f}", f"{theirs:,.1f}", error)
         table.add_section()
     return table
@@ -172,7 +141,7 @@ def _pairs(step: Step) -> list[tuple[str, float, float]]:
     rows = [
         ("MB of arguments", step.memory.arguments / 1e6, xla.arguments / 1e6),
         ("MB of temporaries", step.memory.temporaries / 1e6, xla.temporaries / 1e6),
-        ("MB in all", step.memory.total / 1e6, xla.total / 1e6),
+        ("MB in total", step.memory.total / 1e6, xla.total / 1e6),
         ("GFLOP", step.flops / 1e9, xla.flops / 1e9),
     ]
     for kind in KINDS:

@@ -1,25 +1,25 @@
-"""Operations of a step of a run by hand: what is computed again, and what curvature adds."""
+"""FLOPs of a training step by hand, with recomputation and curvature samples."""
 
 import math
 
 import models
 from train.config.schema import Config
-from train.optimizers.sophia import SophiaG, SophiaH
+from train.optimizers.base import SamplingPlan
 from train.plan.flops import forward_flops, model_flops
 
 
 def step_flops(config: Config) -> float:
-    """Of a plain step: what it computes again counts too."""
+    """FLOPs of a plain step, recomputation included."""
     tokens = config.batch_size * config.sequence_length
-    return model_flops(config.model, config.batch_size, config.sequence_length) + tokens * _again(
-        config
-    )
+    return model_flops(
+        config.model, config.batch_size, config.sequence_length
+    ) + tokens * recompute_flops(config)
 
 
-def _again(config: Config) -> float:
-    """Of a token: what a way back computes that the way forward did, logits held in chunks too.
+def recompute_flops(config: Config) -> float:
+    """FLOPs per token that the backward pass recomputes under remat or chunked loss.
 
-    Of a block all but a decoder's last product, which nothing on the way back reads.
+    A block recomputes all but a decoder's last product, which the backward pass does not read.
     """
     model, (parameters, attention) = (
         config.model,
@@ -33,28 +33,32 @@ def _again(config: Config) -> float:
     return blocks[model.remat] + head * (config.loss_chunk > 0)
 
 
-def curvature_flops(config: Config, devices: int = 1) -> float:
-    """What a sample of curvature adds to a plain step, with rows over so many devices.
+def curvature_flops(config: Config, sampling: SamplingPlan | None, devices: int = 1) -> float:
+    """FLOPs that a curvature sample adds to a plain step. Idle devices count as if they worked.
 
-    Gauss-Newton-Bartlett shares its forward pass: a backward pass for each draw. Where groups side
-    by side leave devices idle it does not. Devices that wait count as if they worked. Hutchinson's
-    product has three products for each of the gradient's where the gradient is wanted too; apart,
-    the gradient of parameters itself is not computed. A further probe costs the tangents alone.
-    What Hutchinson computes again is left out.
+    A draw of cost "backward" shares the forward pass of the gradient and adds a backward pass; if
+    the last round leaves devices idle, it shares nothing. A Hessian-vector product has three
+    matrix products for each of the gradient's, if it shares the gradient's pass; apart from it,
+    the gradient of the parameters is not computed. A further probe costs its tangents alone. What
+    a product recomputes under remat is left out.
+
+    Args:
+      config: of the run.
+      sampling: how a step samples curvature; None adds nothing.
+      devices: over which rows are spread.
     """
-    if not isinstance(config.optim, SophiaG | SophiaH):
+    if sampling is None:
         return 0.0
-    size = config.batch_size, config.accumulation
-    every, stride = config.optim.strides(*size)
-    groups, shards = config.optim.groups_of(*size), config.optim.shards(devices, *size)
-    rows = config.batch_size // (config.accumulation * stride * groups)
-    filled = math.ceil(groups / shards) * math.ceil(rows * shards / devices) * devices
-    tokens = config.accumulation // every * filled * config.sequence_length
+    groups, parallel = sampling.groups, sampling.parallel_groups
+    rows = config.batch_size // (config.accumulation * sampling.row_stride * groups)
+    filled = sampling.rounds * math.ceil(rows * parallel / devices) * devices
+    micro_batches = config.accumulation // sampling.microbatch_stride
+    tokens = micro_batches * filled * config.sequence_length
     parameters, attention = forward_flops(config.model, config.sequence_length)
-    if isinstance(config.optim, SophiaG):
-        pass_back = 2 * (parameters + attention) + _again(config)
-        forward = (parameters + attention) * (groups % shards > 0)
-        return tokens * (forward + config.optim.num_samples * pass_back)
-    shared = stride == groups == 1
+    if sampling.cost == "backward":
+        backward = 2 * (parameters + attention) + recompute_flops(config)
+        forward = (parameters + attention) * (groups % parallel > 0)
+        return tokens * (forward + sampling.draws * backward)
+    shared = sampling.row_stride == groups == 1
     first = 6 * (parameters + attention) if shared else 8 * parameters + 9 * attention
-    return tokens * (first + (config.optim.num_samples - 1) * 6 * (parameters + attention))
+    return tokens * (first + (sampling.draws - 1) * 6 * (parameters + attention))

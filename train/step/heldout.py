@@ -1,13 +1,16 @@
-"""Held-out loss, in nats a token and bits a byte, and for classes the share that is right."""
+"""Held-out loss in nats per token and bits per byte, and accuracy of classifiers."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from train import data
+from train.parallel import mesh
 from train.step.loss import Outputs, token_losses
 
 
@@ -18,19 +21,18 @@ def make_evaluate(
     *,
     whole_text: bool = True,
 ) -> Callable[..., dict[str, float] | None]:
-    """A function from parameters to what they reach on the held-out data, by default all of it.
+    """A function from parameters to their loss on the held-out data, by default on all of it.
 
     Args:
-      outputs: the model, of `train.step.loss.outputs_of`.
-      loaded: gives the data, when first called for.
+      outputs: the model as a function of batches: `train.step.loss.outputs_of`.
+      loaded: returns the data; called at the first evaluation.
       sharding: of a batch.
-      whole_text: targets are all tokens of a text, so that its bits are theirs.
+      whole_text: the targets are all tokens of a text, so that bits per byte have a meaning.
 
     Returns:
-      `params -> {"heldout_loss": nats a target, ...}`: with "accuracy" where targets are classes,
-      with "bits_per_byte" where they are all tokens of a text. `batches=n` reads only n batches,
-      evenly spaced and the same each time. `stopped()` is asked before each batch: where it is true
-      the result is None.
+      `params -> {"heldout_loss": nats per target, ...}`: with "accuracy" if targets are classes,
+      with "bits_per_byte" if `whole_text`. `batches=n` reads only n batches, evenly spaced and the
+      same each time. `stopped()` is called before each batch: if it is true the result is None.
     """
 
     @jax.jit
@@ -53,13 +55,21 @@ def make_evaluate(
             if stopped():
                 return None
             now = add_up(params, jax.tree.map(place, batch))
-            # The host waits for the batch before: with more than 32 programs on their way, threads
-            # of XLA on CPU wait for their turn that collectives of the earlier ones wait for.
+            # Wait for the previous batch: with more than 32 programs in flight XLA's CPU thread
+            # pool can deadlock on collectives.
             total, late = total + np.asarray(late, np.float64), now
         size = loaded().bytes_per_token if whole_text else None
         return _figures(total + np.asarray(late, np.float64), size)
 
     return evaluate
+
+
+def on_mesh(
+    outputs: Outputs, placed: Mesh, loaded: Callable[[], data.Data], *, whole_text: bool
+) -> Callable[..., dict[str, float] | None]:
+    """`make_evaluate` of a model whose activations and batches are sharded over a mesh."""
+    sharded = functools.partial(outputs, constrain=mesh.constrain_activations(placed))
+    return make_evaluate(sharded, loaded, mesh.batch_sharding(placed), whole_text=whole_text)
 
 
 def _figures(sums: np.ndarray, bytes_per_token: float | None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a model is trained on: the cross-entropy of what it should have named."""
+"""Token-level cross-entropy and its weighted mean."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +19,17 @@ def outputs_of(model: Functional, chunk: int = 0) -> Outputs:
     """The model as a function of batches.
 
     Args:
-      model: what `models.split` made.
-      chunk: positions whose logits are held at once; 0 for all of them, as one array.
+      model: from `models.split`.
+      chunk: positions whose logits are in memory at once; 0 for all, as one array.
     """
 
     def outputs(params: Any, batch: Batch, constrain: Constrain = identity):
-        # Left alone, XLA cuts the tokens of a group, and gathers a gradient of the table for each.
+        # Without it XLA shards the tokens of a group, and gathers a gradient of the table for each.
         inputs, named = jax.tree.map(constrain, (batch.inputs, model_inputs(batch)))
         if not chunk:
             return model.apply(params, inputs, constrain, **named)
         features = model.features(params, inputs, constrain, **named)
-        if features.ndim == 2:  # of classes, which are few
+        if features.ndim == 2:  # of a classifier, whose logits are few
             return model.logits(params, features)
         return LinearLogits(features, *model.linear(params), chunk=chunk)
 
@@ -37,15 +37,15 @@ def outputs_of(model: Functional, chunk: int = 0) -> Outputs:
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model is told beside the tokens, by its argument's name."""
+    """Inputs of the model beside the tokens, by argument name."""
     named = {"segments_BxT": batch.segments, "types_BxT": batch.types}
     return {name: x for name, x in named.items() if x is not None}
 
 
 def token_losses(outputs: Any, batch: Batch, over_rows: OverRows | None = None) -> jax.Array:
-    """Cross-entropy in nats of each target, float32 shaped as targets, weighted by nothing.
+    """Unweighted cross-entropy of each target, in nats, float32 shaped as the targets.
 
-    `over_rows` is `train.parallel.mesh.over_rows` of a mesh: for chunks of logits outside any vmap.
+    `over_rows` is `train.parallel.mesh.over_rows` of a mesh, for chunked logits outside any vmap.
     """
     if over_rows is None or not isinstance(outputs, LinearLogits):
         return softmax_cross_entropy(outputs, batch.targets)
@@ -58,18 +58,18 @@ def token_losses(outputs: Any, batch: Batch, over_rows: OverRows | None = None) 
 
 
 def mean_loss(outputs: Any, batch: Batch, over_rows: OverRows | None = None) -> jax.Array:
-    """The mean of w l over the targets, of a batch that is `normalized`.
+    """Mean over the targets of weight times loss, for a `normalized` batch.
 
-    Parts of equal size add up: its mean over them is that of the batch they are cut from.
+    The mean over micro-batches of equal size is the mean of the whole batch.
     """
     losses = token_losses(outputs, batch, over_rows)
     return jnp.mean(losses if batch.weights is None else losses * batch.weights)
 
 
 def normalized(batch: Batch) -> Batch:
-    """The batch with weights of mean 1, so that `mean_loss` is the mean of what counts.
+    """The batch with weights of mean 1, so that `mean_loss` is the weighted mean.
 
-    Where nothing counts they stay 0, as does the loss.
+    If all weights are 0 they stay 0, and so is the loss.
     """
     if batch.weights is None:
         return batch

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite change nothing."""
+"""Skip the update of a step with a non-finite loss or gradient."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,21 +12,21 @@ State = TypeVar("State")
 def if_finite(
     update: Callable[[State, Any], State], state: State, grads: Any, *measures: jax.Array
 ) -> tuple[State, jax.Array]:
-    """`update(state, grads)` where all scalars `measures` are finite, else `state` itself.
+    """`update(state, grads)` if all scalars `measures` are finite, else `state`.
 
-    The update, down to the new parameters, is inside of a branch: XLA fuses it as it would alone,
-    and writes over donated buffers. A choice between old and new arrays behind it
-    (`jnp.where`) costs 12 bytes a parameter or more, and temporaries of the size of the model.
+    The whole update is inside a branch: XLA fuses it as it would alone, and reuses donated buffers.
+    Selecting between old and new arrays after the update (`jnp.where`) would cost 12 bytes a
+    parameter or more, and temporaries of the size of the model.
 
     Args:
-      update: makes the new state, of the same shapes; for example of parameters and optimizer.
-      state: what is kept where something is not finite: every counter in it stands still.
+      update: returns the new state, for example parameters and optimizer state.
+      state: stays as it is, with its counters, if a measure is not finite.
       grads: passed to `update`.
-      *measures: the loss and the norm of the gradient: one value in it that is not finite, or
-        squares that overflow, make the norm so.
+      *measures: the loss and the norm of the gradient. The norm is not finite if any value of the
+        gradient is not, or if its squares overflow.
 
     Returns:
-      (state, float32 scalar: 1 where the update was left out).
+      (state, float32 scalar: 1 if the update was skipped)
     """
     finite = jnp.all(jnp.isfinite(jnp.stack(measures)))
     state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)

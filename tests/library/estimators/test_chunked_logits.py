@@ -1,4 +1,4 @@
-"""Logits that are never held whole are as if they were: losses, labels, derivatives."""
+"""`LinearLogits` give the losses, labels and derivatives of whole logits."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ def loss_fn(logits, batch):
 
 
 def extra_of(logits_fn, inputs=BATCH):
-    """For both estimators."""
+    """Extra arguments of both estimators."""
 
     def obj_fn(params, batch):
         return jnp.mean(loss_fn(logits_fn(params, batch), batch))
@@ -87,7 +87,7 @@ def test_losses_and_two_derivatives_are_those_of_whole_logits(chunk, names):
 ESTIMATORS = {
     "one group": gauss_newton_bartlett(),
     "groups": gauss_newton_bartlett(groups=4),
-    "groups side by side": gauss_newton_bartlett(groups=4, shards=2),
+    "groups side by side": gauss_newton_bartlett(groups=4, parallel_groups=2),
     "draws of a half in groups": gauss_newton_bartlett(groups=2, num_samples=2, batch_fraction=0.5),
     "hutchinson": hutchinson(groups=2),
     "hutchinson, reverse": hutchinson(mode="reverse", num_samples=2),
@@ -96,7 +96,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_return_what_they_do_with_whole_logits(name):
-    """So labels are the same; with weights too."""
+    """So they draw the same labels, and count the same weights."""
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, PARAMS)
         have, want = (
@@ -107,8 +107,9 @@ def test_estimators_return_what_they_do_with_whole_logits(name):
 
 
 def test_on_a_mesh_the_matrix_is_one_for_all_shards():
-    """Where the other rows of a share are spread over devices, as its groups are."""
-    gnb = gauss_newton_bartlett(groups=4, shards=4, batch_fraction=0.5, spmd_axis_name="data")
+    """The remaining rows are spread over devices as the sampled groups are."""
+    spread = {"parallel_groups": 4, "spmd_axis_name": "data"}
+    gnb = gauss_newton_bartlett(groups=4, batch_fraction=0.5, **spread)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     params, batch = jax.tree.map(
         lambda x: jnp.float32(x) if x.dtype == float else x, (PARAMS, BATCH)
@@ -129,7 +130,7 @@ def test_on_a_mesh_the_matrix_is_one_for_all_shards():
 
 
 def test_bfloat16_features_multiply_as_the_models_head_does():
-    """And the matrix's gradient, float32, is summed over chunks in float32."""
+    """The gradient of the matrix is float32, and is summed over chunks in float32."""
     features, matrix = jnp.bfloat16(LONG), jnp.float32(rng.normal(size=(V, D)))
 
     def losses(matrix):
@@ -144,7 +145,7 @@ def test_bfloat16_features_multiply_as_the_models_head_does():
     np.testing.assert_allclose(gradient, exact, atol=0.02 * np.abs(exact).max())
 
 
-# ---------------------------------------------------------------- what it holds
+# ---------------------------------------------------------------- memory
 
 LARGE = {"B": 4, "T": 64, "D": 8, "V": 512, "chunk": 8}
 
@@ -169,7 +170,7 @@ def sample_of(estimate):
 
 PROGRAMS = {
     "gradient": lambda extra, *at: jax.value_and_grad(extra["obj_fn"])(*at),
-    "GNB": sample_of(gauss_newton_bartlett(groups=2, shards=2)),
+    "GNB": sample_of(gauss_newton_bartlett(groups=2, parallel_groups=2)),
     "GNB of a half": sample_of(gauss_newton_bartlett(groups=2, batch_fraction=0.5)),
     "hutchinson": sample_of(hutchinson(num_samples=2)),
 }
@@ -182,7 +183,7 @@ def test_whole_logits_are_in_no_program(name):
     assert largest_float(PROGRAMS[name], True) <= B * chunk * V
 
 
-def test_they_are_where_they_are_not_factors():
+def test_the_program_of_an_array_holds_whole_logits():
     B, T, _, V, _ = LARGE.values()
     assert largest_float(PROGRAMS["gradient"], False) >= B * T * V
 
@@ -192,7 +193,7 @@ def test_they_are_where_they_are_not_factors():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_shard_map_the_matrix_gradient_is_reduced_once(check_vma):
-    """After the loop over chunks; H u through it is exact too."""
+    """It is reduced after the loop over chunks, and H u through the loop is exact."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     rows, alike = PartitionSpec(("data", "fsdp")), PartitionSpec()
     mapped = jax.shard_map(
@@ -247,7 +248,7 @@ def test_in_shard_map_a_sample_is_that_of_whole_logits():
     close(sample(linear), sample(whole), rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- errors
 
 
 def refuses(match, function):
@@ -272,7 +273,7 @@ def test_other_forms_are_refused():
     for likelihood in ("bernoulli", "gaussian"):
         gnb = gauss_newton_bartlett(likelihood=likelihood)
         refuses(
-            "LinearLogits, of which only labels of likelihood 'categorical'",
+            "LinearLogits, which serve likelihood 'categorical' only",
             lambda: gnb(KEY, PARAMS, None, **extra_of(linear)),  # noqa: B023
         )
     short = extra_of(lambda params, batch: linear(params, jax.tree.map(lambda x: x[1:], batch)))

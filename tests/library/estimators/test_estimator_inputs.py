@@ -1,4 +1,4 @@
-"""What estimators accept (dtypes, trees, masks) and what they refuse, with cause and cure."""
+"""Inputs that estimators accept (dtypes, trees, masks), and errors that name cause and cure."""
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +64,30 @@ def test_numbers_out_of_range_are_refused(factory, arguments, match):
             "likelihood='poisson' is unknown.*categorical, bernoulli, gaussian",
         ),
         (gauss_newton_bartlett, {"groups": 0}, "groups=0 must be an integer of at least 1"),
-        (gauss_newton_bartlett, {"shards": 0}, "shards=0 must be an integer of at least 1"),
-        (gauss_newton_bartlett, {"shards": 4}, "one group of all rows .* but shards=4"),
+        (gauss_newton_bartlett, {"parallel_groups": 0}, "parallel_groups=0 must be an integer"),
+        (gauss_newton_bartlett, {"parallel_groups": 4}, "parallel_groups=4 needs several groups"),
         (
             gauss_newton_bartlett,
             {"groups": 8, "spmd_axis_name": "data"},
-            "spmd_axis_name='data' spreads groups.*but shards=1. Set `shards`",
+            "spmd_axis_name='data' spreads groups.*but parallel_groups=1. Set `parallel_groups`",
         ),
     ],
 )
 def test_unknown_choices_and_bad_groups_are_refused(factory, arguments, match):
     with pytest.raises(ValueError, match=match):
         factory(**arguments)
+
+
+def test_shards_is_the_deprecated_name_of_parallel_groups():
+    with pytest.warns(DeprecationWarning, match="the argument is now `parallel_groups`"):
+        assert dtypes(sample(gauss_newton_bartlett(groups=4, shards=2), **EXTRA)) == {"float32"}
+    with (
+        pytest.warns(DeprecationWarning, match="parallel_groups"),
+        pytest.raises(ValueError, match="parallel_groups=4 needs several groups"),
+    ):
+        gauss_newton_bartlett(shards=4)
+    with pytest.raises(TypeError, match="together with shards=2, its deprecated name"):
+        gauss_newton_bartlett(groups=4, parallel_groups=2, shards=2)
 
 
 # ---------------------------------------------------------------- extra arguments
@@ -216,7 +228,7 @@ def test_masked_params_are_refused_and_a_sample_from_outside_is_the_cure(factory
 @pytest.mark.parametrize("compatible", [True, False])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_a_single_array_under_masked_is_estimated_or_refused(factory, compatible):
-    """There every extra argument has the structure of params, so a hole masks them all."""
+    """Every extra argument then has the structure of params, so a hole masks all of them."""
     params = jnp.array([0.5, -1.0])
     extra = {"obj_fn": lambda p: jnp.sum(p**4), "logits_fn": lambda p: X * p}
     tx = hessian_estimate(factory())

@@ -11,16 +11,11 @@ import oracles
 import pytest
 from exact import ExactLinear, ExactTanh, sigmoid, softmax
 from moments import assert_mean, draw, flops, jit
+from tanh_model import ROWS, TOKENS, D, K, V, W, X, weights_of
 
 from sophia_optax import gauss_newton_bartlett
 
-ROWS, TOKENS, D, K, V = 8, 2, 2, 3, 3
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
-rng = np.random.default_rng(0)
-X = rng.normal(size=(ROWS, TOKENS, D))
-# Fractional, padded, and unequal in every way of grouping; the second half of the rows has less,
-# the last quarter nothing at all.
-W = np.array([[1, 0.3], [2, 0], [1, 1], [0.5, 0.1], [0, 0.2], [1, 0], [0, 0], [0, 0]])
 
 
 def tree_of(seed, **shapes):
@@ -46,11 +41,6 @@ def f32(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
-def counted(likelihood, w):
-    """`w` in the shape of what B counts."""
-    return np.repeat(w[..., None], V, -1) * [1, 0.5, 0.25] if likelihood == "bernoulli" else w
-
-
 # (model, arguments, weighted)
 CASES = {
     "one group": ("tanh", {}, False),
@@ -73,7 +63,7 @@ CASES = {
 def test_mean_is_the_exact_gauss_newton_diagonal(likelihood, case):
     model, arguments, weighted = CASES[case]
     logits_fn, exact_model, params = MODELS[model]
-    weights = counted(likelihood, W) if weighted else None
+    weights = weights_of(likelihood) if weighted else None
     gnb = gauss_newton_bartlett(likelihood=likelihood, **arguments)
     extra = {"logits_fn": logits_fn, "inputs": f32(X), "weights": f32(weights)}
     samples = draw(lambda key: gnb(key, f32(params), None, **extra), 40_000)
@@ -107,7 +97,7 @@ def test_mean_is_exact_through_sampled_loss_fn():
 
 
 def row_logits(params, batch):
-    """A shared linear model, and for every output of every row a parameter of its own."""
+    """A shared linear model plus a parameter of its own for every output of every row."""
     return batch["x"] @ params["W"] + params["R"][batch["row"]]
 
 
@@ -147,7 +137,7 @@ def labels_drawn(likelihood):
 def test_sample_is_the_sum_of_squared_group_gradients_over_B(likelihood, weighted, groups):
     """(1/B) Σ s_m², for the very labels drawn, which neither weights nor groups change."""
     labels, params = labels_drawn(likelihood), {"W": ROW_PARAMS["W"]}
-    weights = counted(likelihood, W) if weighted else np.ones_like(labels)
+    weights = weights_of(likelihood) if weighted else np.ones_like(labels)
     parts = zip(*(np.split(a, groups) for a in (X, labels, weights)), strict=True)
     squares = [ExactLinear(likelihood, x, w).summed_sample(params, y) for x, y, w in parts]
     want = oracles.grouped_gnb(squares, weights.sum())["W"]
@@ -162,7 +152,7 @@ def test_sampled_loss_fn_has_each_group_squared_apart(likelihood):
     f = exact_model(likelihood, X).outputs(params)
     shape = f.shape if likelihood != "categorical" else f.shape[:-1]
     y = np.random.default_rng(3).integers(2, size=shape)
-    weights = counted(likelihood, W)
+    weights = weights_of(likelihood)
 
     def losses(f, y):
         if likelihood == "categorical":
@@ -220,10 +210,11 @@ def test_groups_of_sampled_loss_fn_draw_apart():
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_shards_change_nothing(number):
-    """Four groups one by one, two or three at once, all with idle places; draws scanned inside."""
+def test_parallel_groups_change_nothing(number):
+    """Four groups in turn, two or three at a time, all at once, and with idle slots."""
     arguments = {"groups": 4, "num_samples": number, "weights": W}
-    one, *others = (row_sample("categorical", **arguments, shards=n) for n in (1, 2, 3, 4, 16))
+    settings = ({"parallel_groups": n} for n in (1, 2, 3, 4, 16))
+    one, *others = (row_sample("categorical", **arguments, **more) for more in settings)
     for other, name in itertools.product(others, one):
         np.testing.assert_allclose(other[name], one[name], rtol=1e-6, atol=1e-9)
 
@@ -238,7 +229,7 @@ def test_rows_of_weight_zero_are_as_if_they_were_not_there():
         np.testing.assert_allclose(padded[name], short[name], rtol=1e-6, atol=1e-9)
 
 
-# ---------------------------------------------------------------- what groups and draws buy
+# ---------------------------------------------------------------- what groups and draws are worth
 
 
 def relative_squared_error(samples, exact):
@@ -280,7 +271,7 @@ def test_draws_are_independent():
 
 
 def test_sixteen_groups_cost_what_one_costs():
-    """Side by side, because a scan's body is counted once."""
+    """The groups run in parallel, because XLA counts the body of a scan once."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     params = {
         "w1": shape((64, 128)),
@@ -290,7 +281,7 @@ def test_sixteen_groups_cost_what_one_costs():
     }
 
     def cost(groups):
-        gnb = gauss_newton_bartlett(groups=groups, shards=groups)
+        gnb = gauss_newton_bartlett(groups=groups, parallel_groups=groups)
 
         def sample(params, x):
             return gnb(jax.random.key(0), params, None, logits_fn=tanh, inputs=x)

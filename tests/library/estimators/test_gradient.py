@@ -1,4 +1,4 @@
-"""Estimators that read nothing but the gradient, against their formula in NumPy float64."""
+"""Estimators that read only the gradient, against their formula in NumPy float64."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def assert_formula(name, h, g, dtype, leaves=tuple(G), rtol=1e-6):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_samples_are_the_formula_in_float32_of_what_the_gradient_holds(dtype, scale, name):
-    """Squares of 300 are beyond float16, squares of 1e-3 below what it resolves."""
+    """In float16, 300² overflows and 1e-3² loses most of its bits."""
     g = cast(jax.tree.map(lambda x: scale * x, G), dtype) | {"scalar": jnp.asarray(scale, dtype)}
     assert_formula(name, sampled(name, g), g, "float32")
 
@@ -53,7 +53,7 @@ def test_samples_of_float64_gradients_keep_their_precision(name):
 @every_estimator
 @pytest.mark.parametrize("middle", ["float32", "float64"])
 def test_leaves_of_several_dtypes_meet_in_one_norm(name, middle):
-    """In strict promotion too, but for float64, where the norm is that of optax."""
+    """Also under strict promotion, except with float64, which optax's norm does not take."""
     strict = "strict" if middle == "float32" else "standard"
     with jax.enable_x64(True), jax.numpy_dtype_promotion(strict):
         dtypes = {"scalar": "bfloat16", "matrix": middle, "tensor": "float32"}
@@ -73,7 +73,7 @@ def test_only_the_weighted_sample_falls_when_another_leaf_grows(name):
 
 @every_estimator
 def test_masked_leaves_are_left_out_also_of_the_norm(name):
-    """A part of the tree is sampled as if it were all there is."""
+    """A part of the tree is sampled as if it were the whole tree."""
     part, mask = {n: G[n] for n in ("matrix", "scalar")}, {n: n != "tensor" for n in G}
     tx = hessian_estimate(ESTIMATORS[name][0], decay=0.0, update_interval=1, bias_correction=False)
     tx, g = optax.masked(tx, mask), cast(G, float)
@@ -102,7 +102,7 @@ def test_arguments_of_other_estimators_are_ignored(name):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_one_coordinate_out_of_range_spoils_every_weighted_sample_and_none_is_taken(bad):
-    """Through the norm: over an infinite one all others would be 0, and enter the average."""
+    """With an infinite norm, all other coordinates would be 0 and would enter the average."""
     g = cast(G, "float32")
     tx = hessian_estimate(weighted_squared_gradient(), decay=0.5, update_interval=1)
     _, state = tx.update(g, tx.init(g))

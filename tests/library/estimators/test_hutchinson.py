@@ -10,6 +10,7 @@ import oracles
 import pytest
 from exact import ExactTanh, central_difference
 from moments import assert_mean, draw, flops, jit, standard_error
+from tanh_model import tanh_squared
 
 from sophia_optax import (
     hessian_estimate,
@@ -154,22 +155,6 @@ def test_both_modes_agree_key_by_key(probe):
         np.testing.assert_allclose(forward[name], reverse[name], rtol=1e-5, atol=1e-5)
 
 
-@jax.custom_vjp
-def inner(x):
-    return jnp.tanh(x)
-
-
-inner.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
-
-
-@jax.custom_vjp
-def nested(x):
-    return inner(x) ** 2
-
-
-nested.defvjp(lambda x: (inner(x) ** 2, x), lambda x, g: (2 * g * inner(x) / jnp.cosh(x) ** 2,))
-
-
 def test_reverse_mode_takes_a_nested_custom_vjp_which_forward_mode_does_not():
     params = jnp.array([0.3, -0.7])
 
@@ -179,9 +164,9 @@ def test_reverse_mode_takes_a_nested_custom_vjp_which_forward_mode_does_not():
         )
 
     plain = sample(lambda x: jnp.tanh(x) ** 2, "reverse")
-    np.testing.assert_allclose(sample(nested, "reverse"), plain, rtol=1e-5)
+    np.testing.assert_allclose(sample(tanh_squared, "reverse"), plain, rtol=1e-5)
     with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
-        sample(nested, "forward")
+        sample(tanh_squared, "forward")
 
 
 def test_sub_batch_is_every_nth_row():
@@ -235,7 +220,7 @@ def run_optax_sophia(steps, **arguments):
 
 
 def test_estimate_serves_as_hessian_diagonal_fn_of_optax_sophia(monkeypatch):
-    """Its `nu` is that of optax's own estimator, on probes that follow the parameters."""
+    """`nu` equals that of optax's own estimator, with probes that depend on the parameters."""
 
     def probes(key, tree, *unused, **also_unused):
         return jax.tree.map(lambda x: jnp.sign(jnp.sin(1e3 * x)), tree)

@@ -25,9 +25,9 @@ def counts(logits, key=0):
     return np.asarray(count(jax.random.split(jax.random.key(key), 16), jnp.asarray(logits)))
 
 
-@pytest.mark.parametrize("classes", [3, 128, 300])  # less than a block, one, two and a part
+@pytest.mark.parametrize("classes", [3, 128, 300])  # blocks of 128: a part, one, two and a part
 def test_frequencies_are_those_of_the_softmax_for_rare_classes_too(classes):
-    """A chi-square within 5 of its standard deviations; what is rare is counted together."""
+    """The chi-square is within 5 standard deviations of its mean; rare classes are pooled."""
     logits = 3 * np.random.default_rng(classes).normal(size=classes)
     logits[1] = -np.inf
     drawn, expected = counts(np.float32(logits)), DRAWS * softmax(logits)
@@ -68,7 +68,7 @@ def test_logits_that_are_not_finite_give_no_finite_sample(value):
 
 
 def test_a_label_costs_a_pass_over_the_logits():
-    """Where a Gumbel number for each class is most of the cost of a sample."""
+    """`jax.random.categorical` draws a Gumbel number for each class, most of a sample's cost."""
     logits = jax.ShapeDtypeStruct((8, 50304), jnp.float32)
     ours = flops(lambda f: sample_categorical(jax.random.key(0), f), logits) / logits.size
     theirs = flops(lambda f: jax.random.categorical(jax.random.key(0), f), logits) / logits.size

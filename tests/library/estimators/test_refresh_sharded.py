@@ -1,4 +1,4 @@
-"""A step that samples curvature on sharded parameters: what it returns, moves and keeps."""
+"""A step that samples curvature with sharded parameters: results, collectives and memory."""
 
 import collections
 import functools
@@ -29,19 +29,22 @@ BATCH = jnp.asarray(np.random.default_rng(0).integers(256, size=(ROWS, LENGTH + 
 ALL = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
 LARGEST = max(x.nbytes for x in jax.tree.leaves(PARAMS))
 
-# (estimator, axes of its groups, axes of the rows of a group)
-SPREAD = {"spmd_axis_name": AXES}
+
+def spread(groups, parallel_groups, stride=1, axes=AXES):
+    """Settings of an estimator whose parallel groups are spread over mesh axes."""
+    settings = {"groups": groups, "parallel_groups": parallel_groups, "spmd_axis_name": axes}
+    return settings | ({"batch_fraction": 1 / stride} if stride > 1 else {})
+
+
+# (settings of the estimator, mesh axes of the rows of one group)
 CASES = {
     "one group": ({}, P(AXES)),
     "one group of a quarter": ({"batch_fraction": 0.25}, P(AXES)),
-    "a group a device": ({"groups": 8, "shards": 8, "batch_fraction": 0.25} | SPREAD, P()),
-    "a group a row": ({"groups": 16, "shards": 16, "batch_fraction": 0.25} | SPREAD, P()),
-    "fewer rows than devices": ({"groups": 4, "shards": 8, "batch_fraction": 1 / 16} | SPREAD, P()),
-    "four rounds": ({"groups": 32, "shards": 8} | SPREAD, P()),
-    "a group on four devices": (
-        {"groups": 2, "shards": 2, "batch_fraction": 0.25, "spmd_axis_name": "data"},
-        P("fsdp"),
-    ),
+    "a group a device": (spread(8, 8, 4), P()),
+    "a group a row": (spread(16, 16, 4), P()),
+    "fewer rows than devices": (spread(4, 8, 16), P()),
+    "four rounds": (spread(32, 8), P()),
+    "a group on four devices": (spread(2, 2, 4, "data"), P("fsdp")),
 }
 
 
@@ -55,7 +58,7 @@ def losses(logits, batch):
 
 
 def logits(params, batch, spec=None):
-    """Activations sharded as `spec`, the embedding gathered; None on one device."""
+    """Logits with activations sharded as `spec` and a gathered embedding; None for one device."""
     if spec is None:
         return MODEL.apply(params, batch[:, :-1])
 
@@ -83,7 +86,7 @@ def refresh_step(settings, spec):
 
 @functools.cache
 def compiled(name):
-    """The program on the mesh, and its arguments in their places."""
+    """(program compiled for the mesh, its arguments placed on the mesh)."""
     settings, spec = CASES.get(name, ({}, P(AXES)))
     step = functools.partial(plain_step, spec=spec)
     step = step if name == "plain" else refresh_step(settings, spec)
@@ -97,7 +100,7 @@ def compiled(name):
 
 
 def collectives(name):
-    """Of each kind the bytes of the arrays that it makes; "in a loop" those in a loop's body."""
+    """{collective: bytes of each array it makes}; "in a loop" lists those in loop bodies."""
     text = compiled(name)[0].as_text()
     bodies, made = re.findall(r"body=%?([\w.\-]+)", text), collections.defaultdict(list)
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -127,7 +130,8 @@ def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
     program, placed = compiled(name)
     loss, gradient, h = program(*placed)
     near((loss, gradient), jax.jit(plain_step)(PARAMS, BATCH))
-    alone = {n: x for n, x in CASES[name][0].items() if n not in ("shards", "spmd_axis_name")}
+    parallel = ("parallel_groups", "spmd_axis_name")
+    alone = {n: x for n, x in CASES[name][0].items() if n not in parallel}
     gnb = gauss_newton_bartlett(**alone)
     sample = jax.jit(lambda p, batch: gnb(KEY, p, None, logits_fn=logits, inputs=batch))
     near(h, sample(PARAMS, BATCH))
@@ -135,9 +139,9 @@ def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_curvature_moves_what_another_gradient_would(name):
-    """No array of the size of all parameters, nor one with an axis of groups; no activations.
+    """No collective makes an array of all parameters, or with an axis of groups, or activations.
 
-    A pass gathers the parameters once, and reduces its gradient and the sample once.
+    Each pass gathers the parameters once, and reduces its gradient and the sample once.
     """
     plain, refresh, settings = collectives("plain"), collectives(name), CASES[name][0]
     passes = 2 if "batch_fraction" in settings else 1
@@ -145,12 +149,13 @@ def test_curvature_moves_what_another_gradient_would(name):
         had, has = (sum(made) / ALL for made in (plain[kind], sizes))
         print(f"{name}, {kind}: {has:.2f} parameters, in a plain step {had:.2f}")
     assert max(itertools.chain(*refresh.values())) <= LARGEST < ALL / 2
-    assert sum(plain["all-gather"]) >= 0.95 * ALL  # they are in the count
+    assert sum(plain["all-gather"]) >= 0.95 * ALL  # the count sees the parameters
     assert sum(refresh["all-gather"]) <= 1.01 * passes * sum(plain["all-gather"])
     # A group on several devices is reduced over these before it is squared, then over the others.
     assert sum(refresh["all-reduce"]) <= 1.2 * (passes + 1) * sum(plain["all-reduce"])
     moved = ("all-to-all", "collective-permute")
-    tokens = 2 * BATCH.nbytes if settings.get("groups", 1) % settings.get("shards", 1) else 0
+    idle_slots = settings.get("groups", 1) % settings.get("parallel_groups", 1)
+    tokens = 2 * BATCH.nbytes if idle_slots else 0
     has, had = (sum(sum(made[kind]) for kind in moved) for made in (refresh, plain))
     assert has <= had + tokens
     assert bool(refresh["in a loop"]) == ("rounds" in name)
@@ -163,7 +168,6 @@ def test_temporaries_are_not_those_of_a_gradient_for_each_group(name):
     assert refresh < (1.3 if "fewer" in name else 1.25) * plain
 
 
-def test_a_batch_that_places_do_not_divide_is_refused():
-    settings = {"groups": 4, "shards": 24, "batch_fraction": 1 / 16} | SPREAD
-    with pytest.raises(ValueError, match="shards=24 does not divide the 64 rows"):
-        jax.eval_shape(refresh_step(settings, P()), PARAMS, BATCH)
+def test_a_batch_that_parallel_groups_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="parallel_groups=24 does not divide the 64 rows"):
+        jax.eval_shape(refresh_step(spread(4, 24, 16), P()), PARAMS, BATCH)

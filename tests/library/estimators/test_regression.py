@@ -45,7 +45,7 @@ def test_the_mean_sample_is_the_exact_hessian_of_the_loss(variance, divisor, los
     assert_mean(draw(sample, 4000), {"w": exact}, power=0.2)
 
 
-def test_of_a_unit_variance_it_is_the_same_program_over_the_variance():
+def test_a_sample_is_that_of_unit_variance_divided_by_the_variance():
     def sample(variance):
         gnb = gauss_newton_bartlett(likelihood="gaussian", variance=variance)
         return gnb(jax.random.key(0), PARAMS, None, logits_fn=outputs, inputs=X)["w"]
@@ -54,7 +54,7 @@ def test_of_a_unit_variance_it_is_the_same_program_over_the_variance():
 
 
 @pytest.mark.parametrize("variance", [0.0, -1.0, np.inf, np.nan])
-def test_a_variance_that_is_none_is_refused(variance):
+def test_a_variance_that_is_not_positive_and_finite_is_refused(variance):
     with pytest.raises(ValueError, match=r"variance=.* must be above 0 and finite"):
         gauss_newton_bartlett(likelihood="gaussian", variance=variance)
 

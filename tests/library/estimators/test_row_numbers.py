@@ -1,4 +1,4 @@
-"""With the numbers of their rows, the parts of a batch draw what the batch draws in one piece."""
+"""With `row_numbers`, parts of a batch draw the labels and probes of the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def sample(estimate, params, extra):
 ESTIMATORS = {
     "GNB, a group a row": (lambda parts: gauss_newton_bartlett(groups=ROWS // parts), 4),
     "GNB, draws, groups side by side": (
-        lambda parts: gauss_newton_bartlett(groups=ROWS // parts, num_samples=2, shards=2),
+        lambda parts: gauss_newton_bartlett(groups=ROWS // parts, num_samples=2, parallel_groups=2),
         2,
     ),
     "Hutchinson, a set a row": (lambda parts: hutchinson(groups=ROWS // parts), 4),
@@ -82,7 +82,7 @@ def test_a_share_of_the_rows_keeps_their_numbers_beside_the_gradient_too(factory
 
 
 def test_a_set_of_all_shards_has_one_probe():
-    """The smallest number of its rows on any shard, though each passes its own."""
+    """It comes from the smallest row number on any shard, though each shard passes its own."""
     with jax.enable_x64(True):
         params, extra = arguments()
         estimate = hutchinson(groups=2)

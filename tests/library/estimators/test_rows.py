@@ -1,4 +1,4 @@
-"""Random keys among `inputs`: one for all rows, or one for each."""
+"""Random keys in `inputs`: one key for all rows, or one key per row."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_without_groups_the_key_is_the_one_that_was_passed(make):
 
 @every_estimator
 def test_groups_have_keys_of_their_own(make):
-    """Were all given one key, the same units of each group would be dropped."""
+    """With one key for all of them, each group would drop the same units."""
     seen = []
 
     def record(key_data):
@@ -78,7 +78,7 @@ def test_groups_have_keys_of_their_own(make):
 
 @every_estimator
 def test_a_key_for_each_row_goes_with_its_row(make):
-    """Every second row, each a group: the same rows by hand, in one go."""
+    """A sample of every second row equals a sample of these rows alone."""
     half = {"x": X[::2], "key": BY_ROW["inputs"]["key"][::2]}
     numbers = {"row_numbers": jnp.arange(0, 16, 2)}
     ours = sample(make(groups=8, batch_fraction=0.5), **BY_ROW)

@@ -59,7 +59,7 @@ def estimator(name, shards):
     return {
         "hutchinson": hutchinson(batch_fraction=0.5),
         "one group": gauss_newton_bartlett(),
-        "groups side by side": gauss_newton_bartlett(groups=8, shards=shards),
+        "groups side by side": gauss_newton_bartlett(groups=8, parallel_groups=shards),
         "groups one by one": gauss_newton_bartlett(groups=4, batch_fraction=0.5),
     }[name]
 
@@ -144,7 +144,7 @@ def in_shard_map(estimate, *, axis_name="data", check_vma=True, mesh="8"):
     ("mode", "check_vma"), [("forward", True), ("forward", False), ("reverse", True)]
 )
 def test_hutchinson_in_shard_map_is_that_of_the_full_batch(mode, check_vma):
-    """Same probe on all shards, H u averaged."""
+    """All shards use the same probe, and H u is averaged."""
     estimate = hutchinson(mode=mode, num_samples=2)
     want = jit(lambda p, b: estimate(KEY, p, None, obj_fn=mean_loss, inputs=b))(PARAMS, BATCH)
     sample = in_shard_map(estimate, check_vma=check_vma)
@@ -176,7 +176,7 @@ def by_hand(key, shards, groups):
         ("8", "data", {}, True),
         ("8", "data", {"groups": 2}, True),
         ("8", "data", {"groups": 2}, False),
-        ("8", "data", {"groups": 2, "shards": 2}, True),
+        ("8", "data", {"groups": 2, "parallel_groups": 2}, True),
         ("2x4", ("data", "model"), {"groups": 2}, True),
     ],
 )

@@ -1,4 +1,4 @@
-"""Samples of 0 and momentum that is not finite are told, not taken in silence."""
+"""Zero samples and momentum that is not finite are counted in the diagnostics."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_a_leaf_of_zeros_beside_others_is_counted_as_a_leaf():
 
 @pytest.mark.parametrize("groups", [1, 64])
 def test_where_nothing_is_live_shares_of_what_is_live_are_nan(groups):
-    """They read 0 and 1 before: a win rate of 1 with every coordinate on the floor."""
+    """Numbers would mislead: a win rate of 1 with every coordinate at the floor."""
     found, dead = after_one_sample(groups), groups == 64
     assert np.isnan(found["win_rate"]) == np.isnan(found["clipped_fraction"]) == dead
     assert (found["floored_fraction"] == 1) == dead
@@ -65,7 +65,7 @@ def test_before_the_first_refresh_no_share_is_claimed():
 
 
 def test_zero_samples_of_a_linear_objective_are_averaged_as_well():
-    """They are what the estimator says, and leaving them out would bias the average."""
+    """The estimator returned them, so leaving them out would bias the average."""
     tx = hessian_estimate(None, decay=0.5)
     state = tx.init(W)
     for sample in (W, jnp.zeros_like(W)):
@@ -115,10 +115,10 @@ def steps_after(tx, spoilt, number=4):
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
 def test_a_coordinate_whose_gradient_was_not_finite_shows_in_the_parameter(name, bad):
-    """As with `optax.adam`; clipped, its step would be the bound for ever."""
+    """As with `optax.adam`. A clipped step would stay at the bound for ever."""
     updates, _ = steps_after(MAKERS[name](), jnp.array([bad, 1.0]))
     assert not np.isfinite(updates[0])
-    if name not in ("soaa", "optax.adam"):  # what sums over the tree stops, or is another's
+    if name not in ("soaa", "optax.adam"):  # soaa sums over the tree
         assert np.isfinite(updates[1])
 
 
@@ -143,7 +143,7 @@ def test_apply_if_finite_leaves_the_gradient_out(name):
 
 
 def test_a_denominator_that_underflows_is_still_clipped():
-    """The ratio overflows there, and the momentum is finite."""
+    """The ratio overflows, although the momentum is finite."""
     tx = sophia_h(0.1, eps=0.0, b1=0.0, weight_decay=0.0)
     updates, _ = tx.update(jnp.array([1e3, -1e3]), tx.init(X2), X2, hessian=jnp.zeros(2))
     np.testing.assert_allclose(updates, [-0.1, 0.1], rtol=1e-6)

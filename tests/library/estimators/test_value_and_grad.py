@@ -1,4 +1,4 @@
-"""Loss, gradient and a sample of curvature of one forward pass."""
+"""Loss, gradient and a sample of curvature from one forward pass."""
 
 import functools
 
@@ -25,6 +25,7 @@ from tanh_model import (
     loss_fn,
     obj_fn,
     shared,
+    tanh_squared,
     weights_of,
 )
 
@@ -34,7 +35,7 @@ from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
 GNB = {
     "one group": {},
     "groups": {"groups": 4},
-    "groups side by side": {"groups": 4, "shards": 2},
+    "groups side by side": {"groups": 4, "parallel_groups": 2},
     "draws": {"num_samples": 3},
     "draws in groups": {"num_samples": 3, "groups": 2},
     "half": {"batch_fraction": 0.5},
@@ -118,7 +119,7 @@ def test_draws_are_the_mean_of_samples_of_their_keys(groups):
 
 
 def test_the_sample_takes_the_place_of_the_estimators_call():
-    """The documented key: at the update numbered n, fold_in(key(seed), n)."""
+    """With the documented key of update n, fold_in(key(seed), n)."""
     estimate = gauss_newton_bartlett(groups=2)
     params, extra = arguments(dtype="float32")
     tx = hessian_estimate(estimate, update_interval=2, seed=7)
@@ -183,7 +184,7 @@ def test_auxiliary_output_of_the_loss_comes_in_the_order_of_the_rows(name):
 
 
 def rows_run(function, *args, primitive="erf"):
-    """Elements that a primitive is run on in units of a row's, scans unrolled."""
+    """Number of rows on which a primitive runs, with scans unrolled."""
 
     def count(jaxpr):
         number = 0
@@ -198,7 +199,7 @@ def rows_run(function, *args, primitive="erf"):
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in HALVES])
 def test_every_row_is_run_forward_once(name):
-    """The derivatives of erf have no erf in them, so this counts forward passes over rows."""
+    """The derivative of erf contains no erf, so this counts forward passes over rows."""
 
     def erf_logits(params, batch):
         return jax.lax.erf(batch["x"] @ params["w1"]) @ params["w2"]
@@ -223,12 +224,12 @@ def test_every_row_is_run_forward_once(name):
 
 
 def test_groups_cost_one_forward_pass_and_two_backward():
-    """By XLA's count, which merges nothing of it where the calls are apart."""
+    """By XLA's count; XLA does not merge the forward passes of separate calls."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     sizes = {"w1": (64, 512), "b1": (512,), "w2": (512, 64), "b2": (64,)}
     params = {name: shape(size) for name, size in sizes.items()}
     batch = {"x": shape((256, 64)), "y": jax.ShapeDtypeStruct((256,), jnp.int32)}
-    gnb = gauss_newton_bartlett(groups=16, shards=16)  # the body of a scan is counted once
+    gnb = gauss_newton_bartlett(groups=16, parallel_groups=16)  # the body of a scan is counted once
     extra = {"logits_fn": logits_fn, "loss_fn": loss_fn}
 
     def apart(params, batch):
@@ -247,22 +248,6 @@ def test_groups_cost_one_forward_pass_and_two_backward():
 # ---------------------------------------------------------------- modes and dtypes
 
 
-@jax.custom_vjp
-def inner(x):
-    return jnp.tanh(x)
-
-
-inner.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
-
-
-@jax.custom_vjp
-def nested(x):
-    return inner(x) ** 2
-
-
-nested.defvjp(lambda x: (inner(x) ** 2, x), lambda x, g: (2 * g * inner(x) / jnp.cosh(x) ** 2,))
-
-
 @pytest.mark.parametrize("number", [1, 2])
 def test_reverse_mode_takes_a_nested_custom_vjp(number):
     params = jnp.array([0.3, -0.7])
@@ -271,7 +256,7 @@ def test_reverse_mode_takes_a_nested_custom_vjp(number):
     def of(function):
         return shared(estimate, params, {"obj_fn": lambda p: jnp.sum(function(p)) ** 2})
 
-    close(of(nested), of(lambda x: jnp.tanh(x) ** 2), rtol=1e-5)
+    close(of(tanh_squared), of(lambda x: jnp.tanh(x) ** 2), rtol=1e-5)
 
 
 def test_the_gradient_has_the_dtypes_of_params_and_the_sample_float32():

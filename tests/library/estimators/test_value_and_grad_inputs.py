@@ -1,4 +1,4 @@
-"""What `value_grad_and_hessian` refuses, with cause and cure."""
+"""Errors of `value_grad_and_hessian`, which name cause and cure."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_estimators_that_share_nothing_are_refused_at_once():
 
 
 def test_shares_that_do_not_divide_the_rows_are_refused():
-    third, idle = ({"batch_fraction": 1 / 3}, {"groups": 3, "shards": 2})
+    third, idle = ({"batch_fraction": 1 / 3}, {"groups": 3, "parallel_groups": 2})
     for settings in (third, third | idle):
         estimate = gauss_newton_bartlett(**settings)
         refuses(r"batch_fraction=1/3 does not divide the 8 rows.*Choose a fraction", estimate)
@@ -79,7 +79,7 @@ def test_auxiliary_output_that_belongs_to_no_row_cannot_be_joined(aux):
     for estimate, setting in ((GROUPS, "groups=2"), (half, "batch_fraction=0.5")):
         match = f"{setting}.*must lead with the rows of its outputs, here 4"
         refuses(match, estimate, has_aux=True, loss_fn=pair)
-    idle = gauss_newton_bartlett(groups=4, shards=3)
+    idle = gauss_newton_bartlett(groups=4, parallel_groups=3)
     refuses("lead with the rows of its outputs, here 8", idle, has_aux=True, loss_fn=pair)
     params, extra = arguments(dtype="float32")
     one_group = gauss_newton_bartlett()

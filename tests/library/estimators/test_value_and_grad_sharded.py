@@ -14,8 +14,8 @@ from sophia_optax.estimators.value_and_grad import value_grad_and_hessian
 
 ON_MESHES = {
     "one group": gauss_newton_bartlett(),
-    "groups": gauss_newton_bartlett(groups=8, shards=8),
-    "groups of a half": gauss_newton_bartlett(groups=8, shards=8, batch_fraction=0.5),
+    "groups": gauss_newton_bartlett(groups=8, parallel_groups=8),
+    "groups of a half": gauss_newton_bartlett(groups=8, parallel_groups=8, batch_fraction=0.5),
     "hutchinson": hutchinson(),
 }
 TWICE = np.concatenate([X, X[::-1]])
@@ -35,7 +35,7 @@ def twice(weighted):
 
 
 def call(estimate, **more):
-    """`(params, batch)` to the three."""
+    """`(params, batch) -> (loss, gradient, h)`."""
 
     def function(params, batch):
         extra = {"obj_fn": obj_fn, "logits_fn": logits_fn, "loss_fn": loss_fn, "inputs": batch}

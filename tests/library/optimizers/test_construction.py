@@ -202,7 +202,7 @@ def test_a_schedule_in_the_place_of_a_number_names_the_wrapper(name):
 @pytest.mark.parametrize("value", [None, "x"])
 def test_what_is_no_number_is_refused(name, value):
     """To optax a learning rate of None is no scaling: steps of length 1, uphill."""
-    with pytest.raises(TypeError, match="is no number"):
+    with pytest.raises(TypeError, match="is not a number"):
         sophia_h(**{"learning_rate": 0.1, name: value})
 
 

@@ -143,7 +143,7 @@ def test_groups_of_a_run_of_its_own_run_one_after_the_other(shards):
     x = jnp.tile(X, (4, 1))
 
     def sample(shards):
-        estimator = gauss_newton_bartlett(groups=4, shards=shards)
+        estimator = gauss_newton_bartlett(groups=4, parallel_groups=shards)
         return lambda params, x: norm_of_sample(
             sophia_g(0.1, estimator=estimator, axis_name=()), params, x
         )[None]

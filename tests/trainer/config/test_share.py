@@ -35,7 +35,7 @@ def test_the_share_of_a_preset_is_the_nearest_that_its_batch_has(words, share, g
     ("words", "message"),
     [
         ("--batch-size 512 --optim.batch-fraction .1", "every 10-th row, which does not divide"),
-        ("--batch-size 512 --optim.spread", "every 100-th row, which does not divide"),
+        ("--batch-size 512 --optim.amortize", "every 100-th row, which does not divide"),
         ("--batch-size 512 --accumulation 3", "does not divide into accumulation=3"),
         ("--batch-size 0", "batch_size=0 must be at least 1"),
     ],

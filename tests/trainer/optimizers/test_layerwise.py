@@ -13,6 +13,7 @@ from moments import jit
 import models
 from models import DecoderConfig
 from train.config.presets import preset
+from train.optimizers.base import TrainContext
 from train.optimizers.layerwise import matrices, probe
 from train.optimizers.registry import OPTIMIZERS
 
@@ -46,7 +47,7 @@ CHANGED = {
 
 def path_of(optim, arrange):
     """The parameters after each of a few steps."""
-    made = optim.make(lambda count: 0.1 / (1 + count), seed=0, total_steps=10, batch_size=8)
+    made = optim.build(TrainContext(lambda count: 0.1 / (1 + count), steps=10, batch_size=8)).tx
     tx = optax.with_extra_args_support(made)
 
     @jit

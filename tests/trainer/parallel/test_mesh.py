@@ -12,6 +12,7 @@ from benchmarks.mesh_equality import OPTIMIZERS, Form, difference, forms, refere
 from models import DecoderConfig
 from train import program
 from train.config.presets import preset
+from train.optimizers.base import Due
 from train.parallel.mesh import MeshConfig, make_mesh
 from train.plan import hlo
 
@@ -66,7 +67,7 @@ def assembled(optimizer, mesh, model=MODEL, **changes):
 )
 def test_parameters_move_and_rows_stay(optimizer, refresh, changes):
     """Each matrix is gathered for its use, as in a plain step; activations never are exchanged."""
-    text = assembled(optimizer, MeshConfig(fsdp=4), **changes).compile(refresh).as_text()
+    text = assembled(optimizer, MeshConfig(fsdp=4), **changes).compile(Due(refresh)).as_text()
     gathers = len(re.findall(r" all-gather\(", text))
     matrices = 8  # embedding, positions and six of the block
     passes = 2 if optimizer == "sophia-h" or "batch_fraction" in changes else 1
@@ -84,7 +85,7 @@ def test_scanned_layers_are_gathered_and_reduced_one_by_one_under_fsdp():
     (XLA on CPU has no reduce-scatter, and reduces both parts of that of a tied table). No array of
     a collective is larger than one matrix: no reduction is of the whole model.
     """
-    compiled = assembled("adamw", MeshConfig(data=1, fsdp=8), LAYERS).compile(None)
+    compiled = assembled("adamw", MeshConfig(data=1, fsdp=8), LAYERS).compile(Due())
     found = hlo.collectives(text := compiled.as_text())
     assert set(found) == {"all-gather", "all-reduce"}
     assert found["all-gather"].bytes == 2 * 4 * BLOCK + EMBEDDING + POSITIONS
@@ -103,7 +104,7 @@ def test_a_tensor_axis_reduces_activations_and_gathers_no_matrix():
     """Twice a layer on the way there and twice on the way back, where XLA sums the gradients of
     query, key and value apart; once for the embedding, and once for the head's.
     """
-    compiled = assembled("adamw", MeshConfig(data=2, fsdp=1, tensor=4), LAYERS).compile(None)
+    compiled = assembled("adamw", MeshConfig(data=2, fsdp=1, tensor=4), LAYERS).compile(Due())
     text = compiled.as_text()
     assert set(hlo.collectives(text)) == {"all-reduce"}
     activations = [line.count("f32[8,16,32]") for line in collective_lines(text)]

@@ -13,14 +13,16 @@ import pytest
 import models
 from models import DecoderConfig
 from sophia_optax import gauss_newton_bartlett, hutchinson
+from sophia_optax.estimators.rows import split_interleaved
 from train import program
 from train.config.presets import preset
+from train.optimizers.base import Due, TrainContext
 from train.optimizers.layerwise import probe
 from train.optimizers.sophia import SophiaG, SophiaH
 from train.parallel.mesh import MeshConfig
 from train.step.batch import next_tokens
 from train.step.loss import mean_loss, outputs_of
-from train.step.train_step import init_state, make_step, micro_batches
+from train.step.train_step import init_state, make_step
 
 ROWS, SEED = 16, 5
 MODEL = models.split(DecoderConfig(vocab_size=32, context=8, width=8, layers=1, heads=2))
@@ -31,14 +33,10 @@ BATCHES = [next_tokens(tokens) for tokens in TOKENS]
 
 def make(optim, accumulation):
     """(jitted step, initial state) of a config."""
-    sampling = {}
-    if hasattr(optim, "estimator"):
-        sampling["estimator"] = optim.estimator(1, ROWS, accumulation)
-        sampling["sample_every"] = optim.strides(ROWS, accumulation)[0]
-    tx = optim.make(lambda _: 1e-2, seed=SEED, total_steps=5, batch_size=ROWS)
-    step = make_step(OUTPUTS, tx, seed=SEED, accumulation=accumulation, **sampling)
+    tx, sampling, *_ = optim.build(TrainContext(lambda _: 1e-2, SEED, 5, ROWS, accumulation))
+    step = make_step(OUTPUTS, tx, sampling=sampling, seed=SEED, accumulation=accumulation)
     state = jax.jit(functools.partial(init_state, MODEL.init, tx, 0))()
-    return jax.jit(step, static_argnames="refresh"), state
+    return jax.jit(step, static_argnames="due"), state
 
 
 @functools.cache
@@ -47,14 +45,14 @@ def five_steps(optim, accumulation):
     step, state = make(optim, accumulation)
     rows = []
     for number, batch in enumerate(BATCHES):
-        state, metrics = step(state, batch, refresh=number % 2 == 0)
+        state, metrics = step(state, batch, due=Due(number % 2 == 0))
         rows.append((metrics["loss"], metrics["grad_norm"]))
     return np.array(rows)
 
 
 def test_a_micro_batch_has_every_kth_row():
     batch = jnp.arange(24).reshape(12, 2)
-    np.testing.assert_array_equal(micro_batches(batch, 3), [batch[i::3] for i in range(3)])
+    np.testing.assert_array_equal(split_interleaved(batch, 3), [batch[i::3] for i in range(3)])
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -90,7 +88,7 @@ def test_a_sample_is_the_mean_of_those_of_the_sampled_micro_batches(kind, number
         )
     step, state = make(optim, 4)
     params, batch, key = state.params, BATCHES[0], jax.random.fold_in(jax.random.key(SEED), 0)
-    after, metrics = step(state, batch, refresh=True)
+    after, metrics = step(state, batch, due=Due(True))
     extra = {
         "logits_fn": OUTPUTS,
         "obj_fn": lambda params, batch: mean_loss(OUTPUTS(params, batch), batch),
@@ -140,7 +138,7 @@ def test_eight_devices_follow_one(accumulation, fields):
         state, seen = programs.init(), []
         for step in range(5):
             batch = programs.batch(step)
-            state, metrics = programs.step(state, batch, refresh=step % 2 == 0)
+            state, metrics = programs.step(state, batch, due=Due(step % 2 == 0))
             seen.append(metrics["loss"])
         losses.append(np.array(seen))
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -148,7 +146,7 @@ def test_eight_devices_follow_one(accumulation, fields):
 
 def test_micro_batches_keep_parameters_sharded():
     """The loop carries no matrix as a whole, though each round gathers it; rows are not moved."""
-    text = assemble(jax.devices(), 4, "adamw").compile(None).as_text()
+    text = assemble(jax.devices(), 4, "adamw").compile(Due()).as_text()
     loops = re.findall(r"= \((.*?)\) while\(", text)
     (loop,) = (shapes for shapes in loops if "f32[8,128]" in shapes)
     assert "f32[256,8]" in loop

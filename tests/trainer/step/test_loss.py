@@ -9,7 +9,8 @@ import pytest
 
 import models
 from models import DecoderConfig
-from train.optimizers.registry import AdamW
+from train.optimizers.adam import AdamW
+from train.optimizers.base import Due, TrainContext
 from train.optimizers.sophia import SophiaG
 from train.parallel import mesh
 from train.parallel.mesh import MeshConfig
@@ -55,16 +56,12 @@ def test_where_nothing_counts_the_loss_is_zero():
 @functools.cache
 def after_two_steps(optim, accumulation, chunk=0):
     """(losses and norms, parameters); the first step samples curvature."""
-    sampling = {}
-    if hasattr(optim, "estimator"):
-        sampling["estimator"] = optim.estimator(1, 16, accumulation)
-        sampling["sample_every"] = optim.strides(16, accumulation)[0]
-    tx = optim.make(lambda _: 1e-2, seed=5, total_steps=5, batch_size=16)
-    step = make_step(outputs_of(MODEL, chunk), tx, seed=5, accumulation=accumulation, **sampling)
-    step = jax.jit(step, static_argnames="refresh")
+    tx, sampling, *_ = optim.build(TrainContext(lambda _: 1e-2, 5, 5, 16, accumulation))
+    how = {"sampling": sampling, "seed": 5, "accumulation": accumulation}
+    step = jax.jit(make_step(outputs_of(MODEL, chunk), tx, **how), static_argnames="due")
     state, seen = jax.jit(functools.partial(init_state, MODEL.init, tx, 0))(), []
     for refresh in (True, False):
-        state, metrics = step(state, BATCH, refresh=refresh)
+        state, metrics = step(state, BATCH, due=Due(refresh))
         seen.append((metrics["loss"], metrics["grad_norm"]))
     return np.array(seen), state
 
