@@ -94,6 +94,23 @@ def test_digests_that_make_no_sense_count_as_damage(folder, tmp_path, text):
     assert digests.fault(tmp_path / "2")
 
 
+def test_files_are_on_the_disk_before_their_digests(folder, tmp_path, monkeypatch):
+    copy, events, replace = tmp_path / "2", [], digests.files.replace_text
+    shutil.copytree(folder / "2", copy)
+    (copy / digests.FILE).unlink()
+
+    def replaced(path, text):
+        events.append(path)
+        replace(path, text)
+
+    monkeypatch.setattr(digests.files, "sync", events.append)
+    monkeypatch.setattr(digests.files, "replace_text", replaced)
+    digests.write(copy)
+    *synced, last = events
+    assert last == copy / digests.FILE
+    assert set(synced) == {path for path in copy.rglob("*") if path.is_file()} - {last}
+
+
 def test_a_save_that_was_cut_before_its_digests_is_gone_on_from_and_said(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "cut")
     (tmp_path / "cut" / "2" / digests.FILE).unlink()
