@@ -24,7 +24,7 @@ class MeshConfig:
     """How devices are arranged."""
 
     data: int = 0
-    """Devices that hold copies of the parameters; 0 takes all that fsdp leaves."""
+    """Replicas of the parameters; 0 uses all devices that fsdp and tensor leave."""
     fsdp: int = 1
     """Devices over which parameters, gradients and optimizer state are sharded, to be gathered
     layer by layer; each has rows of its own."""

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import sys
 
 import jax
@@ -44,6 +45,16 @@ def test_each_step_is_one_json_line_at_once(tmp_path):
         {"step": 1, "loss": 2.5, "tokens_per_second": 10.0},
         {"step": 2, "heldout_loss": 2.25},
     ]
+
+
+def test_a_sync_puts_the_lines_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    with run_log.RunLog(tmp_path, 1, quiet=True) as log:
+        log.train(1, {"loss": 2.0})
+        synced.clear()
+        log.sync()
+    assert synced == [(tmp_path / jsonl.FILE).stat().st_ino]
 
 
 def test_non_finite_values_are_null_in_the_file_and_nan_in_the_history(tmp_path):
