@@ -114,7 +114,7 @@ def settled(config: Config) -> Config:
     Paths of the data start at the root. A bin: source brings its tokenizer, and a vocabulary that
     the model has no rows for is made to fit: nobody has named the tokenizer, or the size for it.
     """
-    chosen = data.settled(config.data)
+    chosen = data.resolved(config.data)
     if config.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
         return dataclasses.replace(config, data=chosen)
     size = max(config.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)

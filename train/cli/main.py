@@ -29,7 +29,7 @@ COMMANDS = {
     "export": ("train.cli.inspect", "export", "a Hugging Face folder from a run"),
     "prepare": ("train.data.prepare.prepare", "prepare", "a text as tokens in binary files"),
     "train-tokenizer": (
-        "train.data.prepare.prepare",
+        "train.data.prepare.train_tokenizer",
         "train_tokenizer",
         "a vocabulary from a text",
     ),

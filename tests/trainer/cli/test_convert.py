@@ -34,8 +34,8 @@ END = "<|endoftext|>"
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """Shorter than the embedded text, which is tokenized at each import."""
-    corpus = embedded.cut(np.frombuffer(TEXT.encode(), np.uint8), 0.2)
-    monkeypatch.setattr(data, "shakespeare", lambda: corpus)
+    corpus = embedded.split_tail(np.frombuffer(TEXT.encode(), np.uint8), 0.2)
+    monkeypatch.setattr(embedded, "shakespeare", lambda: corpus)
 
 
 def byte_pairs(size=300):

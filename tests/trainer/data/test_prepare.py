@@ -12,10 +12,12 @@ import pytest
 from corpora import DOCUMENTS, loader, tiny_gpt2, write_jsonl, write_tokens
 
 from train import lock
-from train.data import DataConfig, sources, tokenizers
+from train.data import DataConfig, tokenizers
 from train.data.prepare import token_writer
-from train.data.prepare.prepare import prepare, train_tokenizer
-from train.data.prepare.readers import Broken
+from train.data.prepare.header import read_header
+from train.data.prepare.prepare import prepare
+from train.data.prepare.records import Broken
+from train.data.prepare.train_tokenizer import train_tokenizer
 
 END = tokenizers.load("bytes").end
 
@@ -93,7 +95,7 @@ def test_what_is_finished_is_not_done_again_and_the_result_is_the_same(
     monkeypatch.setattr(token_writer, "write", fails_at_the_third)
     with pytest.raises(OSError, match="no space left"):
         prepare(files, tmp_path / "out", quiet=True, workers=workers)
-    assert sources.read_header(tmp_path / "out") is None  # not complete, and not taken for it
+    assert read_header(tmp_path / "out") is None  # not complete, and not taken for it
     with pytest.raises(ValueError, match=r"no header\.json"):
         loader(tmp_path)(f"bin:{tmp_path / 'out'}")
     again = []
@@ -116,10 +118,10 @@ def test_what_is_finished_is_not_done_again_and_the_result_is_the_same(
 def test_a_folder_of_something_else_is_left_alone(files, tmp_path):
     prepare(files, tmp_path / "out", quiet=True)
     before = (tmp_path / "out/train.bin").read_bytes()
-    with pytest.raises(ValueError, match="prepared otherwise or from other files"):
+    with pytest.raises(ValueError, match="prepared with other settings or from"):
         prepare(files, tmp_path / "out", DataConfig(heldout_fraction=0.3), quiet=True)
     write_jsonl(tmp_path / "0.jsonl", [{"text": "other"}])
-    with pytest.raises(ValueError, match="prepared otherwise or from other files"):
+    with pytest.raises(ValueError, match="prepared with other settings or from"):
         prepare(files, tmp_path / "out", quiet=True)
     assert (tmp_path / "out/train.bin").read_bytes() == before
     bad = tmp_path / "9.jsonl"
@@ -149,9 +151,9 @@ def test_prepare_waits_for_who_holds_the_folder_and_says_so(files, tmp_path, cap
         thread = threading.Thread(target=lambda: prepare(files, out))
         thread.start()
         thread.join(0.2)
-        assert thread.is_alive() and sources.read_header(out) is None
+        assert thread.is_alive() and read_header(out) is None
     thread.join(30)
-    assert sources.read_header(out)
+    assert read_header(out)
     said = " ".join(capsys.readouterr().err.split())
     assert f"waiting for process {os.getpid()} on" in said
 
@@ -323,7 +325,7 @@ def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(files, tmp_path / "out", quiet=True, workers=1)
     assert not isinstance(KeyboardInterrupt(), Broken)
-    assert sources.read_header(tmp_path / "out") is None
+    assert read_header(tmp_path / "out") is None
 
 
 def test_the_command_line_takes_both_functions(files, tmp_path):
@@ -341,7 +343,7 @@ def test_the_kind_of_a_source_is_part_of_what_was_prepared(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "a line\n" * 50)
     prepare(f"csv:{path}", tmp_path / "out", DataConfig(), quiet=True)
-    with pytest.raises(ValueError, match=r"out holds csv:.*prepared otherwise"):
+    with pytest.raises(ValueError, match=r"out holds csv:.*prepared with other"):
         prepare(f"text:{path}", tmp_path / "out", DataConfig(), quiet=True)
 
 
