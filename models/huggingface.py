@@ -31,7 +31,8 @@ from models.functional import split
 from models.layout import block_name, stack_blocks, unstack_blocks
 from models.presets import BYTE_IDS
 from models.reading import fields_of, read_json
-from models.weights import INDEX, PART, WHOLE, Stored, check, floats, inside, stored
+from models.safetensors import Tensor
+from models.weights import INDEX, PART, WHOLE, check, floats, inside, open_folder
 
 __all__ = ["VOCABULARY", "Notes", "load", "read_config", "read_notes", "save", "write_config"]
 VOCABULARY = ("tokens/embedding", "head/embedding", "head/bias")
@@ -174,13 +175,13 @@ def _naming(path: Path) -> Iterator[None]:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _check_sizes(config: Any, family: Family, tensors: Mapping[str, Stored]) -> None:
+def _check_sizes(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> None:
     """What the config asks for is no larger than the files: before anything of that size is made.
 
     Raises:
       ValueError: a size is longer than any axis of a tensor, or the files have other blocks.
     """
-    shapes = [tensor.array.shape for tensor in tensors.values() if tensor.array.size]
+    shapes = [tensor.shape for tensor in tensors.values() if 0 not in tensor.shape]
     longest = max((axis for shape in shapes for axis in shape), default=0)
     sizes = {field: getattr(config, field) for field in family.keys if field != "layers"}
     if getattr(config, "positions", "learned") == "rope":
@@ -265,9 +266,9 @@ def _joined(shapes: list[tuple[int, ...]], path: str, family: Family) -> tuple[i
     return shape[::-1] if _turned(len(shape), path, family) else shape
 
 
-def _tensors(folder: Path, family: Family) -> dict[str, Stored]:
+def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
     """The stored tensors, by the names that `transformers` has for them now."""
-    tensors = stored(folder)
+    tensors = open_folder(folder)
     prefix = family.prefix
     if any(name.startswith(prefix) for name in tensors):
         prefix = ""

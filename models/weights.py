@@ -3,13 +3,12 @@
 import re
 import reprlib
 from pathlib import Path
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from models import safetensors
 from models.reading import read_json
+from models.safetensors import Tensor, open_file
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -17,14 +16,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LONGEST_NAME = 255  # bytes, of most file systems
 
 
-class Stored(NamedTuple):
-    """An array that is mapped from a file."""
-
-    array: np.ndarray
-    file: Path
-
-
-def stored(folder: Path) -> dict[str, Stored]:
+def open_folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model, by name; only headers are read.
 
     With `model.safetensors.index.json` each tensor is taken from the file that it names, and no
@@ -38,10 +30,10 @@ def stored(folder: Path) -> dict[str, Stored]:
     if (folder / INDEX).is_file():
         return _by_index(folder)
     if (folder / WHOLE).is_file():
-        return _tensors(inside(folder, WHOLE))
-    found: dict[str, Stored] = {}
+        return open_file(inside(folder, WHOLE))
+    found: dict[str, Tensor] = {}
     for file in _parts(folder):
-        for name, tensor in _tensors(file).items():
+        for name, tensor in open_file(file).items():
             if name in found:
                 raise ValueError(
                     f"{file} and {found[name].file} both have the tensor {name!r:.80}: they are of "
@@ -51,33 +43,32 @@ def stored(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def check(name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+def check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """A tensor has floats, and the shape that its model gives it.
 
     Raises:
       ValueError: it has not; no data is read.
     """
-    array, file = tensor
-    if array.shape != shape:
+    if tensor.shape != shape:
         raise ValueError(
-            f"{file} does not fit its config.json: {name} is {array.shape}, not {shape}. Take both "
-            "files from one source."
+            f"{tensor.file} does not fit its config.json: {name} is {tensor.shape}, not {shape}. "
+            "Take both files from one source."
         )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(
-            f"{file} has {name} as {array.dtype}, but weights are floats: load the quantized model "
-            "with transformers, dequantize it, and save it again."
+            f"{tensor.file} has {name} as {tensor.dtype}, but weights are floats: load the "
+            "quantized model with transformers, dequantize it, and save it again."
         )
 
 
-def floats(name: str, tensor: Stored) -> np.ndarray:
+def floats(name: str, tensor: Tensor) -> np.ndarray:
     """The values of a tensor as float32, in memory.
 
     Raises:
       ValueError: one of them is not finite.
     """
     with np.errstate(over="ignore"):  # float64 beyond float32, which the next line finds
-        array = np.array(tensor.array, np.float32)
+        array = np.asarray(tensor.read(), np.float32)
     if not (finite := np.isfinite(array)).all():
         raise ValueError(
             f"{tensor.file} has {array.size - np.count_nonzero(finite)} numbers that are not "
@@ -107,11 +98,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _tensors(file: Path) -> dict[str, Stored]:
-    return {name: Stored(array, file) for name, array in safetensors.read(file).items()}
-
-
-def _by_index(folder: Path) -> dict[str, Stored]:
+def _by_index(folder: Path) -> dict[str, Tensor]:
     index = inside(folder, INDEX)
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
@@ -126,7 +113,7 @@ def _by_index(folder: Path) -> dict[str, Stored]:
                 f"{folder} lacks {file!r:.80}, which {INDEX} names: fetch it, or if the index is "
                 "of an older save, remove that."
             )
-        files[file] = _tensors(path)
+        files[file] = open_file(path)
     for tensor, file in named.items():
         if tensor not in files[file]:
             raise ValueError(
