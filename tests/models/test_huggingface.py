@@ -299,7 +299,7 @@ INVALID = "invalid shape, data type, or offset"
         ({"x": entry(end=4.0)}, "floating point `4.0`, expected usize"),
         ({"x": entry(shape=(4,) + (1,) * 40)}, "'x' has shape"),
         ({"x": entry(shape=(2**62, 8))}, "overflow computing buffer size"),
-        ({"x": entry(shape=(0, 2**62, 8), end=0)}, "'x' has shape"),
+        ({"x": entry(shape=(0, 2**62, 8), end=0), "y": entry()}, "'x' has shape"),
         ({"x": entry(shape=(10**4000,))}, "number out of range"),
         ({"x": entry(dtype="F8_E4M3")}, "the dtype of 'x' is F8_E4M3, but only F64.*save it"),
         ({"x": entry(dtype=["U8"])}, "invalid JSON in header"),
