@@ -176,20 +176,24 @@ def test_a_second_copy_of_tied_embeddings_is_left_out(folder):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("gpt2", {"model_type": "mamba"}, "model_type is 'mamba', but there are only gpt2, llama"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function='relu', but our gpt2 com"),
+        ("gpt2", {"model_type": "mamba"}, "model_type is 'mamba', but only gpt2, llama"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function='relu', but our gpt2 sup"),
         ("gpt2", {"n_embd": None}, "n_embd=None: it needs a value of type int"),
         ("gpt2", {"n_embd": 24.5}, "n_embd=24.5: it needs a value of type int"),
         ("gpt2", {"n_layer": "2"}, "n_layer='2': it needs a value of type int"),
         ("gpt2", {"n_layer": 3}, r"config\.json: n_layer=3, but the weights have 2 blocks"),
         ("gpt2", {"n_layer": 1}, r"config\.json: n_layer=1, but the weights have 2 blocks"),
         ("gpt2", {"n_positions": 8}, r"transformer\.wpe\.weight is \(16, 24\), not \(8, 24\)"),
-        ("llama", {"attention_bias": True}, "attention_bias=True, but our llama computes False"),
+        (
+            "llama",
+            {"attention_bias": True},
+            "attention_bias=True, but our llama supports only False",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn', but our llama"),
         ("llama", {"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope_type='lin"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"num_key_value_heads": 4}, "6 heads cannot share 4 key/value heads"),
-        ("bert", {"architectures": ["BertModel"]}, "'BertModel', but there are only BertForMask"),
+        ("bert", {"architectures": ["BertModel"]}, "'BertModel', but only BertForMask"),
     ],
 )
 def test_a_model_that_ours_are_not_is_refused(name, fields, message, folder):
@@ -202,7 +206,7 @@ def test_an_empty_folder_and_one_of_pickles_are_refused(tmp_path, folder):
         huggingface.load(tmp_path / "missing")
     path, _ = folder("gpt2")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"has no model\.safetensors.*load that with transf"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors.*load it with transf"):
         huggingface.load(path)
 
 
