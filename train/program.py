@@ -262,7 +262,7 @@ def _compile(step, state: step_lib.TrainState, batch: Batch, refresh: bool | Non
 def _split(config: models.DecoderConfig | models.EncoderConfig, placed: Mesh) -> models.Functional:
     model = models.split(config)
     gathered = functools.partial(mesh.gather_embedding, placed)
-    functions = ("apply", "features", "logits", "linear")
+    functions = ("apply", "features", "logits", "unembedding")
     return model._replace(**{name: gathered(getattr(model, name)) for name in functions})
 
 
