@@ -174,7 +174,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...]) -> None:
-    """Checks sizes, of which the `derived` ones may be 0, and then names, floats and attention."""
+    """Checks sizes (the `derived` ones may be 0), names, floats and attention."""
     sizes = ("vocab_size", "vocab_multiple", "context", "width", "layers", "heads")
     for name in (*sizes, *counts, *derived):
         size, least = getattr(config, name), 0 if name in derived else 1

@@ -42,11 +42,11 @@ def open_headerless(path: Path, tokenizer: Tokenizer, config: DataConfig) -> Tok
             "--data.headerless uint16."
         )
     train, heldout = memory_maps(path, config)
-    judged = heldout if len(heldout) else train
-    some = np.asarray(judged[: 2**20])
+    evaluated = heldout if len(heldout) else train
+    some = np.asarray(evaluated[: 2**20])
     if some.size and some.max() >= tokenizer.vocab_size:
         name = "val.bin" if path.is_dir() and len(heldout) else ""
-        raise ValueError(outside_vocabulary(judged, tokenizer.vocab_size, str(path / name)))
+        raise ValueError(outside_vocabulary(evaluated, tokenizer.vocab_size, str(path / name)))
     ratio = None
     if tokenizer.is_text:
         ratio = len(tokenizer.decode(some).encode()) / max(1, len(some))

@@ -96,24 +96,24 @@ def _of_text(
     seed: int,
 ) -> Data:
     tokens = [sources.open_source(source, tokenizer, config) for source, _ in parts]
-    judged = tokens
+    evaluated = tokens
     if config.heldout_source:
         other = sources.open_source(config.heldout_source, tokenizer, config)
         if not len(other.heldout):
             other = other._replace(heldout=other.train, heldout_source=other.source)
-        judged = [other]
+        evaluated = [other]
         tokens = [_with_heldout(part, other) for part in tokens]
     rows = [_rows(part, tokenizer, config, length, seed) for part in tokens]
     weights = [weight for _, weight in parts]
     mixed = rows[0] if len(rows) == 1 else mixture.mixed_rows(rows, weights, seed)
     if config.heldout_source:
         mixed = mixed._replace(heldout=rows[0].heldout, heldout_count=rows[0].heldout_count)
-    prints = [part.fingerprint for part in (*tokens, *judged)]
+    prints = [part.fingerprint for part in (*tokens, *evaluated)]
     return Data(
         mixed,
         batch_size,
         tokenizer,
-        _bytes_per_token(judged),
+        _bytes_per_token(evaluated),
         fingerprint(tokenizer, *prints, str(weights)),
     )
 
@@ -140,11 +140,11 @@ def _with_heldout(tokens: Tokens, other: Tokens) -> Tokens:
     )
 
 
-def _bytes_per_token(judged: list[Tokens]) -> float | None:
+def _bytes_per_token(evaluated: list[Tokens]) -> float | None:
     """The mean over the held-out parts, weighted by their tokens; None if one is unknown."""
-    sizes = np.array([len(part.heldout) for part in judged], np.float64)
-    ratios = [part.bytes_per_token for part in judged if part.bytes_per_token is not None]
-    if len(ratios) < len(judged):
+    sizes = np.array([len(part.heldout) for part in evaluated], np.float64)
+    ratios = [part.bytes_per_token for part in evaluated if part.bytes_per_token is not None]
+    if len(ratios) < len(evaluated):
         return None
     return float(sizes @ np.array(ratios) / max(1.0, sizes.sum()))
 

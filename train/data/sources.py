@@ -38,8 +38,8 @@ def _embedded(tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     parts = [np.asarray(part) for part in corpus]
     if tokenizer.name != "bytes":
         parts = [tokenizer.encode(part.tobytes().decode()) for part in parts]
-    judged = 1 if len(parts[1]) else 0
-    ratio = len(corpus[judged]) / max(1, len(parts[judged]))
+    evaluated = 1 if len(parts[1]) else 0
+    ratio = len(corpus[evaluated]) / max(1, len(parts[evaluated]))
     fingerprint = joined_hash(*(part.tobytes().hex() for part in parts))
     name = "the embedded text"
     return Tokens(parts[0], parts[1], ratio, fingerprint, name, name)

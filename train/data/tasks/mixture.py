@@ -27,7 +27,7 @@ def mixed_rows(sources: Sequence[Rows], weights: Sequence[float], seed: int) -> 
 
 
 class _Mixture:
-    """Which row of which source each row of a mixture is."""
+    """Maps each row of a mixture to a source and to a row of that source."""
 
     def __init__(self, sources: Sequence[Rows], count_S: np.ndarray, seed: int):
         self.sources, self.count_S, self.seed = sources, count_S, seed
