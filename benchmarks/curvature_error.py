@@ -42,6 +42,7 @@ from sophia_optax import gauss_newton_bartlett, hutchinson, value_grad_and_hessi
 from train import data, program
 from train.config.presets import preset
 from train.config.schema import Config
+from train.data.tasks.windows import Windows
 from train.step.batch import next_tokens
 from train.step.loss import mean_loss
 
@@ -76,8 +77,10 @@ def problem(run: Config, steps: int, rows: int) -> Problem:
 
 def unseen(run: Config, rows: int) -> jax.Array:
     heldout, length = data.shakespeare().heldout, run.sequence_length
-    batch = data.batch(heldout, batch_size=rows, sequence_length=length, seed=1, step=0)
-    return jnp.asarray(batch)
+    windows = Windows(
+        heldout, stride=length, extra=1, seed=1, vocab_size=256, where="the embedded text"
+    )
+    return jnp.asarray(windows.shuffled(np.arange(rows)))
 
 
 def flat_problem(apply: Callable[..., jax.Array], params: Any, rows: jax.Array) -> Problem:

@@ -25,9 +25,10 @@ from rich.table import Table
 from train import data, program
 from train.config.presets import preset
 from train.config.schema import Config
-from train.data import DataConfig, sources
+from train.data import DataConfig
 from train.data.prepare import documents
 from train.data.prepare.prepare import prepare
+from train.data.prepare.source_files import source_files
 from train.optimizers.base import Due
 
 LENGTH = 1024
@@ -50,7 +51,8 @@ def texts(pattern: str | None) -> list[str]:
     if pattern is None:
         whole = [data.shakespeare().train.tobytes().decode()]
     else:
-        whole = [s.path.read_text("utf-8") for s in documents.shards("text", pattern)]
+        files, _ = source_files(f"text:{pattern}", DataConfig())
+        whole = [file.path.read_text("utf-8") for file in files]
     return [text[i : i + 4096] for text in whole for i in range(0, len(text), 4096)]
 
 
@@ -82,9 +84,9 @@ def readers(paths: dict[str, Path]) -> dict[str, tuple[float, float]]:
     config = DataConfig(separator="<|end|>")
 
     def read(kind: str, path: Path) -> int:
-        shards, fields = sources.shards(f"{kind}:{path}", config)
-        found = (documents.documents(shard, config, fields, []) for shard in shards)
-        return sum(len(text.encode()) for shard in found for (text,) in shard)
+        files, fields = source_files(f"{kind}:{path}", config)
+        found = (documents.documents(file, config, fields, []) for file in files)
+        return sum(len(text.encode()) for texts in found for (text,) in texts)
 
     return {
         name: timed(lambda name=name, path=path: read(name.partition(".")[0], path))

@@ -33,6 +33,7 @@ from rich.table import Table
 from models import DecoderConfig, split
 from sophia_optax import gauss_newton_bartlett, hutchinson, squared_gradient
 from train import data
+from train.data.tasks.windows import Windows
 
 Flat = jax.Array  # float[P], all parameters
 ROWS = 32
@@ -56,8 +57,10 @@ class Problem(NamedTuple):
 
 def texts(number: int, context: int, seed: int) -> jax.Array:
     folded = data.shakespeare().train % 32  # folds capitals into small letters
-    batch = partial(data.batch, folded, batch_size=ROWS, sequence_length=context, seed=seed)
-    return jnp.stack([batch(step=step) for step in range(number)]).astype(int)
+    windows = Windows(
+        folded, stride=context, extra=1, seed=seed, vocab_size=32, where="the embedded text"
+    )
+    return jnp.asarray(windows.shuffled(np.arange(number * ROWS))).reshape(number, ROWS, -1)
 
 
 def problem(width: int, steps: int, samples: int) -> Problem:

@@ -35,6 +35,7 @@ from sophia_optax import gauss_newton_bartlett
 from train import data, program
 from train.config.presets import preset
 from train.config.schema import Config
+from train.data.tasks.windows import Windows
 from train.step.batch import Batch, next_tokens
 
 PATH = Path("runs/tracking.json")
@@ -126,8 +127,10 @@ def reference_at(
 def training_rows(config: Config, seed: int, rows: int, step: int) -> Batch:
     """Training sequences in another order than that of seed 0."""
     tokens, length = data.shakespeare().train, config.sequence_length
-    batch = data.batch(tokens, batch_size=rows, sequence_length=length, seed=seed, step=step)
-    return next_tokens(jnp.asarray(batch))
+    windows = Windows(
+        tokens, stride=length, extra=1, seed=seed, vocab_size=256, where="the embedded text"
+    )
+    return next_tokens(jnp.asarray(windows.shuffled(step * rows + np.arange(rows))))
 
 
 def losses(

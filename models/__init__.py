@@ -1,4 +1,7 @@
-"""Language models as Flax NNX modules; imports jax, numpy and flax only."""
+"""Language models as Flax NNX modules; imports jax, numpy and flax only.
+
+`models.huggingface`, which is imported by itself, also needs safetensors.
+"""
 
 from models.attention import Cache
 from models.config import DecoderConfig, EncoderConfig

@@ -1,7 +1,7 @@
 """Self-attention: grouped heads, rotary positions, packed sequences.
 
-Dimensions: B batch, T time, D model width, N heads, K key/value heads, H head width; S tokens that
-join C places of a cache.
+Dimensions: B batch, T time, D model width, N heads, K key/value heads, H head width, S new tokens,
+C positions of a cache.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from models.layers import RMSNorm, affine, bias_vector, in_projection, out_proje
 
 
 class Cache(NamedTuple):
-    """What has been read, as later tokens see it: of all layers, or in `Attention` of one.
+    """Keys and values of earlier tokens: of all layers, or of one layer in `Attention`.
 
     >>> from models import DecoderConfig, cached
     >>> config = DecoderConfig(vocab_size=256, context=8, width=16, layers=2, heads=4, kv_heads=2)
@@ -30,10 +30,10 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Multi-head self-attention in which N / K query heads share a key/value head.
 
-    The softmax is in float32. `scale` multiplies the scores, `qk_norm_eps` normalises queries and
-    keys head by head, `rope_theta` rotates them; None leaves either out. `implementation="cudnn"`
-    is faster on a GPU and has no second derivative; "xla" may be differentiated any number of
-    times, in either mode.
+    The softmax is in float32. `scale` multiplies the scores; `qk_norm_eps` normalises the queries
+    and keys of each head, and `rope_theta` rotates them, unless it is None.
+    `implementation="cudnn"` is faster on a GPU and has no second derivative; "xla" can be
+    differentiated any number of times, in forward and reverse mode.
 
     Source: Ainslie et al. 2023, "GQA", section 2.2; normalised queries and keys as in the Qwen3
     technical report (2025), section 2.
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
         positions_BxT: jax.Array | None = None,
         depth: jax.Array | None = None,
     ) -> jax.Array:
-        """float[B, T, D] to the same; scores are also divided by `depth`."""
+        """float[B, T, D] to the same; `depth` divides the scores."""
         if positions_BxT is None:
             positions_BxT = jnp.arange(x_BxTxD.shape[1])[None]
         query_BxTxNxH, new = self._project(x_BxTxD, positions_BxT, depth)
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         positions_BxS: jax.Array,
         depth: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """S more tokens of each row, which see those before them; one past the end is dropped."""
+        """Attention for S more tokens of each row; tokens past the end of the cache are dropped."""
         query_BxSxNxH, new = self._project(x_BxSxD, positions_BxS, depth)
         rows_Bx1 = jnp.arange(x_BxSxD.shape[0])[:, None]
         places_C = jnp.arange(cache.key.shape[1])
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
             cache.value.astype(query_BxSxNxH.dtype),
             mask=(places_C <= positions_BxS[..., None])[:, None],
             scale=self.scale,
-            implementation="xla",  # cuDNN has no such mask
+            implementation="xla",  # cuDNN does not support this mask
         )
         return affine(
             mixed_BxSxNxH.reshape(*x_BxSxD.shape[:-1], -1), self.out, self.out_bias
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
     def _project(
         self, x_BxTxD: jax.Array, positions_BxT: jax.Array, depth: jax.Array | None
     ) -> tuple[jax.Array, Cache]:
-        """Queries, and what later queries see of these tokens."""
+        """The queries, and the keys and values, of these tokens."""
         query_BxTxNxH = self._heads(affine(x_BxTxD, self.query, self.query_bias))
         key_BxTxKxH = self._heads(affine(x_BxTxD, self.key, self.key_bias))
         value_BxTxKxH = self._heads(affine(x_BxTxD, self.value, self.value_bias))
@@ -141,13 +141,13 @@ class Attention(nnx.Module):
 
 
 def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions: turns coordinates (i, i + H/2) by the angle position * theta^(-2i/H).
+    """Rotary positions: rotates coordinates (i, i + H/2) by the angle position * theta^(-2i/H).
 
-    The inner product of two rotated vectors depends on their positions by the difference alone.
+    The inner product of two rotated vectors depends only on the difference of their positions.
     Computed in float32: in bfloat16 an angle of 1000 has an error of 4.
 
-    Source: Su et al. 2021, "RoFormer", equation 34, with the halves paired as Llama's weights in
-    the Hugging Face layout are.
+    Source: Su et al. 2021, "RoFormer", equation 34, with coordinates paired as in the Hugging Face
+    layout of Llama's weights.
     """
     half = x_BxTxNxH.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -159,11 +159,11 @@ def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.
 
 
 def separate(segments_BxT: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """What keeps packed sequences apart.
+    """The attention mask and the positions of packed sequences.
 
     Returns:
-      (bool[B, 1, T, T], int32[B, T]): whether two positions are of one segment, so that one may
-      see the other, and the place of each in its run of equal numbers. Nones without segments.
+      (bool[B, 1, T, T], int32[B, T]): whether two tokens belong to one segment, and the position
+      of each token in its segment. (None, None) without segments.
 
     >>> separate(jnp.array([[7, 7, 7, 2, 2, 0]]))[1]
     Array([[0, 1, 2, 0, 1, 0]], dtype=int32)

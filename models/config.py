@@ -1,4 +1,4 @@
-"""What a model is: two frozen configs, of decoders and of encoders."""
+"""The frozen configs of decoders and encoders."""
 
 import dataclasses
 from typing import Any, Literal, get_args, get_origin
@@ -8,21 +8,22 @@ DtypeName = Literal["float32", "bfloat16"]
 RematName = Literal["none", "dots", "full"]
 LARGEST = 2**31 - 1  # sizes are int32 on devices
 MOST = {"layers": 2**12, "context": 2**24, "vocab_multiple": 2**20}
-"""Bounds of sizes that cost time or memory before anything else would refuse them."""
+"""Upper bounds of sizes that would cost much time or memory before another check refused them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and arithmetic of a decoder; the defaults are GPT-2 small without biases.
 
-    Pre-LN blocks (eps 1e-5, scale only), tanh GELU, a feed-forward layer four times the width,
-    learned positions and a tied head. Matrices start N(0, 0.02), those that write to the residual
-    stream N(0, 0.02 / sqrt(2 layers)). Llama-2 and Qwen3 are such configs in `models.presets`.
+    GPT-2 has pre-LN blocks (eps 1e-5, scale only), tanh GELU, a feed-forward layer four times the
+    width, learned positions and a tied head. Matrices are initialised as N(0, 0.02), and those that
+    write to the residual stream as N(0, 0.02 / sqrt(2 layers)). `models.presets` has the configs of
+    Llama-2 and Qwen3.
 
     Raises:
-      ValueError: for sizes below one, a width the heads do not divide, heads that the key/value
-        heads do not divide, an odd head under rotary positions, an unknown name, or cuDNN
-        attention in float32.
+      ValueError: a size is below one, heads do not divide the width, key/value heads do not divide
+        the heads, a head has odd width with rotary positions, a name is unknown, or cuDNN attention
+        is asked for in float32.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section
     2.3; without biases and with a padded vocabulary as in nanoGPT.
@@ -34,17 +35,17 @@ class DecoderConfig:
     vocab_size: int = 50304
     """Tokens: GPT-2's 50257, padded to a multiple of 128 for the hardware."""
     vocab_multiple: int = 1
-    """Tables of tokens are padded to a multiple of it, which the mesh's tensor axis must divide."""
+    """Token tables are padded to a multiple of this; the mesh's tensor axis must divide it."""
     context: int = 1024
-    """Longest sequence, in tokens; learned positions have one vector for each."""
+    """Longest sequence in tokens; learned positions have one vector for each."""
     width: int = 768
     """Width of the residual stream."""
     layers: int = 12
     """Number of blocks, each attention then feed-forward."""
     heads: int = 12
-    """Attention heads; must divide the width unless head_dim is given."""
+    """Number of attention heads; must divide the width unless head_dim is given."""
     kv_heads: int = 0
-    """Key/value heads, each shared by heads / kv_heads queries; 0 for as many as heads."""
+    """Number of key/value heads, each shared by heads / kv_heads query heads; 0 for one each."""
     head_dim: int = 0
     """Width of one attention head; 0 for width / heads."""
     ffn_width: int = 0
@@ -52,7 +53,7 @@ class DecoderConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the feed-forward layer, and before the head."""
     norm_eps: float = 1e-5
-    """Added to the variance or mean square before a norm takes its root."""
+    """Added to the variance or mean square before the square root."""
     positions: Literal["learned", "rope"] = "learned"
     """Vectors added to the embeddings, or queries and keys rotated by their position."""
     rope_theta: float = 10_000.0
@@ -62,9 +63,9 @@ class DecoderConfig:
     qk_norm: bool = False
     """Normalise the queries and keys of each head (RMSNorm) before they are rotated."""
     tied: bool = True
-    """Logits are inner products with the token embeddings; otherwise with a table of their own."""
+    """Compute logits with the token embeddings; otherwise with a table of their own."""
     bias: bool = False
-    """Every projection has a bias, and every LayerNorm, as in OpenAI's GPT-2."""
+    """Every projection and every LayerNorm has a bias, as in OpenAI's GPT-2."""
     attention_layer_scale: bool = False
     """Also divide the attention scores of layer i = 0, 1, ... by i + 1."""
     attention: AttentionName = "xla"
@@ -72,9 +73,9 @@ class DecoderConfig:
     dtype: DtypeName = "float32"
     """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
     scan_layers: bool = False
-    """One compiled block for all layers, whose parameters are stacked: [layers, ...]."""
+    """Compile one block for all layers, with stacked parameters [layers, ...]."""
     remat: RematName = "none"
-    """Computed again in the backward pass: none, dots (all but dense products), or full (all)."""
+    """Recomputed in the backward pass: none, dots (all but dense products), or full (all)."""
 
     def __post_init__(self):
         _check(self, derived=("kv_heads", "head_dim", "ffn_width"))
@@ -96,7 +97,7 @@ class DecoderConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding, and logits of a position; those of padding have no probability.
+        """Rows of the embedding, and logits per position; padding has probability zero.
 
         >>> DecoderConfig(vocab_size=50257, vocab_multiple=128).padded_vocab
         50304
@@ -108,12 +109,12 @@ class DecoderConfig:
 class EncoderConfig:
     """Shape and arithmetic of an encoder with its head; the defaults are BERT base.
 
-    Post-LN blocks with biases, exact GELU, learned positions. Matrices start N(0, 0.02), biases
-    at zero. There is no dropout.
+    BERT has post-LN blocks with biases, exact GELU and learned positions. Matrices are initialised
+    as N(0, 0.02) and biases as zero. There is no dropout.
 
     Raises:
-      ValueError: for sizes below one, a width the heads do not divide, an unknown name, or cuDNN
-        attention in float32.
+      ValueError: a size is below one, heads do not divide the width, a name is unknown, or cuDNN
+        attention is asked for in float32.
 
     Source: Devlin et al. 2019, "BERT", section 3 and appendix A.
 
@@ -122,33 +123,33 @@ class EncoderConfig:
     """
 
     vocab_size: int = 30522
-    """Tokens."""
+    """Number of tokens."""
     vocab_multiple: int = 1
-    """Tables of tokens are padded to a multiple of it, which the mesh's tensor axis must divide."""
+    """Token tables are padded to a multiple of this; the mesh's tensor axis must divide it."""
     context: int = 512
-    """Longest sequence, in tokens: one learned position each."""
+    """Longest sequence in tokens; each position has a learned vector."""
     width: int = 768
     """Width of the residual stream."""
     layers: int = 12
     """Number of blocks, each attention then feed-forward."""
     heads: int = 12
-    """Attention heads; must divide the width."""
+    """Number of attention heads; must divide the width."""
     ffn_width: int = 0
     """Hidden width of the feed-forward layer; 0 for four times the width."""
     token_types: int = 2
     """Rows of the table that tells a first sentence from a second."""
     classes: int = 0
-    """Classes of a head on the first token; 0 for a masked-language-model head on every token."""
+    """Number of classes of a head on the first token; 0 for a masked-language-model head."""
     norm_eps: float = 1e-12
-    """Added to the variance before a norm takes its root."""
+    """Added to the variance before the square root."""
     attention: AttentionName = "xla"
     """Attention kernel: xla runs anywhere and has second derivatives; cudnn is faster on a GPU."""
     dtype: DtypeName = "float32"
     """Dtype of activations and matrix products; parameters, norms, softmax, logits are float32."""
     scan_layers: bool = False
-    """One compiled block for all layers, whose parameters are stacked: [layers, ...]."""
+    """Compile one block for all layers, with stacked parameters [layers, ...]."""
     remat: RematName = "none"
-    """Computed again in the backward pass: none, dots (all but dense products), or full (all)."""
+    """Recomputed in the backward pass: none, dots (all but dense products), or full (all)."""
 
     def __post_init__(self):
         _check(self, counts=("token_types",), derived=("ffn_width", "classes"))
@@ -160,7 +161,7 @@ class EncoderConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding, and logits of a position; those of padding have no probability.
+        """Rows of the embedding, and logits per position; padding has probability zero.
 
         >>> EncoderConfig(vocab_multiple=16).padded_vocab
         30528
@@ -173,12 +174,12 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _check(config: Any, *, counts: tuple[str, ...] = (), derived: tuple[str, ...]) -> None:
-    """Sizes, of which those `derived` may be 0, then what any config needs."""
+    """Checks sizes (the `derived` ones may be 0), names, floats and attention."""
     sizes = ("vocab_size", "vocab_multiple", "context", "width", "layers", "heads")
     for name in (*sizes, *counts, *derived):
         size, least = getattr(config, name), 0 if name in derived else 1
         if size < least:
-            raise ValueError(f"{name} is {size}, but counts something: set it to {least} or more.")
+            raise ValueError(f"{name} is {size}, but it is a count: set it to {least} or more.")
         if size > (most := MOST.get(name, LARGEST)):
             raise ValueError(f"{name} is {size}, beyond any model: set it to {most} at most.")
     if not getattr(config, "head_dim", 0) and config.width % config.heads:

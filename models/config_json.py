@@ -1,4 +1,4 @@
-"""`config.json` of `transformers`, and our configs: one from the other, by `models.families`."""
+"""Converts a `config.json` of `transformers` to our config and back, by `models.families`."""
 
 import dataclasses
 import reprlib
@@ -8,29 +8,29 @@ from models.config import LARGEST, MOST, DecoderConfig, EncoderConfig
 from models.families import FAMILIES, Family
 
 OPTIONAL = ("kv_heads", "head_dim", "rope_theta", "tied", "attention_layer_scale")
-"""Fields that older files lack; `ffn_width` is one in GPT-2's."""
+"""Fields that older files lack; in GPT-2's files `ffn_width` may be absent too."""
 ARITHMETIC = ("attention", "dtype", "vocab_multiple", "scan_layers", "remat")
-"""Fields that are no part of a file: how to compute is up to who loads it."""
-_MOST_CLASSES = 2**20  # that names are made up for
+"""Fields that no file contains, since they say how to compute: the caller of `load` sets them."""
+_MOST_CLASSES = 2**20  # for which names are made up
 
 
 def read_config(fields: dict[str, Any]) -> tuple[DecoderConfig | EncoderConfig, Family, str]:
     """(config, family, architecture) of a `config.json`.
 
     Raises:
-      ValueError: a key is missing, or has a value that our models do not compute.
+      ValueError: a key is missing, or has a value that our models do not support.
     """
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"model_type is {reprlib.repr(kind)}, but there are only {', '.join(FAMILIES)}."
+            f"model_type is {reprlib.repr(kind)}, but only {', '.join(FAMILIES)} are supported."
         )
     family = FAMILIES[kind]
     fields = fields | _rope(fields)
     for key, value in (family.fixed | {"rope_type": "default"}).items():
         if fields.get(key, value) != value:
             raise ValueError(
-                f"{key}={reprlib.repr(fields[key])}, but our {kind} computes {value!r} alone: use "
+                f"{key}={reprlib.repr(fields[key])}, but our {kind} supports only {value!r}: use "
                 "another model."
             )
     values = {field: _value(fields, key, field, family) for field, key in family.keys.items()}
@@ -41,10 +41,10 @@ def read_config(fields: dict[str, Any]) -> tuple[DecoderConfig | EncoderConfig, 
 
 
 def write_config(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
-    """The `config.json` of a config; classes have the names that `transformers` makes up.
+    """The `config.json` of a config; classes get the default names of `transformers`.
 
     Raises:
-      ValueError: no family computes what the config does.
+      ValueError: no family supports the config.
     """
     kind, architecture = _kind(config)
     family = FAMILIES[kind]
@@ -68,10 +68,10 @@ def write_config(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
 
 
 def read_class_names(fields: dict[str, Any]) -> tuple[str, ...]:
-    """The names of a classifier's classes, by number: `id2label`.
+    """The names of a classifier's classes by number, from `id2label`.
 
     Raises:
-      ValueError: they are not numbered 0, 1, 2, ..., or are no names.
+      ValueError: the classes are not numbered 0, 1, 2, ..., or a name is not a string.
 
     >>> read_class_names({"id2label": {"1": "good", "0": "bad"}})
     ('bad', 'good')
@@ -107,10 +107,10 @@ def write_class_names(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_ids(fields: dict[str, Any]) -> dict[str, Any]:
-    """The tokens that a `config.json` gives a role, such as `eos_token_id`.
+    """The special tokens in a `config.json`, such as `eos_token_id`.
 
     Raises:
-      ValueError: one is neither a token, nor null, nor a list of tokens.
+      ValueError: a value is neither a token, nor null, nor a list of tokens.
 
     >>> read_ids({"vocab_size": 9, "eos_token_id": [2, 3], "pad_token_id": None})
     {'eos_token_id': [2, 3], 'pad_token_id': None}
@@ -119,7 +119,7 @@ def read_ids(fields: dict[str, Any]) -> dict[str, Any]:
     for key, value in ids.items():
         tokens = value if isinstance(value, list) else [value] if value is not None else []
         if not all(type(token) is int for token in tokens):
-            raise ValueError(f"{key}={reprlib.repr(value)} is no token: give its number, or null.")
+            raise ValueError(f"{key}={reprlib.repr(value)} is not a token: give its id, or null.")
     return ids
 
 
@@ -128,18 +128,18 @@ def _unnamed(classes: int) -> tuple[str, ...]:
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters as fields of their own, whichever version wrote them."""
+    """The rotary parameters as top-level fields, whichever version wrote the file."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
-            f"the rotary parameters are {reprlib.repr(rope)}, but our models have one kind for "
+            f"the rotary parameters are {reprlib.repr(rope)}, but our models have the same for "
             "all layers: use another model."
         )
     return {"rope_type": rope.get("type", "default")} | rope
 
 
 def _kind(config: DecoderConfig | EncoderConfig) -> tuple[str, str]:
-    """(model_type, architecture) of the family that may compute a config."""
+    """(model_type, architecture) of the family that could support a config."""
     if isinstance(config, EncoderConfig):
         return "bert", "BertForSequenceClassification" if config.classes else "BertForMaskedLM"
     kind = "gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else "llama"
@@ -153,14 +153,14 @@ def _architecture(fields: dict[str, Any], family: Family) -> str:
         return named
     if len(family.heads) > 1:
         raise ValueError(
-            f"the architecture is {reprlib.repr(named)}, but there are only "
-            f"{', '.join(family.heads)}: save the model with one of these heads."
+            f"the architecture is {reprlib.repr(named)}, but only {', '.join(family.heads)} are "
+            "supported: save the model with one of these heads."
         )
     return next(iter(family.heads))
 
 
 def _defaults(config: Any) -> dict[str, float]:
-    """What a 0 stands for, in the fields that may have one."""
+    """Field -> the value that 0 stands for."""
     values = {
         "kv_heads": config.heads,
         "head_dim": config.width / config.heads,
@@ -170,7 +170,7 @@ def _defaults(config: Any) -> dict[str, float]:
 
 
 def _canonical(config: Any) -> Any:
-    """The same config with 0 wherever it stands for the value."""
+    """The same config with 0 in place of each value that 0 stands for."""
     same = [name for name, value in _defaults(config).items() if getattr(config, name) == value]
     return dataclasses.replace(config, **dict.fromkeys(same, 0))
 
@@ -184,12 +184,12 @@ def _value(fields: dict[str, Any], key: str, field: str, family: Family) -> Any:
     right = type(value) is bool if kind is bool else _is(kind, value, most)
     if not right:
         raise ValueError(
-            f"{key}={reprlib.repr(value)}: it needs a value of type {kind.__name__}, and none "
-            f"that is negative or above {most}."
+            f"{key}={reprlib.repr(value)}: it needs a value of type {kind.__name__}, not negative "
+            f"and at most {most}."
         )
     return kind(value)
 
 
 def _is(kind: type, value: Any, most: int) -> bool:
-    """Whether a JSON value is a number of a kind: floats that are whole are ints too."""
+    """Whether a JSON value is a number of a kind; a whole float counts as an int."""
     return type(value) in (int, float) and 0 <= value <= most and kind(value) == value

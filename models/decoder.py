@@ -1,4 +1,4 @@
-"""The decoder: one NNX module driven by one frozen config."""
+"""The decoder: one NNX module for every decoder config."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class Block(nnx.Module):
     def extend(
         self, x_BxSxD: jax.Array, cache: Cache, positions: jax.Array, depth: jax.Array | None
     ) -> tuple[jax.Array, Cache]:
-        """The same of S more tokens, which see those in the cache."""
+        """The same for S more tokens, which attend to the cached ones too."""
         mixed_BxSxD, cache = self.attention.extend(
             self.attention_norm(x_BxSxD), cache, positions, depth
         )
@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
 
     Args:
       config: shape and arithmetic.
-      rngs: the source of the initial parameters. They are float32, and made without a mesh.
+      rngs: the source of the initial parameters, which are float32 and made without a mesh.
 
     >>> import jax.numpy as jnp
     >>> config = DecoderConfig(vocab_size=256, context=8, width=16, layers=2, heads=2)
@@ -105,18 +105,18 @@ class Decoder(nnx.Module):
         constrain: Constrain = identity,
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of the token after each position, which depend on no later token.
+        """Logits for the token after each position, which depend on no later token.
 
         Args:
-          tokens_BxT: int[B, T], T at most the context. A token of V or above makes NaN.
+          tokens_BxT: int[B, T], T at most the context. A token of V or above gives NaN.
           constrain: applied to the residual stream, float[B, T, D], after the embedding and after
             each block; a trainer on a mesh passes a `jax.lax.with_sharding_constraint` closure.
-            It is an argument because a model knows no mesh: a constraint written into the blocks
-            fails under the vmap of a curvature estimator, which passes none, and one read from a
-            context variable is invisible to jit's cache, which would serve a program traced with
-            the other.
-          segments_BxT: int[B, T], a number for each sequence packed into a row, and one more for
-            padding. A token sees, and counts its position from the start of, its own alone.
+            It is an argument because a model knows no mesh: a constraint inside the blocks would
+            fail under the vmap of a curvature estimator, which passes none, and jit's cache cannot
+            see one that is read from a context variable.
+          segments_BxT: int[B, T], the number of each token's sequence in a packed row, with another
+            number for padding. A token attends to its own sequence only, and its position counts
+            from the start of that sequence.
 
         Returns:
           float32[B, T, V], whatever the compute dtype; V is `config.padded_vocab`.
@@ -132,7 +132,7 @@ class Decoder(nnx.Module):
         constrain: Constrain = identity,
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """All but the last matrix product: float[B, T, D]; arguments as of a call."""
+        """The input of the last matrix product, float[B, T, D]; arguments as in `__call__`."""
         check_length(tokens_BxT, self.config.context)
         mask, places = separate(segments_BxT)
         x_BxTxD = self.tokens(tokens_BxT)
@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
     def extend(
         self, tokens_BxS: jax.Array, cache: Cache, position: int | jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Features of S more tokens of each row, float[B, S, D]; see `models.cached`."""
+        """Features of S more tokens in each row, float[B, S, D]; see `models.cached`."""
         rows, length = tokens_BxS.shape
         starts_Bx1 = jnp.broadcast_to(jnp.asarray(position, jnp.int32), (rows,))[:, None]
         places_BxS = starts_Bx1 + jnp.arange(length, dtype=jnp.int32)
@@ -170,22 +170,22 @@ class Decoder(nnx.Module):
         return jnp.where(inside_BxS[..., None], self.norm(x_BxSxD), jnp.nan), cache
 
     def _depths(self) -> jax.Array | None:
-        """What each block divides its attention scores by, float32[layers]."""
+        """The divisor of each block's attention scores, float32[layers]; None for no division."""
         if not self.config.attention_layer_scale:
             return None
         return jnp.arange(1, self.config.layers + 1, dtype=jnp.float32)
 
     def logits(self, x_xD: jax.Array) -> jax.Array:
-        """float32[..., V] of any features: of a chunk of positions, or of one."""
+        """float32[..., V] from the features of any number of positions."""
         return (self.tokens if self.head is None else self.head).logits(x_xD)
 
-    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+    def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
         """(float32[V, D], float32[V] or None): logits are `x @ matrix.T + bias`."""
-        return (self.tokens if self.head is None else self.head).linear()
+        return (self.tokens if self.head is None else self.head).unembedding()
 
 
 def check_length(tokens_BxT: jax.Array, context: int) -> None:
-    """T is at most the context."""
+    """Raises ValueError if T exceeds the context."""
     length = tokens_BxT.shape[-1]
     if length > context:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""One token after another: a decoder that keeps the keys and values of what it has read."""
+"""Autoregressive decoding: a decoder that caches the keys and values of earlier tokens."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,35 +21,35 @@ class Cached(NamedTuple):
     """
 
     init: Callable[..., Cache]  # (rows, length=context, dtype=the config's) -> an empty cache
-    apply: Callable[..., tuple[jax.Array, Cache]]  # (params, tokens, cache, position) -> logits, it
-    features: Callable[..., tuple[jax.Array, Cache]]  # the same -> x[B, S, D], what logits are of
+    apply: Callable[..., tuple[jax.Array, Cache]]  # params, tokens, cache, position
+    features: Callable[..., tuple[jax.Array, Cache]]  # the same -> x[B, S, D], cache
 
 
 def cached(config: DecoderConfig) -> Cached:
-    """A decoder for sampling, which computes each token once.
+    """A decoder for sampling, which processes each token once.
 
-    Params are those of `split(config)`, in either layout. A prompt of S tokens and then single ones
-    make two programs, whatever the position. Prompts of unequal length start together: pad them
-    on the right, take the logits of each row's last token, and go on from its own position; what
-    padding left in the cache is written over before it is seen.
+    Params are those of `split(config)`, in either layout. A prompt of S tokens and then single
+    tokens need two compiled programs, whatever the position. For prompts of unequal length, pad
+    them on the right, take the logits at each row's last token, and continue from that position:
+    cache entries of padding are overwritten before any token attends to them.
 
     Args:
-      config: shape and arithmetic; attention is computed by xla.
+      config: shape and arithmetic; attention is always computed by XLA.
 
     Returns:
       A `Cached`:
-        init: `(rows, length=context, dtype=config.dtype) -> Cache` of zeros, with places for
-          `length` tokens, prompt included.
+        init: `(rows, length=context, dtype=config.dtype) -> Cache` of zeros, with room for `length`
+          tokens, prompt included.
         apply: `(params, tokens, cache, position) -> (logits, cache)`: reads int[B, S] tokens that
-          follow the first `position`, int or int32[B], of each row; logits float32[B, S, V] are
-          those of `split(config).apply` on all the tokens at once. A token past the last place, as
-          one outside the vocabulary, makes NaN.
-        features: the same with float[B, S, D] instead, of which `split(config).logits` makes
-          logits: of a prompt's last token alone, for example.
+          follow the first `position` tokens, int or int32[B], of each row. The logits,
+          float32[B, S, V], are those of `split(config).apply` on all tokens at once. A token past
+          the end of the cache or outside the vocabulary gives NaN.
+        features: the same with features float[B, S, D], the input of `split(config).logits`, in
+          place of logits; for example to compute logits for the last token of a prompt only.
 
     Raises:
-      ValueError: for an encoder, or a length above the context; when called, for tokens that a
-        position known to Python leaves no place for.
+      ValueError: the config is an encoder's, or the length exceeds the context; when called, if
+        the tokens do not fit the cache and `position` is a Python integer.
 
     >>> from models import split
     >>> config = DecoderConfig(vocab_size=256, context=8, width=16, layers=1, heads=2)
@@ -62,35 +63,44 @@ def cached(config: DecoderConfig) -> Cached:
     """
     if not isinstance(config, DecoderConfig):
         raise ValueError(
-            "an encoder has no next token, and sees all of a row at once: pass a DecoderConfig."
+            "an encoder predicts no next token and reads a whole row at once: pass a DecoderConfig."
         )
-    merge = module_of(config)
+    calls = _Calls(config, module_of(config))
+    return Cached(calls.init, calls.apply, calls.features)
 
-    def init(rows: int, length: int = config.context, dtype: Any = config.dtype) -> Cache:
+
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """The functions of `Cached`."""
+
+    config: DecoderConfig
+    merge: Callable[[Any], Any]  # params -> module
+
+    def init(self, rows: int, length: int | None = None, dtype: Any = None) -> Cache:
+        config = self.config
+        length = config.context if length is None else length
         if length > config.context:
             raise ValueError(
                 f"a cache of {length} tokens, but the model has a context of {config.context}: "
-                f"make it of {config.context}, or the model with context={length}."
+                f"make the cache shorter, or the model with context={length}."
             )
         heads = config.kv_heads or config.heads
         shape = (config.layers, rows, length, heads, config.head_width)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return Cache(*(jnp.zeros(shape, dtype or config.dtype) for _ in range(2)))
 
     def features(
-        params: Any, tokens_BxS: jax.Array, cache: Cache, position: int | jax.Array
+        self, params: Any, tokens_BxS: jax.Array, cache: Cache, position: int | jax.Array
     ) -> tuple[jax.Array, Cache]:
         known = position if isinstance(position, int) else 0
         if known < 0 or known + tokens_BxS.shape[1] > cache.key.shape[2]:
             raise ValueError(
                 f"{tokens_BxS.shape[1]} tokens at position {known} do not fit a cache of "
-                f"{cache.key.shape[2]}: make it longer, or start again with the last tokens."
+                f"{cache.key.shape[2]}: make the cache longer, or start again with the last tokens."
             )
-        return merge(params).extend(tokens_BxS, cache, position)
+        return self.merge(params).extend(tokens_BxS, cache, position)
 
     def apply(
-        params: Any, tokens_BxS: jax.Array, cache: Cache, position: int | jax.Array
+        self, params: Any, tokens_BxS: jax.Array, cache: Cache, position: int | jax.Array
     ) -> tuple[jax.Array, Cache]:
-        x_BxSxD, cache = features(params, tokens_BxS, cache, position)
-        return merge(params).logits(x_BxSxD), cache
-
-    return Cached(init, apply, features)
+        x_BxSxD, cache = self.features(params, tokens_BxS, cache, position)
+        return self.merge(params).logits(x_BxSxD), cache

@@ -1,14 +1,13 @@
-"""Blocks one after the other: unrolled or scanned, their activations kept or computed again."""
+"""Runs a model's blocks in sequence: unrolled or scanned, with or without rematerialisation."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.config import RematName
-from models.layout import block_name, take
+from models.layout import block_name, stack, take
 
 Constrain = Callable[[jax.Array], jax.Array]
 POLICIES: dict[RematName, Any] = {
@@ -18,19 +17,18 @@ POLICIES: dict[RematName, Any] = {
 
 
 def identity(x: jax.Array) -> jax.Array:
-    """The constraint that constrains nothing."""
+    """The constraint that does nothing."""
     return x
 
 
 def make_blocks(make: Callable[[], nnx.Module], layers: int, *, scanned: bool) -> nnx.Module:
-    """Blocks by name, or the same joined in one whose parameters have a layer axis."""
+    """Blocks by name; or, if scanned, one block whose parameters have a layer axis."""
     blocks = [make() for _ in range(layers)]
     if not scanned:
         return nnx.Dict({block_name(layer): block for layer, block in enumerate(blocks)})
     graph, *_ = nnx.split(blocks[0])
     states = [nnx.state(block) for block in blocks]
-    joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    return nnx.merge(graph, nnx.spmd.add_axis(joined, 0, {nnx.PARTITION_NAME: None}))
+    return nnx.merge(graph, nnx.spmd.add_axis(stack(states), 0, {nnx.PARTITION_NAME: None}))
 
 
 def through_blocks(
@@ -43,19 +41,19 @@ def through_blocks(
     remat: RematName = "none",
     constrain: Constrain = identity,
 ) -> tuple[jax.Array, Any]:
-    """Sends the residual stream through all blocks.
+    """Runs the residual stream through all blocks.
 
     Args:
-      blocks: what `make_blocks` made.
-      call: `(block, x, own) -> (x, y)`, with `own` the block's part of `per_layer`.
+      blocks: the result of `make_blocks`.
+      call: `(block, x, own) -> (x, y)`, where `own` is the block's slice of `per_layer`.
       x_BxTxD: float[B, T, D].
       per_layer: tree of arrays [layers, ...].
       layers: the number of blocks.
-      remat: what the backward pass computes again.
-      constrain: applied to x after each block, so to all that is kept where nothing else is.
+      remat: what the backward pass recomputes.
+      constrain: applied to x after each block, which is all that `remat="full"` stores.
 
     Returns:
-      (float[B, T, D], the y of all blocks, [layers, ...]).
+      (float[B, T, D], the stacked y of all blocks, [layers, ...]).
     """
     scanned = not isinstance(blocks, nnx.Dict)
     graph = nnx.graphdef(blocks if scanned else blocks[block_name(0)])
@@ -64,7 +62,7 @@ def through_blocks(
         return call(nnx.merge(graph, state), x, own)
 
     if remat != "none":
-        # A scan already keeps the compiler from sharing what is computed twice.
+        # In a scan the compiler cannot merge the recomputation with the forward pass anyway.
         run = jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=not scanned)
 
     def body(x, layer):
@@ -78,4 +76,4 @@ def through_blocks(
         state = nnx.state(blocks[block_name(layer)])
         x_BxTxD, y = body(x_BxTxD, (state, take(per_layer, layer)))
         ys.append(y)
-    return x_BxTxD, jax.tree.map(lambda *ys: jnp.stack(ys), *ys)
+    return x_BxTxD, stack(ys)

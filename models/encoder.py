@@ -1,4 +1,4 @@
-"""The encoder: BERT, with a head for masked tokens or one for classes."""
+"""The encoder: BERT, with a head for masked tokens or for classes."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class EncoderBlock(nnx.Module):
 
 
 class MaskedTokenHead(nnx.Module):
-    """A layer, then inner products with the token embeddings plus a bias for each token."""
+    """A dense layer, then inner products with the token embeddings plus a bias per token."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.dense = in_projection(rngs, config.width, config.width)
@@ -74,15 +74,15 @@ class MaskedTokenHead(nnx.Module):
         products = tied_logits(x_xD, tokens.embedding[...])
         return mask_padding(products + self.bias[...], tokens.vocab_size)
 
-    def linear(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
+    def unembedding(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
         """(float32[V, D], float32[V]): logits are `x @ matrix.T + bias`."""
         assert self.bias is not None
-        table_VxD, padding = tokens.linear()
+        table_VxD, padding = tokens.unembedding()
         return table_VxD, self.bias[...] if padding is None else self.bias[...] + padding
 
 
 class ClassHead(nnx.Module):
-    """A tanh layer on the first token (the pooler), then one on top, in float32."""
+    """A tanh layer on the first token (the pooler), then a linear layer in float32."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.dense = in_projection(rngs, config.width, config.width)
@@ -96,10 +96,10 @@ class ClassHead(nnx.Module):
 
     def logits(self, x_xD: jax.Array, tokens: Embedding) -> jax.Array:
         """float32[..., classes]."""
-        del tokens  # what the other head writes with
+        del tokens  # used by the other head
         return affine(x_xD.astype(jnp.float32), self.out, self.out_bias)
 
-    def linear(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
+    def unembedding(self, tokens: Embedding) -> tuple[jax.Array, jax.Array | None]:
         """(float32[classes, D], float32[classes])."""
         del tokens
         assert self.out_bias is not None
@@ -107,14 +107,14 @@ class ClassHead(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Logits from tokens that all see each other.
+    """Logits from tokens that all attend to each other.
 
-    Parameters are one dict but for `head`, so a pretrained encoder is fine-tuned from
-    `{**pretrained, "head": fresh["head"]}`.
+    Configs that differ in the head alone share all other parameters, so a pretrained encoder is
+    fine-tuned from `{**pretrained, "head": fresh["head"]}`.
 
     Args:
       config: shape, arithmetic and head.
-      rngs: the source of the initial parameters. They are float32, and made without a mesh.
+      rngs: the source of the initial parameters, which are float32 and made without a mesh.
 
     >>> config = EncoderConfig(vocab_size=256, context=8, width=16, layers=2, heads=2)
     >>> Encoder(config, rngs=nnx.Rngs(0))(jnp.zeros((3, 8), int)).shape
@@ -145,11 +145,11 @@ class Encoder(nnx.Module):
         """Logits of each token, or of each row's class.
 
         Args:
-          tokens_BxT: int[B, T], T at most the context. A token of V or above makes NaN.
+          tokens_BxT: int[B, T], T at most the context. A token of V or above gives NaN.
           constrain: applied to the residual stream; see `Decoder.__call__`.
-          segments_BxT: int[B, T], a number for each sequence packed into a row, and one more for
-            padding. A token sees, and counts its position from the start of, its own alone. Class
-            logits are those of the first.
+          segments_BxT: int[B, T], the number of each token's sequence in a packed row, with another
+            number for padding. A token attends to its own sequence only, and its position counts
+            from the start of that sequence. Class logits are those of the first sequence.
           types_BxT: int[B, T], 0 for a first sentence and 1 for a second; default 0.
 
         Returns:
@@ -168,11 +168,11 @@ class Encoder(nnx.Module):
         segments_BxT: jax.Array | None = None,
         types_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """All but the last matrix product; arguments as of a call.
+        """The input of the last matrix product; arguments as in `__call__`.
 
         Returns:
-          float[B, T, D] after the layer and norm of the head for tokens, or float[B, D] after the
-          pooler of that for classes.
+          float[B, T, D] after the dense layer and norm of the masked-token head, or float[B, D]
+          after the pooler of the class head.
         """
         check_length(tokens_BxT, self.config.context)
         mask, places = separate(segments_BxT)
@@ -189,9 +189,9 @@ class Encoder(nnx.Module):
         return self.head.features(x_BxTxD)
 
     def logits(self, x_xD: jax.Array) -> jax.Array:
-        """float32[..., V] or float32[..., classes] of any features, as of a chunk of positions."""
+        """float32[..., V] or float32[..., classes] from the features of any number of positions."""
         return self.head.logits(x_xD, self.tokens)
 
-    def linear(self) -> tuple[jax.Array, jax.Array | None]:
+    def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
         """(float32[V, D], float32[V]): logits are `x @ matrix.T + bias`."""
-        return self.head.linear(self.tokens)
+        return self.head.unembedding(self.tokens)

@@ -1,7 +1,7 @@
-"""What Hugging Face calls things: a table for each family that we share with it.
+"""The names that Hugging Face uses: one table for each model family that we share.
 
-Tables are read both ways by `models.huggingface`. In names of parameters and tensors `*` is the
-number of a block. Parameters of one tensor are joined along its last axis, in order.
+`models.huggingface` reads the tables in both directions. In the names of parameters and tensors
+`*` is the number of a block. Parameters of one tensor are joined along its last axis, in order.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from models.presets import BERT, LLAMA, QWEN3
 
 
 class Family(NamedTuple):
-    """An architecture of `transformers` as ours."""
+    """A model family of `transformers` in terms of our configs and parameters."""
 
-    base: DecoderConfig | EncoderConfig  # what the architecture fixes; values of absent keys
+    base: DecoderConfig | EncoderConfig  # fixed by the family; defaults of absent keys
     keys: dict[str, str]  # field of our config -> key of theirs
-    fixed: dict[str, Any]  # key of theirs -> its only value that we compute
+    fixed: dict[str, Any]  # key of theirs -> the one value that we support
     tensors: dict[str, str]  # parameter -> tensor
-    heads: dict[str, dict[str, str]]  # architecture -> more of these, for its head
-    prefix: str = ""  # that some files leave out
-    ignored: tuple[str, ...] = ()  # tensors that need not be read
-    transposed: bool = True  # matrices are [out, in], as nn.Linear has them, ours [in, out]
+    heads: dict[str, dict[str, str]]  # architecture -> tensors of its head
+    prefix: str = ""  # of tensor names; some files leave it out
+    ignored: tuple[str, ...] = ()  # patterns of tensors that are not read
+    transposed: bool = True  # theirs are [out, in], as in nn.Linear; ours are [in, out]
 
 
 def _norm(ours: str, theirs: str) -> dict[str, str]:
@@ -161,7 +161,7 @@ _BERT = Family(
         },
         "BertForPreTraining": _MASKED_TOKEN_HEAD,
     },
-    # Those of BertForPreTraining that a masked language model has not.
+    # Tensors of BertForPreTraining that a masked language model does not have.
     ignored=(
         "*.position_ids",
         "cls.predictions.decoder.*",
@@ -171,4 +171,4 @@ _BERT = Family(
 )
 
 FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "qwen3": _QWEN3, "bert": _BERT}
-"""By `model_type`."""
+"""The families by `model_type`."""

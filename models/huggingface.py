@@ -1,7 +1,7 @@
-"""Weights from and for `transformers`: folders of `config.json` and safetensors files.
+"""Loads and saves models in the layout of `transformers`: `config.json` and safetensors files.
 
-GPT-2, Llama, Qwen3 and BERT, by the tables of `models.families`. Reads no pickle, and nothing from
-the network.
+It supports GPT-2, Llama, Qwen3 and BERT, by the tables of `models.families`. It reads no pickles,
+and nothing from the network.
 """
 
 import contextlib
@@ -31,25 +31,27 @@ from models.functional import split
 from models.layout import block_name, stack_blocks, unstack_blocks
 from models.presets import BYTE_IDS
 from models.reading import fields_of, read_json
-from models.weights import INDEX, PART, WHOLE, Stored, check, floats, inside, stored
+from models.safetensors import Tensor
+from models.weights import INDEX, PART, WHOLE, check, floats, inside, open_folder
 
 __all__ = ["VOCABULARY", "Notes", "load", "read_config", "read_notes", "save", "write_config"]
 VOCABULARY = ("tokens/embedding", "head/embedding", "head/bias")
-"""Parameters with a row for each token, and for padding."""
+"""Parameters with one row for each token, padding included."""
+_OLD = {".gamma": ".weight", ".beta": ".bias"}  # names from TensorFlow in the first BERTs
 
 
 class Notes(NamedTuple):
-    """What a `config.json` says beside the config."""
+    """The parts of a `config.json` that are not in our config."""
 
-    ids: dict[str, Any]  # such as eos_token_id -> a token, several, or None
-    class_names: tuple[str, ...]  # of a classifier, by number; empty where none are named
+    ids: dict[str, Any]  # such as eos_token_id -> a token, a list of tokens, or None
+    class_names: tuple[str, ...]  # of a classifier, by number; empty if the file names none
 
 
 def read_notes(path: str | Path) -> Notes:
-    """The tokens with a role and the class names that a folder's `config.json` states.
+    """The special tokens and class names in a folder's `config.json`.
 
     Raises:
-      ValueError: the file is missing, or has another form.
+      ValueError: the file is missing or malformed.
     """
     path = _config_json(Path(path))
     fields = read_json(path)
@@ -58,21 +60,20 @@ def read_notes(path: str | Path) -> Notes:
 
 
 def load(path: str | Path, **arithmetic: Any) -> tuple[DecoderConfig | EncoderConfig, Any]:
-    """A model from a folder in the layout of `transformers`.
+    """Loads a model from a folder in the layout of `transformers`.
 
     Args:
-      path: the folder, with `config.json` and the safetensors files that `models.weights` finds.
-      **arithmetic: fields of the config that no file has, such as `dtype` or `vocab_multiple`.
+      path: the folder, with `config.json` and safetensors files; see `models.weights`.
+      **arithmetic: fields of the config that no file contains, such as `dtype` or `vocab_multiple`.
 
     Returns:
-      (config, params): params in float32 and in host memory, so place them with
-      `jax.device_put(params, shardings)`. Of a BERT that was trained on two tasks
-      (`BertForPreTraining`) it has the masked-language-model head.
+      (config, params): params are float32 arrays in host memory; place them with
+      `jax.device_put(params, shardings)`. A `BertForPreTraining`, which has two heads, is loaded
+      with its masked-language-model head.
 
     Raises:
-      ValueError: the folder lacks a file, a tensor or a key, has one too many, has weights that
-        are not finite, or asks for what our models do not compute; or a field that the file
-        decides is given.
+      ValueError: a file, a tensor or a key is missing or superfluous, a weight is not finite, our
+        models do not support the config, or `arithmetic` has a field that the file decides.
     """
     if extra := sorted(arithmetic.keys() - set(ARITHMETIC)):
         raise ValueError(
@@ -107,19 +108,19 @@ def save(
     ids: Mapping[str, Any] | None = None,
     class_names: tuple[str, ...] = (),
 ) -> None:
-    """Writes a model that `transformers` and `load` read.
+    """Saves a model for `transformers` and for `load`.
 
     Args:
-      params: float32 leaves, as `split(config).init` makes them.
-      config: their config. GPT-2 without biases is written with biases of zero.
-      path: the folder, made if it is missing; a model in it is replaced.
-      ids: tokens with a role, such as `{"eos_token_id": 3}`; by default those of bytes, where the
-        vocabulary has 256 tokens, and otherwise what `transformers` assumes of the family.
-      class_names: of a classifier, by number; default LABEL_0, LABEL_1, ...
+      params: float32 leaves with the structure of `split(config).init`.
+      config: their config. A GPT-2 without biases is saved with biases of zero.
+      path: the folder; it is created if it is missing, and a model in it is replaced.
+      ids: special tokens, such as `{"eos_token_id": 3}`. The default for a vocabulary of 256 tokens
+        are the byte tokens, and otherwise what `transformers` assumes for the family.
+      class_names: names of a classifier's classes by number; default LABEL_0, LABEL_1, ...
 
     Raises:
-      ValueError: no architecture of `transformers` that we know computes this config, params are
-        another config's, or the names are not as many as the classes.
+      ValueError: no architecture of `transformers` that we know supports this config, params do not
+        belong to it, or the number of names is not that of the classes.
     """
     if ids is None:
         ids = BYTE_IDS if config.vocab_size == 256 else {}
@@ -130,7 +131,7 @@ def save(
         wrong = sorted(p for p in found | shapes if found.get(p) != shapes.get(p))
         raise ValueError(
             f"params are not those of this config: {wrong[0]} is {found.get(wrong[0])}, not "
-            f"{shapes.get(wrong[0])}. Pass the config that they were made with."
+            f"{shapes.get(wrong[0])}. Pass the config that the params were made with."
         )
     flat = _as_written(flat, config)
     shapes = _shapes(written)
@@ -143,7 +144,7 @@ def save(
         tensors[name] = _ours(np.concatenate(parts, axis=-1), paths[0], family)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)  # it would go before the file that is written here
+    (folder / INDEX).unlink(missing_ok=True)  # `load` would prefer it to the file written below
     safetensors.write(folder / WHOLE, tensors)
     writing.replace_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
     for part in [file for file in folder.iterdir() if PART.fullmatch(file.name)]:
@@ -166,7 +167,7 @@ def _config_json(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before what is wrong with its values."""
+    """Adds the name of the file to errors about its values."""
     with fields_of(path):
         try:
             yield
@@ -174,17 +175,17 @@ def _naming(path: Path) -> Iterator[None]:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _check_sizes(config: Any, family: Family, tensors: Mapping[str, Stored]) -> None:
-    """What the config asks for is no larger than the files: before anything of that size is made.
+def _check_sizes(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> None:
+    """Checks the config's sizes against the files, before anything of that size is allocated.
 
     Raises:
-      ValueError: a size is longer than any axis of a tensor, or the files have other blocks.
+      ValueError: a size exceeds every axis of the tensors, or the number of blocks differs.
     """
-    shapes = [tensor.array.shape for tensor in tensors.values() if tensor.array.size]
+    shapes = [tensor.shape for tensor in tensors.values() if 0 not in tensor.shape]
     longest = max((axis for shape in shapes for axis in shape), default=0)
     sizes = {field: getattr(config, field) for field in family.keys if field != "layers"}
     if getattr(config, "positions", "learned") == "rope":
-        del sizes["context"]  # no parameter has it
+        del sizes["context"]  # no parameter has an axis of positions
     for field, size in sizes.items():
         if type(size) is int and size > longest:
             raise ValueError(
@@ -201,7 +202,7 @@ def _check_sizes(config: Any, family: Family, tensors: Mapping[str, Stored]) -> 
 
 
 def _shapes(config: DecoderConfig | EncoderConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter; one block is traced, since all are alike."""
+    """The shape of each parameter; only one block is traced, since all have the same shapes."""
     one = split(dataclasses.replace(config, layers=1))
     shapes, first = {}, f"blocks/{block_name(0)}/"
     for path, leaf in _flat(jax.eval_shape(one.init, jax.random.key(0))).items():
@@ -220,7 +221,7 @@ def _flat(params: Any) -> dict[str, Any]:
 
 
 def _laid_out(flat: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
-    """The parameters of a file as the config wants them: padded, and stacked."""
+    """Parameters in a file's layout -> in the config's: padded, and stacked for `scan_layers`."""
     rows = config.padded_vocab - config.vocab_size
     padded = {p: np.pad(flat[p], [(0, rows), (0, 0)][: flat[p].ndim]) for p in _tables(flat)}
     params = unflatten_dict(flat | padded, sep="/")
@@ -228,7 +229,7 @@ def _laid_out(flat: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
 
 
 def _as_written(flat: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Parameters of the config as a file has them: without padding, block by block."""
+    """Parameters in the config's layout -> in a file's: without padding, block by block."""
     flat = flat | {p: flat[p][: config.vocab_size] for p in _tables(flat)}
     return _flat(unstack_blocks(unflatten_dict(flat, sep="/")))
 
@@ -238,7 +239,7 @@ def _tables(flat: dict[str, Any]) -> list[str]:
 
 
 def _pieces(config, family: Family, architecture: str, shapes) -> dict[str, list[str]]:
-    """Tensor -> the parameters that are joined in it."""
+    """Tensor -> the parameters that it joins."""
     pieces = {}
     for ours, theirs in (family.tensors | family.heads[architecture]).items():
         for layer in range(config.layers if "*" in ours else 1):
@@ -250,7 +251,7 @@ def _pieces(config, family: Family, architecture: str, shapes) -> dict[str, list
 
 
 def _ours(array: np.ndarray, path: str, family: Family) -> np.ndarray:
-    """A tensor as a parameter, or the other way round."""
+    """Transposes a tensor to a parameter, or a parameter to a tensor, where the layouts differ."""
     turned = _turned(array.ndim, path, family)
     return np.ascontiguousarray(array.T) if turned else array
 
@@ -260,14 +261,14 @@ def _turned(axes: int, path: str, family: Family) -> bool:
 
 
 def _joined(shapes: list[tuple[int, ...]], path: str, family: Family) -> tuple[int, ...]:
-    """The shape of a tensor that has parameters of these shapes."""
+    """The shape of a tensor that joins parameters of these shapes."""
     shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
     return shape[::-1] if _turned(len(shape), path, family) else shape
 
 
-def _tensors(folder: Path, family: Family) -> dict[str, Stored]:
-    """The stored tensors, by the names that `transformers` has for them now."""
-    tensors = stored(folder)
+def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
+    """The tensors of a folder, by the current names of `transformers`."""
+    tensors = open_folder(folder)
     prefix = family.prefix
     if any(name.startswith(prefix) for name in tensors):
         prefix = ""
@@ -278,21 +279,17 @@ def _tensors(folder: Path, family: Family) -> dict[str, Stored]:
             new = new.removesuffix(suffix) + now if new.endswith(suffix) else new
         if new in renamed:
             raise ValueError(
-                f"{tensor.file} has {name!r:.80}, an older name of {new!r:.80}, which is there "
-                "too: remove one of them."
+                f"{tensor.file} has {new!r:.80} under an older name too: remove one of them."
             )
         renamed[new] = tensor
     return renamed
 
 
-_OLD = {".gamma": ".weight", ".beta": ".bias"}  # as TensorFlow had it, and the first BERTs still do
-
-
 def _check_names(folder: Path, found: set[str], wanted: set[str], family: Family) -> None:
     extra = {n for n in found - wanted if not any(fnmatch.fnmatch(n, p) for p in family.ignored)}
-    for names, fault in ((wanted - found, "lacks"), (extra, "has no place for")):
+    for names, fault in ((wanted - found, "lacks"), (extra, "has an unknown tensor")):
         if names:
             raise ValueError(
-                f"{folder} {fault} {min(names)!r:.80} ({len(names)} such): its tensors are not "
-                "those of its config.json. Take both from one source, all parts of the model."
+                f"{folder} {fault} {min(names)!r:.80} (one of {len(names)}): its tensors do not "
+                "match its config.json. Take both from one source, with all parts of the model."
             )

@@ -1,16 +1,15 @@
-"""The layers of a model: what a block, a position scheme and a head are made of.
+"""Layers: the parts of blocks, position schemes and heads.
 
-Every class is a small NNX module that knows sizes and a mesh-axis name, never a mesh. A
-parameter's sharding is stated where it is made. The model-width dimension of each matrix is split
-over the mesh axis `"fsdp"`; the other one, of heads, feed-forward units or tokens, over `"tensor"`,
-as are the biases along it. Positions, token types and classes are too few to split, and vectors
-along the model width are replicated. Parameters are float32; a layer computes in the dtype of its
-input.
+Every class is a small NNX module that knows sizes and mesh-axis names, but no mesh. A parameter's
+sharding is stated where it is made. The model-width dimension of each matrix is sharded over the
+mesh axis `"fsdp"`; the other dimension (heads, feed-forward units or tokens) over `"tensor"`, as
+are biases along it. Positions, token types and classes are too few to shard, and vectors along the
+model width are replicated. Parameters are float32; a layer computes in the dtype of its input.
 
 Dimensions: B batch, T time, D model width, F feed-forward width, V vocabulary with its padding,
 C context.
 
-Source: Shoeybi et al. 2019, "Megatron-LM", section 3, for what is split over `"tensor"`.
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3, for the sharding over `"tensor"`.
 """
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 
 INIT_STDDEV = 0.02
 PADDING_LOGIT = -1e9
-"""Logit of a row that pads the vocabulary: its probability is 0, and its square is finite."""
+"""Logit of a padding row: its probability is 0, and its square is finite."""
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], sharding, stddev: float = INIT_STDDEV):
@@ -31,7 +30,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, int], stddev: float = INIT_STDDEV)
 
 
 def _param(value: jax.Array, sharding: tuple[str | None, ...]) -> nnx.Param:
-    # Eager sharding would demand a mesh whose axes are named like ours just to draw numbers.
+    # Eager sharding would need a mesh with our axis names just to draw the initial values.
     made = nnx.with_partitioning(lambda: value, sharding, eager_sharding=False)
     return nnx.Param(made())
 
@@ -51,7 +50,7 @@ def out_projection(
 
 
 def bias_vector(size: int, wanted: bool = True, *, axis: str | None = None) -> nnx.Param | None:
-    """A float32[size] vector that starts at zero, split over a mesh axis, or None."""
+    """A float32[size] vector of zeros, sharded over a mesh axis if one is given; or None."""
     if not wanted:
         return None
     zeros = jnp.zeros(size, jnp.float32)
@@ -67,8 +66,8 @@ def affine(x: jax.Array, matrix: nnx.Param, bias: nnx.Param | None = None) -> ja
 def tied_logits(x_xD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
     """Inner products with each embedding row: float32[..., V], multiplied in the dtype of x.
 
-    With bfloat16 operands the algorithm is named, as in `jax.nn.dot_product_attention`: asking
-    for float32 logits alone would make the backward pass multiply in float32.
+    For bfloat16 operands the dot algorithm is named, as in `jax.nn.dot_product_attention`: with
+    float32 as the preferred type alone, the backward pass would multiply in float32.
     """
     bfloat16 = x_xD.dtype == jnp.bfloat16
     return jnp.einsum(
@@ -81,7 +80,7 @@ def tied_logits(x_xD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
 
 
 def mask_padding(logits_xV: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits in which the rows that pad a vocabulary have no probability, and no gradient."""
+    """Gives the padding rows of a vocabulary probability zero and no gradient."""
     padded = logits_xV.shape[-1]
     if padded == vocab_size:
         return logits_xV
@@ -89,10 +88,10 @@ def mask_padding(logits_xV: jax.Array, vocab_size: int) -> jax.Array:
 
 
 class Embedding(nnx.Module):
-    """A table that reads tokens or, transposed, writes logits; a tied model has one for both.
+    """A table that embeds tokens or, transposed, computes logits; a tied model shares one table.
 
-    Rows after the vocabulary, up to `padded` in all, are zeros that nothing reads: with any
-    padding the others start the same.
+    Padding rows after the vocabulary, up to `padded` rows in all, are zeros that are never read.
+    The initial values of the other rows do not depend on the padding.
     """
 
     def __init__(
@@ -110,10 +109,10 @@ class Embedding(nnx.Module):
         self.embedding = _param(jnp.pad(table, ((0, rows), (0, 0))), (axis, "fsdp"))
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """float32[B, T, D] rows; NaN for a token that the vocabulary lacks.
+        """float32[B, T, D] rows; NaN for a token outside the vocabulary.
 
-        Not cast before the lookup: its gradient is a scatter-add, and sums of thousands of
-        terms for a frequent token stall in bfloat16.
+        The table is not cast before the lookup: its gradient is a scatter-add, and in bfloat16 the
+        sum of thousands of terms for a frequent token would stall.
         """
         rows = self.embedding.shape[0]
         if rows > self.vocab_size:
@@ -124,14 +123,14 @@ class Embedding(nnx.Module):
         """float32[..., V]."""
         return mask_padding(tied_logits(x_xD, self.embedding[...]), self.vocab_size)
 
-    def linear(self) -> tuple[jax.Array, jax.Array | None]:
-        """Of which logits are made: float32[V, D], and float32[V] where rows are padding."""
+    def unembedding(self) -> tuple[jax.Array, jax.Array | None]:
+        """The factors of the logits: float32[V, D], and a bias float32[V] if rows are padding."""
         table_VxD = self.embedding[...]
         return table_VxD, padding_bias(len(table_VxD), self.vocab_size)
 
 
 def padding_bias(rows: int, vocab_size: int) -> jax.Array | None:
-    """What, added to logits, does as `mask_padding`; None where nothing is padded."""
+    """A bias that has the effect of `mask_padding`; None without padding."""
     if rows == vocab_size:
         return None
     return jnp.where(jnp.arange(rows) < vocab_size, 0.0, PADDING_LOGIT)
@@ -150,7 +149,7 @@ class LearnedPositions(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Zero mean and unit variance over the width, then a learned scale and, if wanted, bias.
+    """Zero mean and unit variance over the width, then a learned scale and an optional bias.
 
     Computed in float32.
     """

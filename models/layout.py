@@ -1,4 +1,4 @@
-"""The two layouts of a model's blocks: a subtree for each, or one tree with a layer axis."""
+"""The two layouts of a model's blocks: one subtree per block, or one tree with a layer axis."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,28 +10,28 @@ import numpy as np
 
 def block_name(layer: int) -> str:
     """The key of a block among the parameters."""
-    # A string, since checkpoints turn integer keys into strings. Looked up by name, since a
-    # pytree's dicts come back sorted, and "10" sorts before "2".
+    # A string, because checkpoints turn integer keys into strings; of two digits, because pytrees
+    # sort the keys of dicts, and "10" sorts before "2".
     return f"{layer:02d}"
 
 
 def is_stacked(params: Any) -> bool:
-    """Whether the blocks of a tree shaped as params have a layer axis (`scan_layers`)."""
+    """Whether the blocks of a tree shaped like params have a layer axis (`scan_layers`)."""
     if not isinstance(params, Mapping) or "blocks" not in params:
         return False
     return block_name(0) not in params["blocks"]
 
 
 def stack_blocks(params: Any) -> Any:
-    """A tree shaped as params, in the layout of `scan_layers`.
+    """Converts a tree to the layout of `scan_layers`.
 
     Args:
-      params: parameters, a gradient, a moment: any tree of arrays with `split(config).init`'s keys.
-        NumPy arrays stay in host memory.
+      params: any tree of arrays with the keys of `split(config).init`, such as parameters, a
+        gradient or a moment. NumPy arrays stay in host memory.
 
     Returns:
-      The same with `params["blocks"]` one tree whose leaves are [layers, ...]; as it is where it
-      has that layout.
+      The tree with one tree of leaves [layers, ...] in `params["blocks"]`; unchanged if it has
+      that layout already.
 
     >>> blocks = {"00": {"up": np.zeros((2, 3))}, "01": {"up": np.ones((2, 3))}}
     >>> stack_blocks({"blocks": blocks})["blocks"]["up"].shape
@@ -44,13 +44,13 @@ def stack_blocks(params: Any) -> Any:
 
 
 def unstack_blocks(params: Any) -> Any:
-    """A tree shaped as params, in the layout without `scan_layers`: undoes `stack_blocks`.
+    """Converts a tree to the layout without `scan_layers`: the inverse of `stack_blocks`.
 
     Args:
-      params: any tree of arrays with `split(config).init`'s keys.
+      params: any tree of arrays with the keys of `split(config).init`.
 
     Returns:
-      The same with a subtree of `params["blocks"]` for each block: "00", "01", ...
+      The tree with one subtree of `params["blocks"]` for each block: "00", "01", ...
 
     >>> sorted(unstack_blocks({"blocks": {"up": np.zeros((2, 5, 3))}})["blocks"])
     ['00', '01']
@@ -63,13 +63,13 @@ def unstack_blocks(params: Any) -> Any:
 
 
 def logical_ndims(params: Any) -> Any:
-    """Dimensions of each leaf, without the layer axis that `scan_layers` adds.
+    """Number of dimensions of each leaf, not counting the layer axis of `scan_layers`.
 
     Args:
-      params: any tree with `split(config).init`'s keys, of arrays or of their shapes.
+      params: any tree of arrays or shapes with the keys of `split(config).init`.
 
     Returns:
-      An int for each leaf: 1 for a vector and 2 for a matrix, one of a stack too.
+      An int for each leaf: 1 for a vector and 2 for a matrix, stacked or not.
 
     >>> logical_ndims({"blocks": {"scale": np.ones((2, 8))}, "norm": {"scale": np.ones(8)}})
     {'blocks': {'scale': 1}, 'norm': {'scale': 1}}
@@ -81,7 +81,7 @@ def logical_ndims(params: Any) -> Any:
 
 
 def stack(trees: list[Any]) -> Any:
-    """Trees as one, with a leading axis; in host memory if they are."""
+    """Stacks trees along a new leading axis; NumPy arrays stay in host memory."""
 
     def join(*leaves):
         join: Callable[..., Any] = np.stack if isinstance(leaves[0], np.ndarray) else jnp.stack
@@ -91,5 +91,5 @@ def stack(trees: list[Any]) -> Any:
 
 
 def take(tree: Any, index: int) -> Any:
-    """One of the trees that `stack` joined."""
+    """One of the trees that were stacked."""
     return jax.tree.map(lambda x: x[index], tree)

@@ -1,6 +1,6 @@
-"""Named configs, family by family, and all in one table, `PRESETS`.
+"""Named configs, family by family, and all of them in `PRESETS`.
 
-Those called tiny read bytes and train in under two minutes on two cores.
+The tiny ones read bytes and train in under two minutes on two cores.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ GPT2: dict[str, DecoderConfig] = {
     "gpt2-540m": DecoderConfig(layers=30, heads=18, width=1152),
     "gpt2-770m": DecoderConfig(layers=36, heads=20, width=1280),
 }
-"""Byte-level `tiny`, and GPT-2 at five sizes; counts without positions are .115, 29.9, 123.6,
-353.6, 535.8 and 772.3 million parameters."""
+"""Byte-level `tiny`, and GPT-2 at five sizes. Without position embeddings they have .115, 29.9,
+123.6, 353.6, 535.8 and 772.3 million parameters."""
 
 _LLAMA = DecoderConfig(
     vocab_size=32_000,
@@ -46,8 +46,8 @@ LLAMA: dict[str, DecoderConfig] = {
     "llama2-7b": _LLAMA,
 }
 """Byte-level `tiny-llama` with shared key/value heads, the small Llamas of GaLore's release (Zhao
-et al. 2024) and Llama-2 (Touvron et al. 2023): .125, 58.07, 134.11, 367.97, 1339.08 and 6738.42
-million parameters."""
+et al. 2024) and Llama-2 (Touvron et al. 2023). They have .125, 58.07, 134.11, 367.97, 1339.08 and
+6738.42 million parameters."""
 
 _QWEN3 = dataclasses.replace(
     _LLAMA,
@@ -82,22 +82,22 @@ QWEN3: dict[str, DecoderConfig] = {
     ),
     "qwen3-0.6b": _QWEN3,
 }
-"""Byte-level `tiny-qwen3` with heads wider than width / heads (.134 million parameters), two
-readings of "Qwen 3 architecture, 134M", without embeddings and with (134.26 and 134.52), and the
-smallest published Qwen3 (596.05)."""
+"""Byte-level `tiny-qwen3`, whose heads are wider than width / heads (.134 million parameters); two
+readings of "Qwen 3 architecture, 134M", which count 134.26 million without embeddings and 134.52
+with them; and the smallest published Qwen3 (596.05)."""
 
 BERT: dict[str, EncoderConfig] = {
     "tiny-bert": EncoderConfig(vocab_size=260, context=64, layers=2, heads=4, width=64),
     "bert-small": EncoderConfig(layers=4, width=512, heads=8),
     "bert-base": EncoderConfig(),
 }
-"""`tiny-bert` of 256 bytes, then [PAD] 256, [CLS] 257, [SEP] 258 and [MASK] 259; Turc et al. 2019
-for `bert-small`; Devlin et al. 2019. They have .125, 28.76 and 109.48 million parameters with the
-pooler and without a head."""
+"""`tiny-bert`, whose tokens are 256 bytes, [PAD] 256, [CLS] 257, [SEP] 258 and [MASK] 259;
+`bert-small` of Turc et al. 2019; `bert-base` of Devlin et al. 2019. They have .125, 28.76 and
+109.48 million parameters with the pooler and without a head."""
 
 BYTE_IDS: dict[str, int] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-"""Roles of tokens where they are the 256 bytes: the control characters start of text, end of text
-and NUL, under the names that `transformers` has for them."""
+"""Special tokens of the byte vocabulary, by their names in `transformers`: the control characters
+start of text, end of text and NUL."""
 
 PRESETS: dict[str, DecoderConfig | EncoderConfig] = {**GPT2, **LLAMA, **QWEN3, **BERT}
 """Every named config."""

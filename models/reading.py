@@ -1,6 +1,5 @@
-"""JSON that somebody else wrote: its size is bounded first, and every fault names its place."""
+"""Reads JSON from other programs: the size is bounded first, and errors name the file."""
 
-import collections
 import contextlib
 import json
 import re
@@ -11,43 +10,42 @@ from typing import Any
 _HALF = r"\\u[dD][89a-fA-F]"
 _HALVES: dict[type, Any] = {str: re.compile(_HALF), bytes: re.compile(_HALF.encode())}
 LARGEST = 64 * 2**20
-"""Bytes of a JSON file: the largest tokenizer.json files have about 30 MB."""
+"""Largest JSON file in bytes; the largest tokenizer.json files have about 30 MB."""
 
 
 def read_json(path: str | Path, *, limit: int = LARGEST) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Args:
       path: of the file.
-      limit: bytes that it may have; nothing of a longer file is read.
+      limit: largest size in bytes; a larger file is not read at all.
 
     Raises:
-      ValueError: the file is longer, is not JSON, or holds no object; the message names it.
+      ValueError: the file is too large, is not JSON, or holds no object; the message names it.
     """
     size = Path(path).stat().st_size
     if size > limit:
-        raise ValueError(f"{path} has {size} bytes, but a JSON file may have {limit} here.")
+        raise ValueError(f"{path} has {size} bytes, but at most {limit} are read from a JSON file.")
     value = parse_json(Path(path).read_bytes(), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {value!r:.40}, not an object {{...}}: take the right file.")
     return value
 
 
-def parse_json(text: str | bytes, where: str, *, unique: bool = False) -> Any:
+def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text.
 
     Args:
-      text: UTF-8 if these are bytes. The caller bounds its length.
-      where: what the message begins with, such as the file and the line.
-      unique: refuse an object that has a name twice; otherwise the last one counts.
+      text: a string, or bytes in UTF-8. The caller bounds its length.
+      where: the file and the line; messages begin with it.
 
     Raises:
-      ValueError: it is not JSON, is nested too deeply, has a number of thousands of digits, or half
-        of a surrogate pair.
+      ValueError: the text is not JSON, is nested too deeply, or has a number with thousands of
+        digits or half of a surrogate pair.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique if unique else None)
-        if _HALVES[type(text)].search(text):  # of a pair; alone, no text can be written with it
+        value = json.loads(text)
+        if _HALVES[type(text)].search(text):  # half of a surrogate pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
@@ -57,17 +55,9 @@ def parse_json(text: str | bytes, where: str, *, unique: bool = False) -> Any:
         ) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{twice!r:.80} is there twice")
-    return fields
-
-
 @contextlib.contextmanager
 def fields_of(where: str | Path) -> Iterator[None]:
-    """Turns what goes wrong with values of unexpected form into a ValueError that names the file.
+    """Turns errors from values of an unexpected form into a ValueError that names the file.
 
     >>> with fields_of("a.json"):
     ...     {"layers": "six"}["layers"] + 1

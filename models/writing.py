@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed, and that stay in their folder."""
+"""Atomic writes: after a kill at any moment a file is either old or new, and never partial."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Puts what `write(temporary path)` makes in the place of `path`, at once.
+    """Replaces `path` atomically by the file that `write(temporary path)` writes.
 
-    A link at `path` is replaced, not followed: a folder that came from somewhere else cannot make
-    this write outside of it. The temporary name is drawn at random, so no link waits there.
+    A link at `path` is replaced and not followed, so that a folder from elsewhere cannot redirect
+    the write. The temporary name is random, so that no link can be prepared under it.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     os.close(handle)
@@ -28,7 +28,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace` by a text, as UTF-8."""
+    """Replaces `path` atomically by a text in UTF-8."""
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -39,7 +39,7 @@ def _umask() -> int:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the list of names of a folder, is on the disk."""
+    """Waits until a file, or the list of names in a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,6 +48,6 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """`sync` of a folder, where the file system can."""
+    """Syncs a folder, if the file system supports it."""
     with contextlib.suppress(OSError):
         sync(path)

@@ -21,7 +21,7 @@ def settled(config: Config) -> Config:
     Paths of the data are absolute. A bin: source brings its tokenizer. If the tokenizer was not
     named on the command line, the model's vocabulary grows to hold its tokens.
     """
-    chosen = data.settled(config.data)
+    chosen = data.resolved(config.data)
     if config.data.tokenizer != "bytes" or chosen.tokenizer == "bytes":
         return dataclasses.replace(config, data=chosen)
     size = max(config.model.vocab_size, tokenizers.load(chosen.tokenizer).vocab_size)

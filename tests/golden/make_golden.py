@@ -1,11 +1,11 @@
-"""Makes the files beside it: logits of small models as `transformers` computes them.
+"""Writes the golden files: logits of small models as `transformers` computes them.
 
-Run by hand, in an environment with torch 2.13.0 and transformers 5.23.0, never by the tests:
+Run it by hand in an environment with torch 2.13.0 and transformers 5.23.0; tests never run it:
 
     python tests/golden/make_golden.py
 
-A file NAME.npz has the config.json that transformers wrote, the name and shape of each tensor that
-it saved, the inputs, and float32 logits. The weights are not stored: `weights` draws them again.
+NAME.npz holds the config.json that transformers wrote, the name and shape of each saved tensor, the
+inputs, and float32 logits. Weights are not stored: `weights` draws them again.
 """
 
 import json
@@ -67,9 +67,9 @@ CASES = {
 
 
 def weight(name: str, shape: tuple[int, ...], stream: np.random.PCG64) -> np.ndarray:
-    """Uniform on (-.5, .5), scales around one: attention is far from even, no unit is dead.
+    """Uniform on (-.5, .5), scales around one, so that attention is uneven and no unit is dead.
 
-    From raw bits, which NumPy keeps the same between versions.
+    Drawn from raw bits, whose stream NumPy guarantees across versions.
     """
     bits = stream.random_raw(int(np.prod(shape))) >> np.uint64(11)
     uniform = (bits * 2.0**-53 - 0.5).reshape(shape)
@@ -78,13 +78,13 @@ def weight(name: str, shape: tuple[int, ...], stream: np.random.PCG64) -> np.nda
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """One stream for a model, in the order of names."""
+    """The weights of a model, drawn from one stream in the order of names."""
     stream = np.random.PCG64(0)
     return {name: weight(name, shapes[name], stream) for name in sorted(shapes)}
 
 
 def tokens() -> dict[str, np.ndarray]:
-    """Two rows, the second with four tokens of padding and a second sentence."""
+    """Two rows with a second sentence each; the second row ends with four tokens of padding."""
     stream = np.random.PCG64(1)
     ids = (stream.random_raw(24) % np.uint64(SHARED["vocab_size"])).reshape(2, 12).astype(np.int32)
     mask, types = np.ones_like(ids), np.zeros_like(ids)
@@ -101,7 +101,7 @@ def make(name: str) -> None:
     config, kind, fields = CASES[name]
     inputs = tokens()
     model = getattr(transformers, kind)(getattr(transformers, config + "Config")(**fields)).eval()
-    # A tied matrix appears once here, under the name that it is saved with.
+    # A tied matrix appears once here, under the name in the saved file.
     own = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in weights({key: tuple(p.shape) for key, p in own.items()}).items():

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from models import GPT2, Decoder, DecoderConfig, split
 
 CONFIG = DecoderConfig(vocab_size=31, context=12, width=16, layers=2, heads=4)
-BFLOAT16 = dataclasses.replace(CONFIG, dtype="bfloat16")
 MILLIONS = {  # the quoted sizes, without positions
     "tiny": 0.115,
     "gpt2-30m": 29.9,
@@ -228,47 +226,6 @@ def test_vmap_over_groups_equals_the_unbatched_logits():
         np.testing.assert_allclose(logits, single, rtol=1e-4, atol=1e-5)
 
 
-def test_specs_of_every_parameter():
-    model = split(CONFIG)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    assert jax.tree.structure(model.specs) == jax.tree.structure(shapes)
-    into, out = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
-    expected = dict.fromkeys(["query", "key", "value", "up"], into)
-    expected |= dict.fromkeys(["out", "down", "embedding"], out) | {"scale": PartitionSpec()}
-    for path, spec in jax.tree.leaves_with_path(model.specs):
-        positions = path[0].key == "positions"
-        assert spec == (PartitionSpec(None, "fsdp") if positions else expected[path[-1].key]), path
-
-
-def test_specs_and_shapes_draw_no_number(monkeypatch):
-    normal, drawn = nnx.initializers.normal, []
-
-    def recording(stddev):
-        def initializer(key, shape, dtype):
-            drawn.append(isinstance(key, jax.core.Tracer))
-            return normal(stddev)(key, shape, dtype)
-
-        return initializer
-
-    monkeypatch.setattr(nnx.initializers, "normal", recording)
-    jax.eval_shape(split(CONFIG).init, jax.random.key(0))
-    assert drawn and all(drawn)
-
-
-def test_init_runs_in_place_on_a_mesh_and_without_one():
-    axes = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=axes)
-    model = split(dataclasses.replace(CONFIG, layers=1))
-    shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), model.specs)
-    placed = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
-    assert jax.tree.map(lambda x: x.sharding.spec, placed) == model.specs
-    plain = model.init(jax.random.key(0))
-    assert type(plain) is dict
-    for one, other in zip(jax.tree.leaves(placed), jax.tree.leaves(plain), strict=True):
-        assert type(other) is type(jnp.ones(1)) and other.dtype == jnp.float32
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-8)
-
-
 def test_constrain_sees_the_residual_stream_after_embedding_and_each_block():
     seen = []
 
@@ -281,46 +238,6 @@ def test_constrain_sees_the_residual_stream_after_embedding_and_each_block():
     shape = (3, CONFIG.context, CONFIG.width)
     assert seen == [(shape, jnp.dtype("float32"))] * (CONFIG.layers + 1)
     assert float(jnp.abs(halved - jitted(CONFIG).apply(params, tokens)).max()) > 1e-3
-
-
-def bfloat16_logits_and_gradient():
-    """In standard promotion: jax.nn.dot_product_attention mixes dtypes in bfloat16."""
-    params, tokens = jitted(CONFIG).init(jax.random.key(0)), tokens_of(CONFIG)
-    with jax.numpy_dtype_promotion("standard"):
-        logits = jitted(BFLOAT16).apply(params, tokens)
-        return logits, jax.jit(jax.grad(loss_of(BFLOAT16, tokens)))(params)
-
-
-def test_bfloat16_compute_is_near_float32_and_returns_float32():
-    params, tokens = jitted(CONFIG).init(jax.random.key(0)), tokens_of(CONFIG)
-    exact = jitted(CONFIG).apply(params, tokens)
-    exact_gradient = jax.jit(jax.grad(loss_of(CONFIG, tokens)))(params)
-    logits, gradient = bfloat16_logits_and_gradient()
-    assert logits.dtype == jnp.float32
-    assert 1e-5 < float(jnp.abs(logits - exact).max() / jnp.abs(exact).max()) < 0.03
-    assert float((logits == logits.astype(jnp.bfloat16).astype(jnp.float32)).mean()) < 0.1
-    for one, other in zip(*map(jax.tree.leaves, (gradient, exact_gradient)), strict=True):
-        assert one.dtype == jnp.float32
-        assert float(jnp.linalg.norm(one - other)) < 0.05 * float(jnp.linalg.norm(other))
-
-
-def test_bfloat16_backward_multiplies_in_bfloat16():
-    params = jitted(CONFIG).init(jax.random.key(0))
-    with jax.numpy_dtype_promotion("standard"):
-        lowered = jax.jit(jax.grad(loss_of(BFLOAT16, tokens_of(CONFIG)))).lower(params)
-    lines = lowered.as_text().splitlines()
-    operands = [re.search(r"stablehlo.dot_general .* : \((.*)\) ->", line) for line in lines]
-    mixed = [m.string for m in operands if m and "xf32>" in m[1]]
-    assert mixed and all("lhs_precision_type = bf16" in line for line in mixed)
-
-
-def test_params_do_not_depend_on_the_arithmetic():
-    model = split(CONFIG)
-    other = split(dataclasses.replace(CONFIG, dtype="bfloat16", attention="cudnn"))
-    assert model.specs == other.specs
-    assert jax.eval_shape(model.init, jax.random.key(0)) == jax.eval_shape(
-        other.init, jax.random.key(0)
-    )
 
 
 def test_a_token_outside_the_vocabulary_makes_nan():

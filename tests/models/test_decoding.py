@@ -96,13 +96,13 @@ def test_a_token_past_the_last_place_is_nan_and_harms_no_other():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.init(1, 13), r"cache of 13 tokens.*context of 12: make it of 12, or"),
+        (lambda m: m.init(1, 13), r"cache of 13 tokens.*context of 12: make the cache shorter, or"),
         (
             lambda m: m.apply({}, jnp.zeros((1, 3), int), m.init(1, 5), 3),
-            r"3 tokens at position 3 do not fit a cache of 5: make it longer",
+            r"3 tokens at position 3 do not fit a cache of 5: make the cache longer",
         ),
         (lambda m: m.apply({}, jnp.zeros((1, 3), int), m.init(1, 5), -1), r"at position -1 do not"),
-        (lambda _: cached(MASKED), r"encoder has no next token.*pass a DecoderConfig"),
+        (lambda _: cached(MASKED), r"encoder predicts no next token.*pass a DecoderConfig"),
     ],
 )
 def test_what_does_not_fit_names_the_cure(call, message):

@@ -103,9 +103,9 @@ def test_masking_spares_what_is_not_maskable():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rate": 0.0}, r"rate=0.0 is no share of tokens: choose one above 0"),
-        ({"rate": 15}, r"rate=15 is no share"),
-        ({"mask_token": 31}, r"mask_token=31 is outside a vocabulary of 31: pass the number"),
+        ({"rate": 0.0}, r"rate=0.0 is not a share of tokens: choose one above 0"),
+        ({"rate": 15}, r"rate=15 is not a share"),
+        ({"mask_token": 31}, r"mask_token=31 is outside a vocabulary of 31: pass the id"),
     ],
 )
 def test_bad_masking_names_the_cure(change, message):

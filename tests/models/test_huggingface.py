@@ -176,20 +176,24 @@ def test_a_second_copy_of_tied_embeddings_is_left_out(folder):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("gpt2", {"model_type": "mamba"}, "model_type is 'mamba', but there are only gpt2, llama"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function='relu', but our gpt2 com"),
+        ("gpt2", {"model_type": "mamba"}, "model_type is 'mamba', but only gpt2, llama"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function='relu', but our gpt2 sup"),
         ("gpt2", {"n_embd": None}, "n_embd=None: it needs a value of type int"),
         ("gpt2", {"n_embd": 24.5}, "n_embd=24.5: it needs a value of type int"),
         ("gpt2", {"n_layer": "2"}, "n_layer='2': it needs a value of type int"),
         ("gpt2", {"n_layer": 3}, r"config\.json: n_layer=3, but the weights have 2 blocks"),
         ("gpt2", {"n_layer": 1}, r"config\.json: n_layer=1, but the weights have 2 blocks"),
         ("gpt2", {"n_positions": 8}, r"transformer\.wpe\.weight is \(16, 24\), not \(8, 24\)"),
-        ("llama", {"attention_bias": True}, "attention_bias=True, but our llama computes False"),
+        (
+            "llama",
+            {"attention_bias": True},
+            "attention_bias=True, but our llama supports only False",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn', but our llama"),
         ("llama", {"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope_type='lin"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"num_key_value_heads": 4}, "6 heads cannot share 4 key/value heads"),
-        ("bert", {"architectures": ["BertModel"]}, "'BertModel', but there are only BertForMask"),
+        ("bert", {"architectures": ["BertModel"]}, "'BertModel', but only BertForMask"),
     ],
 )
 def test_a_model_that_ours_are_not_is_refused(name, fields, message, folder):
@@ -202,7 +206,7 @@ def test_an_empty_folder_and_one_of_pickles_are_refused(tmp_path, folder):
         huggingface.load(tmp_path / "missing")
     path, _ = folder("gpt2")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"has no model\.safetensors.*load that with transf"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors.*load it with transf"):
         huggingface.load(path)
 
 
@@ -272,10 +276,10 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole = (GOLDEN / "dtypes.safetensors").read_bytes()
     for length in [0, 7, 8, 9, 100, *range(len(whole) - 30, len(whole))]:
         (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"is no whole safetensors file.*Fetch it again"):
+        with pytest.raises(ValueError, match=r"is not a whole safetensors file.*Fetch it again"):
             safetensors.read(tmp_path / "cut")
     (tmp_path / "cut").write_bytes(whole + b"x")
-    with pytest.raises(ValueError, match="its arrays have"):
+    with pytest.raises(ValueError, match="file not fully covered"):
         safetensors.read(tmp_path / "cut")
 
 
@@ -283,44 +287,46 @@ def entry(dtype="U8", shape=(4,), begin=0, end=4):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+INVALID = "invalid shape, data type, or offset"
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"x": entry(end=3), "y": entry(shape=(1,), begin=3)}, r"'x', U8 \(4,\), lies at 0 to 3"),
-        ({"x": entry(), "y": entry()}, r"'y', U8 \(4,\), lies at 0 to 4"),
-        ({"x": entry(shape=(3,), begin=1)}, r"'x', U8 \(3,\), lies at 1 to 4"),
-        ({"x": entry(shape=(-2, -2))}, r"'x' has shape \[-2, -2\] and offsets \[0, 4\]"),
-        ({"x": entry(shape=(4.0,))}, r"'x' has shape \[4.0\]"),
-        ({"x": entry(shape=(True, 4))}, r"'x' has shape \[True, 4\]"),
-        ({"x": entry(begin=-4, end=0)}, r"offsets \[-4, 0\]"),
-        ({"x": entry(end=4.0)}, r"offsets \[0, 4.0\]"),
+        ({"x": entry(end=3), "y": entry(shape=(1,), begin=3)}, INVALID),
+        ({"x": entry(), "y": entry()}, "invalid offset for tensor `[xy]`"),
+        ({"x": entry(shape=(3,), begin=1)}, "invalid offset for tensor `x`"),
+        ({"x": entry(shape=(-2, -2))}, "integer `-2`, expected usize"),
+        ({"x": entry(shape=(4.0,))}, "floating point `4.0`, expected usize"),
+        ({"x": entry(shape=(True, 4))}, "boolean `true`, expected usize"),
+        ({"x": entry(begin=-4, end=0)}, "integer `-4`, expected usize"),
+        ({"x": entry(end=4.0)}, "floating point `4.0`, expected usize"),
         ({"x": entry(shape=(4,) + (1,) * 40)}, "'x' has shape"),
-        ({"x": entry(shape=(2**62, 8))}, "'x' has shape"),
-        ({"x": entry(shape=(0, 2**62, 8), end=0)}, "'x' has shape"),
-        ({"x": entry(shape=(10**4000,))}, "'x' has shape"),
-        ({"x": entry(dtype="F8_E4M3")}, r"the dtype of 'x' is 'F8_E4M3', but only F64.*save it"),
-        ({"x": entry(dtype=["U8"])}, r"the dtype of 'x' is \['U8'\]"),
-        ({"x": {"dtype": "U8"}}, "dtype, shape and data_offsets are needed"),
-        ({"x": 4}, "'x' is 4: dtype, shape"),
-        ({"x": entry(shape=2)}, "'x' has shape 2"),
-        ({"x": entry(shape={"a": 1})}, "'x' has shape"),
-        ({"x": {"dtype": "U8", "shape": [4], "data_offsets": [0]}}, r"offsets \[0\]"),
-        ([1, 2], r"its header is \[1, 2\], not an object"),
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"x": 1, "x": 2}', "'x' is there twice"),
+        ({"x": entry(shape=(2**62, 8))}, "overflow computing buffer size"),
+        ({"x": entry(shape=(0, 2**62, 8), end=0), "y": entry()}, "'x' has shape"),
+        ({"x": entry(shape=(10**4000,))}, "number out of range"),
+        ({"x": entry(dtype="F8_E4M3")}, "the dtype of 'x' is F8_E4M3, but only F64.*save it"),
+        ({"x": entry(dtype=["U8"])}, "invalid JSON in header"),
+        ({"x": {"dtype": "U8"}}, "missing field `shape`"),
+        ({"x": 4}, "integer `4`, expected struct TensorInfo"),
+        ({"x": entry(shape=2)}, "integer `2`, expected a sequence"),
+        ({"x": {"dtype": "U8", "shape": [4], "data_offsets": [0]}}, "invalid length 1"),
+        ([1, 2], "invalid type: sequence"),
+        ("{", "EOF while parsing"),
+        ("[" * 100_000, "invalid type: sequence"),
+        ('{"x": 1, "x": 2}', "integer `1`, expected struct"),
     ],
 )
 def test_a_header_that_lies_is_refused(header, message, tmp_path):
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     (tmp_path / "a.file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(ValueError, match=rf"a\.file.*{message}"):
+    with pytest.raises(ValueError, match=rf"a\.file.*{message}.* again\."):
         safetensors.read(tmp_path / "a.file")
 
 
 def test_a_header_longer_than_the_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ValueError, match="its header of 4611686018427387904 bytes exceeds its 10"):
+    with pytest.raises(ValueError, match="header too large"):
         safetensors.read(tmp_path / "file")
 
 

@@ -42,7 +42,7 @@ def test_logits_of_features_are_what_the_model_applies_to_any_chunk(name):
     flat = x.reshape(-1, config.width)[1]
     chunk = logits.reshape(-1, logits.shape[-1])[1]
     np.testing.assert_allclose(model.logits(params, flat), chunk, rtol=1e-5, atol=1e-5)
-    matrix, bias = model.linear(params)
+    matrix, bias = model.unembedding(params)
     products = x @ matrix.T + (0 if bias is None else bias)
     np.testing.assert_allclose(products, logits, rtol=1e-5, atol=1e-5)
 

@@ -224,7 +224,8 @@ def test_a_file_that_holds_no_runs_is_refused(board, tmp_path):
 @pytest.mark.slow
 def test_the_board_has_the_losses_that_the_trainer_reaches(tmp_path, monkeypatch):
     whole = data.shakespeare()
-    monkeypatch.setattr(data, "shakespeare", lambda: whole._replace(heldout=whole.heldout[:2000]))
+    shorter = whole._replace(heldout=whole.heldout[:2000])
+    monkeypatch.setattr(data.embedded, "shakespeare", lambda: shorter)
     monkeypatch.setattr(rate_search, "GRIDS", {"sophia-g": (3e-3,), "lion": (3e-4,)})
     monkeypatch.setattr(rate_search, "MOST_RATES", 1)
     path = tmp_path / "runs.json"

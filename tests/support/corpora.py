@@ -1,4 +1,4 @@
-"""Small corpora, in the forms that sources read."""
+"""Small corpora in the formats that sources read."""
 
 import json
 
@@ -20,7 +20,7 @@ def write_tokens(path, tokens, dtype=np.uint16):
 
 
 def loader(tmp_path):
-    """`load` with small sizes and a cache of its own."""
+    """Like `load`, with small sizes and its own cache."""
 
     def small(source, *, batch_size=4, sequence_length=16, seed=0, **changes):
         config = DataConfig(source=source, cache=str(tmp_path / "cache"), **changes)

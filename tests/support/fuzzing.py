@@ -1,4 +1,4 @@
-"""Damaged files, drawn by a seed: bytes turned, cut and doubled, and JSON with aimed values."""
+"""Damages files by a seed: flips, cuts and copies bytes, and puts odd values into JSON."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 Fields = Any  # values of JSON
 
-_DEEP = "\x00deep\x00"  # stands for brackets that no writer of JSON would nest
+_DEEP = "\x00deep\x00"  # replaced by brackets nested deeper than a parser can go
 AIMED: tuple[Fields, ...] = (
     None,
     True,
@@ -42,7 +42,7 @@ AIMED: tuple[Fields, ...] = (
 
 
 def damaged(name: str, raw: bytes, draw: random.Random) -> bytes:
-    """The contents of a file with one fault, or a few; what kind of file it is its name says."""
+    """The contents of a file with one fault or a few; its name tells the kind of file."""
     structured = {
         ".json": of_json,
         ".jsonl": of_lines,
@@ -56,42 +56,42 @@ def damaged(name: str, raw: bytes, draw: random.Random) -> bytes:
 
 
 def _place(raw: bytes, draw: random.Random) -> int:
-    """Often near an end, where headers and footers are."""
+    """A random position, often near an end, where headers and footers are."""
     near = draw.randrange(64)
     return min(len(raw), draw.choice((draw.randrange(len(raw) + 1), near, max(0, len(raw) - near))))
 
 
 def flip(raw: bytes, draw: random.Random) -> bytes:
-    """A bit is another."""
+    """Flips a bit."""
     place, bit = _place(raw, draw), 1 << draw.randrange(8)
     return raw[:place] + bytes(byte ^ bit for byte in raw[place : place + 1]) + raw[place + 1 :]
 
 
 def cut(raw: bytes, draw: random.Random) -> bytes:
-    """The end is missing."""
+    """Cuts off the end."""
     return raw[: _place(raw, draw)]
 
 
 def remove(raw: bytes, draw: random.Random) -> bytes:
-    """A piece is missing."""
+    """Removes a piece."""
     first, size = _place(raw, draw), draw.choice((1, 2, 4, 8, 100))
     return raw[:first] + raw[first + size :]
 
 
 def double(raw: bytes, draw: random.Random) -> bytes:
-    """A piece is there twice, or the whole."""
+    """Repeats a piece, or the whole."""
     first, last = sorted((_place(raw, draw), _place(raw, draw)))
     return raw[:last] + raw[first:]
 
 
 def splice(raw: bytes, draw: random.Random) -> bytes:
-    """A piece is in the place of another."""
+    """Overwrites a piece with another one."""
     first, other, size = _place(raw, draw), _place(raw, draw), draw.randrange(1, 65)
     return raw[:first] + raw[other : other + size] + raw[first + size :]
 
 
 def insert(raw: bytes, draw: random.Random) -> bytes:
-    """Something is between."""
+    """Inserts bytes."""
     place = _place(raw, draw)
     what = draw.choice(
         (
@@ -111,7 +111,7 @@ def insert(raw: bytes, draw: random.Random) -> bytes:
 
 
 def overwrite(raw: bytes, draw: random.Random) -> bytes:
-    """A number is the largest, the smallest or zero."""
+    """Overwrites a number with the largest, the smallest or zero."""
     place, size = _place(raw, draw), draw.choice((1, 2, 4, 8))
     what = draw.choice((b"\x00", b"\xff", b"\x7f", b"\x80"))
     return raw[:place] + what * size + raw[place + size :]
@@ -130,7 +130,7 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def of_json(raw: bytes, draw: random.Random) -> bytes:
-    """A JSON text, one value of which is another, is gone, is doubled or changed its type."""
+    """Changes, removes, copies or retypes a value of a JSON text."""
     value = json.loads(raw)
     for _ in range(draw.choice((1, 1, 2))):
         value = _changed(value, draw)
@@ -138,7 +138,7 @@ def of_json(raw: bytes, draw: random.Random) -> bytes:
 
 
 def of_lines(raw: bytes, draw: random.Random) -> bytes:
-    """JSON lines, one of which is changed."""
+    """Changes one line of JSON lines."""
     lines = raw.splitlines()
     place = draw.randrange(len(lines))
     lines[place] = of_json(lines[place], draw)
@@ -146,7 +146,7 @@ def of_lines(raw: bytes, draw: random.Random) -> bytes:
 
 
 def of_safetensors(raw: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with another header, whose length is right."""
+    """Changes the header of a safetensors file, and states its new length."""
     size = int.from_bytes(raw[:8], "little")
     header = of_json(raw[8 : 8 + size], draw)
     return len(header).to_bytes(8, "little") + header + raw[8 + size :]
@@ -179,7 +179,7 @@ def _changed(value: Fields, draw: random.Random) -> Fields:
 
 
 def _places(value: Fields) -> Any:
-    """(dict or list, key) of each value inside; of long lists and tables the first hundred."""
+    """(dict or list, key) of each nested value; only the first hundred of a long list or dict."""
     if isinstance(value, dict | list):
         keys = list(value if isinstance(value, dict) else range(len(value)))[:100]
         for key in keys:

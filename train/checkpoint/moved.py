@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.config.schema import Config, absolute
-from train.data import DataConfig, places, settled, sources
-from train.data.tasks import mixture
+from train.data import DataConfig, paths, resolved, source_string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +36,14 @@ def placed(config: Config, now: Places) -> Config:
     given = {name: value for name, value in dataclasses.asdict(now).items() if value}
     for name in ("source", "heldout_source"):
         if name in given:
-            given[name] = sources.absolute(given[name])
+            given[name] = source_string.absolute(given[name])
     if "tokenizer" in given and Path(given["tokenizer"]).expanduser().exists():
-        given["tokenizer"] = places.absolute(given["tokenizer"])
+        given["tokenizer"] = paths.absolute(given["tokenizer"])
     if "cache" in given:
         given["cache"] = absolute(given["cache"])
     data = dataclasses.replace(config.data, **given)
     if now.source and not now.tokenizer and _lost_tokenizer(data):
-        own = settled(dataclasses.replace(data, tokenizer=DataConfig.tokenizer)).tokenizer
+        own = resolved(dataclasses.replace(data, tokenizer=DataConfig.tokenizer)).tokenizer
         if own != DataConfig.tokenizer:
             data = dataclasses.replace(data, tokenizer=own)
     return dataclasses.replace(config, data=data)
@@ -72,14 +71,15 @@ def explained(config: Config) -> Iterator[None]:
 
 def _lost(data: DataConfig) -> dict[str, str]:
     """Absolute path of each missing file of the run's data -> the flag that names another."""
-    paths = {}
+    flags = {}
     for name in ("source", "heldout_source"):
         given = getattr(data, name)
-        parts = [sources.parse(part) for part, _ in mixture.parse(given)] if given else []
+        mixed = source_string.parse_mixture(given) if given else []
+        parts = [source_string.parse_source(part) for part, _ in mixed]
         for kind, path in parts:
             if kind not in ("embedded", "tfds"):
-                paths[path] = f"--data.{name.replace('_', '-')} {kind}:"
-    found = {places.absolute(path): flag for path, flag in paths.items()}
+                flags[path] = f"--data.{name.replace('_', '-')} {kind}:"
+    found = {paths.absolute(path): flag for path, flag in flags.items()}
     lost = {path: flag for path, flag in found.items() if not _is_there(path)}
     if path := _lost_tokenizer(data):
         lost[path] = "--data.tokenizer "
@@ -90,7 +90,7 @@ def _lost_tokenizer(data: DataConfig) -> str:
     """The path of a tokenizer whose files are missing, if so; ids:N and bytes have no files."""
     if data.tokenizer == DataConfig.tokenizer or data.tokenizer.startswith("ids:"):
         return ""
-    path = places.absolute(data.tokenizer)
+    path = paths.absolute(data.tokenizer)
     return "" if _is_there(path) else path
 
 

@@ -39,7 +39,9 @@ COMMANDS = {
     "import": Command("train.cli.convert", "import_", "a run from a Hugging Face folder"),
     "export": Command("train.cli.convert", "export", "a Hugging Face folder from a run"),
     "prepare": Command("train.data.prepare.prepare", "prepare", "a text as tokens in binary files"),
-    "train-tokenizer": Command("train.data.prepare.prepare", "train_tokenizer", _TOKENIZER_HELP),
+    "train-tokenizer": Command(
+        "train.data.prepare.train_tokenizer", "train_tokenizer", _TOKENIZER_HELP
+    ),
 }
 
 

@@ -14,7 +14,7 @@ _TEXT = Path(__file__).parent / "texts" / "shakespeare.txt.xz"
 
 
 class Corpus(NamedTuple):
-    """Tokens to train on and tokens to be judged by."""
+    """The tokens of a text, split in two."""
 
     train: np.ndarray  # uint8 [N]
     heldout: np.ndarray  # uint8 [M], the end of the text
@@ -26,18 +26,19 @@ def shakespeare() -> Corpus:
 
     Returns:
         The corpus: the last `HELDOUT_FRACTION` of the text, from *The Tempest*, is held out.
-        The arrays are read-only, since every caller shares them.
+        The arrays are read-only, since all callers share them.
 
     >>> decode(shakespeare().train[:16])
     'ROMEO AND JULIET'
     """
-    return cut(np.frombuffer(lzma.decompress(_TEXT.read_bytes()), np.uint8), HELDOUT_FRACTION)
+    text = np.frombuffer(lzma.decompress(_TEXT.read_bytes()), np.uint8)
+    return split_tail(text, HELDOUT_FRACTION)
 
 
-def cut(tokens: np.ndarray, fraction: float) -> Corpus:
-    """The last `fraction` of a text held out.
+def split_tail(tokens: np.ndarray, fraction: float) -> Corpus:
+    """Holds out the last `fraction` of a text.
 
-    >>> cut(np.arange(10), 0.2).heldout
+    >>> split_tail(np.arange(10), 0.2).heldout
     array([8, 9])
     """
     first = len(tokens) - round(fraction * len(tokens))
@@ -57,7 +58,7 @@ def decode(tokens: np.ndarray) -> str:
     """The text of byte tokens [T]; bytes that are not UTF-8 become the replacement character.
 
     Raises:
-        ValueError: a token is no byte.
+        ValueError: a token is above 255 or negative.
 
     >>> decode(encode("Exeunt."))
     'Exeunt.'

@@ -1,4 +1,4 @@
-"""Rows of a batch on the devices that hold them."""
+"""Places the rows of a batch on the devices of a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -13,18 +13,18 @@ def to_mesh(
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    """One global array of which each process makes only the rows that its devices hold.
+    """One global array; each process makes only the rows that its own devices hold.
 
     Args:
-        make_rows: rows of the leading axis -> array [rows, *shape[1:]], for example
-            `lambda rows: batch(..., rows=rows)`.
-        shape: the global shape, (B, T + 1) for a batch.
+        make_rows: slice of the leading axis -> array [rows, *shape[1:]], for example
+            `lambda rows: tokens[rows]`.
+        shape: the global shape, such as (B, T) for the inputs of a batch.
         sharding: any sharding of that shape.
 
     Returns:
-        The array [*shape], placed.
+        The global array [*shape].
     """
-    # Devices along other mesh axes hold the same rows, and JAX asks once a device.
+    # Devices along other mesh axes hold the same rows, and JAX calls once for each device.
     make = functools.cache(lambda start, stop: make_rows(slice(start, stop)))
 
     def shard(index: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows by number, and the batches that are cut from them."""
+"""Rows as functions of their numbers, and the batches that are made of them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,38 +14,37 @@ from train.step.batch import Batch
 
 
 class Rows(NamedTuple):
-    """A task's rows as pure functions of their numbers."""
+    """The rows of a task as pure functions of their numbers."""
 
-    train: Callable[[np.ndarray], Batch]  # int64[N], places in an endless list -> N rows
-    heldout: Callable[
-        [np.ndarray], Batch
-    ]  # int64[N] below `heldout_count` -> N rows, weights included
-    heldout_count: int  # held-out rows
+    train: Callable[[np.ndarray], Batch]  # int64[N], positions in an endless list -> N rows
+    heldout: Callable[[np.ndarray], Batch]  # int64[N] below heldout_count -> N rows with weights
+    heldout_count: int  # number of held-out rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run is trained on and judged by; see `load`."""
+    """The training and held-out data of a run; see `load`."""
 
     rows: Rows
     batch_size: int
     tokenizer: Tokenizer
     bytes_per_token: float | None
-    """UTF-8 bytes of the held-out text a token, for bits a byte; None where the text is unknown."""
+    """UTF-8 bytes of the held-out text per token, for bits per byte; None if it is unknown."""
     fingerprint: str
-    """Hash of the tokenizer and of the tokens: a run that is resumed must find the same. Of token
-    files it takes in what their header states, their lengths and 64 pieces of each; a change of
-    some tokens between these goes unseen. Other tokens are hashed whole."""
+    """Hash of the tokenizer and of the tokens; a resumed run must find the same one. For token
+    files it covers the header, the length and 64 pieces of each file, so a change of tokens between
+    the pieces goes unnoticed. All other tokens are hashed completely."""
     class_names: tuple[str, ...] = ()
+    """Names of the classes by number; empty where targets are tokens."""
 
     @property
     def vocab_size(self) -> int:
-        """Every token is below it."""
+        """Number of token ids: every token is below it."""
         return self.tokenizer.vocab_size
 
     @property
     def classes(self) -> int:
-        """How many classes the targets name; 0 where they are tokens."""
+        """Number of classes; 0 where targets are tokens."""
         return len(self.class_names)
 
     def encode(self, text: str) -> np.ndarray:
@@ -53,7 +52,7 @@ class Data:
         return storage.narrow(self.tokenizer.encode(text), np.int32, self.tokenizer.name)
 
     def prompt(self, text: str) -> np.ndarray:
-        """The tokens of a text to go on from, int32[S]; of ids alone the first held-out ones."""
+        """The tokens of a prompt, int32[S]; without a tokenizer, the first held-out tokens."""
         if self.tokenizer.is_text:
             return self.encode(text)
         return self.rows.heldout(np.zeros(1, np.int64)).inputs[0, :8]
@@ -63,8 +62,9 @@ class Data:
         return self.tokenizer.decode(np.asarray(tokens))
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The rows of a step, or those of them that a process holds: `batch(s, r)` equals every
-        leaf of `batch(s)` cut to r.
+        """The batch of a step, or a slice of its rows: `batch(s, r)` is `batch(s)` cut to rows r.
+
+        Row i of step s is row s B + i of the endless list, so that any process makes any part.
 
         Raises:
           ValueError: a negative step, or a token outside the vocabulary.
@@ -74,8 +74,10 @@ class Data:
         return self.rows.train(step * self.batch_size + np.arange(self.batch_size)[rows])
 
     def heldout(self, batches: int | None = None) -> Iterator[Batch]:
-        """All held-out rows, once and in order, in batches of one shape; rows of zeros, of weight
-        0, fill the last. With `batches` that many of these at most, evenly spaced.
+        """All held-out rows, once and in order, in batches of one shape.
+
+        Rows of zeros with weight 0 fill the last batch, so that one compiled program serves all.
+        `batches` limits their number: that many batches are taken, evenly spaced.
         """
         starts = np.arange(0, self.rows.heldout_count, self.batch_size)
         if batches is not None and batches < len(starts):
@@ -87,7 +89,7 @@ class Data:
 
 
 def batch_shapes(config: DataConfig, *, batch_size: int, sequence_length: int) -> Batch:
-    """The shapes of a batch to train on, `jax.ShapeDtypeStruct`, before any data is there.
+    """The shapes of a training batch as `jax.ShapeDtypeStruct`s; reads no data.
 
     >>> batch_shapes(DataConfig(), batch_size=2, sequence_length=8).weights is None
     True

@@ -1,4 +1,4 @@
-"""The one place where numbers change their type: a number that does not fit is never wrapped."""
+"""Conversion of tokens to narrower integer types, in one place: no number ever wraps around."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 def narrow(numbers: Any, dtype: Any, what: str) -> np.ndarray:
-    """Whole numbers as an array of an integer type that holds each of them.
+    """Integers as an array of an integer type that holds each of them.
 
     Args:
-      numbers: an array or a sequence of whole numbers.
-      dtype: the integer type to store or to compute in.
-      what: where the numbers are from, to begin the message with.
+      numbers: an array or a sequence of integers of at most 64 bits.
+      dtype: the integer type of the result.
+      what: where the numbers are from; messages begin with it.
 
     Raises:
-      ValueError: a number is outside of the type, or is no whole number.
+      ValueError: a number is outside the range of the type, or not an integer.
 
     >>> narrow([1, 255], np.uint8, "a.bin").tolist()
     [1, 255]
@@ -27,7 +27,7 @@ def narrow(numbers: Any, dtype: Any, what: str) -> np.ndarray:
     if array.size == 0 or np.can_cast(array.dtype, target):
         return array.astype(target, copy=False)
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{what}: {array.dtype} values are no whole numbers of 64 bits.")
+        raise ValueError(f"{what}: {array.dtype} values are not integers of at most 64 bits.")
     reach = np.iinfo(target)
     low, high = int(array.min()), int(array.max())
     if low < reach.min or high > reach.max:

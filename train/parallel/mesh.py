@@ -116,7 +116,7 @@ def split_model(
 ) -> models.Functional:
     """The functions of a model, each with the token embeddings gathered over "fsdp"."""
     model = models.split(config)
-    names = ("apply", "features", "logits", "linear")
+    names = ("apply", "features", "logits", "unembedding")
     return model._replace(**{name: gather_embedding(mesh, getattr(model, name)) for name in names})
 
 

@@ -31,7 +31,7 @@ def outputs_of(model: Functional, chunk: int = 0) -> Outputs:
         features = model.features(params, inputs, constrain, **named)
         if features.ndim == 2:  # of a classifier, whose logits are few
             return model.logits(params, features)
-        return LinearLogits(features, *model.linear(params), chunk=chunk)
+        return LinearLogits(features, *model.unembedding(params), chunk=chunk)
 
     return outputs
 

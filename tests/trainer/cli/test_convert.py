@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 
 from models import DecoderConfig, EncoderConfig
 from models.presets import BYTE_IDS
-from train import data, inputs
+from train import inputs
 from train.cli import main
 from train.config import serialize
 from train.convert import tokenizer_files
@@ -29,8 +29,8 @@ GPT2 = DecoderConfig(vocab_size=300, bias=True, **SIZES)
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """Shorter than the embedded text, which is tokenized at each import."""
-    corpus = embedded.cut(np.frombuffer(TEXT.encode(), np.uint8), 0.2)
-    monkeypatch.setattr(data, "shakespeare", lambda: corpus)
+    corpus = embedded.split_tail(np.frombuffer(TEXT.encode(), np.uint8), 0.2)
+    monkeypatch.setattr(embedded, "shakespeare", lambda: corpus)
 
 
 def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):

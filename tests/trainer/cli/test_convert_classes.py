@@ -107,8 +107,8 @@ def test_classes_go_by_number_where_one_side_has_no_names():
         ({"id2label": ["a"]}, "it needs a name for each class"),
         ({"id2label": {"0": 5}}, "names of classes are strings"),
         ({"id2label": None, "num_labels": 2**40}, "num_labels=1099511627776: it needs"),
-        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is no token"),
-        ({"eos_token_id": [True]}, "is no token"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not a token"),
+        ({"eos_token_id": [True]}, "is not a token"),
     ],
 )
 def test_malformed_names_and_ids_are_refused(fields, message, classifier):

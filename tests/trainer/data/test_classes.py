@@ -10,9 +10,9 @@ from train.data.tasks.classify import class_names
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "x", "label": 0.5}, "label 0.5 names no class"),
-        ({"text": "x", "label": None}, "label None names no class"),
-        ({"text": "x", "label": ""}, "label '' names no class"),
+        ({"text": "x", "label": 0.5}, "label 0.5 is not a class"),
+        ({"text": "x", "label": None}, "label None is not a class"),
+        ({"text": "x", "label": ""}, "label '' is not a class"),
         ({"text": "x"}, "no field 'label'; there are text"),
     ],
 )
@@ -25,16 +25,16 @@ def test_labels_are_checked(tmp_path, record, message):
 def test_classify_says_what_it_lacks(tmp_path):
     small = loader(tmp_path)
     one = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": "no"}])
-    with pytest.raises(ValueError, match="1 examples to train on and 0 to be judged by; give more"):
+    with pytest.raises(ValueError, match="1 training and 0 held-out examples; give more"):
         small(f"jsonl:{one}", task="classify")
     other = write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "label": "maybe"}])
     with pytest.raises(
-        ValueError, match="class 'maybe', which those to train on lack; they have no"
+        ValueError, match="class 'maybe', which no training example has; those have no"
     ):
         small(f"jsonl:{one}", task="classify", heldout_source=f"jsonl:{other}")
-    with pytest.raises(ValueError, match="names 3 fields; 1 or 2"):
+    with pytest.raises(ValueError, match="names 3 fields; name one or two"):
         small(f"jsonl:{one}", task="classify", text_field="a,b,c")
-    with pytest.raises(ValueError, match="reads one source, no mixture"):
+    with pytest.raises(ValueError, match="reads one source, not a mixture"):
         small(f"jsonl:{one}:1,jsonl:{other}:1", task="classify")
     same = f"jsonl:{one}"
     with pytest.raises(ValueError, match="sequence_length=4 has no room"):

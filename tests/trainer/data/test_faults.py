@@ -10,9 +10,10 @@ from corpora import DOCUMENTS, loader, write_jsonl, write_tokens
 from places import ROOT
 
 from train.data import DataConfig, load
-from train.data.prepare import documents, readers
+from train.data.prepare.documents import documents
 from train.data.prepare.prepare import prepare
-from train.data.tasks import mixture
+from train.data.prepare.records import Broken, SourceFile
+from train.data.source_string import parse_mixture
 
 LINES = [json.dumps({"text": text}) for text in DOCUMENTS]
 
@@ -29,13 +30,13 @@ BROKEN_LINES = {
     "broken JSON": ('{"text": "so it g', r"line 3: broken JSON"),
     "too deep": ("[" * 100_000, r"line 3: broken JSON"),
     "not UTF-8": (b'{"text": "caf\xe9"}', r"line 3: byte 13 \(0xe9\) is not UTF-8; .*iconv"),
-    "no object": ("[1]", r"line 3: \[1\] is no JSON object"),
+    "no object": ("[1]", r"line 3: \[1\] is not a JSON object"),
     "no such field": (
         '{"body": "x"}',
         r"line 3: no field 'text'; there are body .*--data.text-field",
     ),
-    "a number": ('{"text": 3}', r"line 3: field 'text' holds 3, no text"),
-    "null": ('{"text": null}', r"line 3: field 'text' holds None, no text"),
+    "a number": ('{"text": 3}', r"line 3: field 'text' holds 3, which is not text"),
+    "null": ('{"text": null}', r"line 3: field 'text' holds None, which is not text"),
     "half a pair": ('{"text": "\\ud800"}', r"line 3: character 0 is half of a surrogate pair"),
 }
 
@@ -44,7 +45,7 @@ BROKEN_LINES = {
 def test_a_broken_line_is_named_or_passed_over_and_counted(tmp_path, name):
     line, message = BROKEN_LINES[name]
     path = jsonl(tmp_path, *LINES[:2], line, *LINES[2:])
-    with pytest.raises(readers.Broken, match=rf"a\.jsonl, {message}.*--data\.broken skip"):
+    with pytest.raises(Broken, match=rf"a\.jsonl, {message}.*--data\.broken skip"):
         loader(tmp_path)(f"jsonl:{path}")
     header = prepare(f"jsonl:{path}", tmp_path / "out", DataConfig(broken="skip"), quiet=True)
     assert header["skipped"]["count"] == 1
@@ -61,13 +62,13 @@ def test_a_source_that_is_all_broken_says_why(tmp_path):
 @pytest.mark.parametrize("kind", ["text", "jsonl", "csv", "parquet"])
 def test_an_empty_file_is_refused(tmp_path, kind):
     (tmp_path / f"none.{kind}").touch()
-    with pytest.raises(readers.Broken, match=rf"none\.{kind} is empty"):
+    with pytest.raises(Broken, match=rf"none\.{kind} is empty"):
         loader(tmp_path)(f"{kind}:{tmp_path / 'none'}.{kind}")
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(readers.Broken, match=r"a\.txt: byte 3 \(0xe9\) is not UTF-8"):
+    with pytest.raises(Broken, match=r"a\.txt: byte 3 \(0xe9\) is not UTF-8"):
         loader(tmp_path)(f"text:{tmp_path / 'a.txt'}")
 
 
@@ -75,30 +76,26 @@ def test_documents_have_a_limit_whatever_they_are_packed_into(tmp_path):
     small = loader(tmp_path)
     bomb = tmp_path / "a.jsonl.gz"
     bomb.write_bytes(gzip.compress(b'{"text": "' + b"x" * 10**6 + b'"}'))
-    with pytest.raises(
-        readers.Broken, match=r"line 1: a line of more than --data.document-limit 9"
-    ):
+    with pytest.raises(Broken, match=r"line 1: a line of more than --data.document-limit 9"):
         small(f"jsonl:{bomb}", document_limit=99)
     (tmp_path / "a.txt").write_text("x" * 100)
-    with pytest.raises(
-        readers.Broken, match=r"a\.txt: a document has more than .*--data.separator"
-    ):
+    with pytest.raises(Broken, match=r"a\.txt: a document has more than .*--data.separator"):
         small(f"text:{tmp_path / 'a.txt'}", document_limit=99)
     arrow, path = pytest.importorskip("pyarrow", reason="extra data"), tmp_path / "a.parquet"
     import pyarrow.parquet as pq
 
     pq.write_table(arrow.table({"text": ["so", "x" * 100]}), path)
-    with pytest.raises(readers.Broken, match=r"group 0, row 1: 100 bytes, more than --data.docum"):
+    with pytest.raises(Broken, match=r"group 0, row 1: 100 bytes, more than --data.docum"):
         small(f"parquet:{path}", document_limit=99)
 
 
 def test_cells_and_lines_of_a_table_have_the_limit_too(tmp_path):
     for cell, message in (("x" * 100, "line 2: a line of more than"), ("x\n" * 60, "field larger")):
         (tmp_path / "a.csv").write_text(f'text\n"{cell}"\n')
-        with pytest.raises(readers.Broken, match=message):
+        with pytest.raises(Broken, match=message):
             loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}", document_limit=99)
     (tmp_path / "a.csv").write_bytes(b"text\nso\ncaf\xe9\n")
-    with pytest.raises(readers.Broken, match=r"a\.csv, line 3: byte 3 \(0xe9\) is not UTF-8"):
+    with pytest.raises(Broken, match=r"a\.csv, line 3: byte 3 \(0xe9\) is not UTF-8"):
         loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}")
 
 
@@ -126,7 +123,7 @@ def test_what_follows_a_broken_line_is_read(tmp_path, name):
     path.write_bytes(b"text\n" * (kind in ("csv", "tsv")) + raw)
     config = DataConfig(broken="skip", document_limit=60, separator="|")
     skipped = []
-    found = documents.documents(readers.Shard(kind, path), config, ("text",), skipped)
+    found = documents(SourceFile(kind, path), config, ("text",), skipped)
     assert [text for (text,) in found] == ["one", "three", "four"]
     assert len(skipped) == 1 and message in skipped[0]
 
@@ -134,14 +131,14 @@ def test_what_follows_a_broken_line_is_read(tmp_path, name):
 def test_a_table_whose_first_line_is_broken_has_no_rows(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"te\xe9xt\nso\n")
     skipped = []
-    shard = readers.Shard("csv", tmp_path / "a.csv")
-    assert not [*documents.documents(shard, DataConfig(broken="skip"), ("text",), skipped)]
+    shard = SourceFile("csv", tmp_path / "a.csv")
+    assert not [*documents(shard, DataConfig(broken="skip"), ("text",), skipped)]
     assert len(skipped) == 1 and "line 1: byte 2" in skipped[0]
 
 
 def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
     (tmp_path / "a.tsv").write_text('text\tlabel\nso it "goes\t0\nso\n')
-    with pytest.raises(readers.Broken, match=r"a\.tsv, line 3: not 2 columns"):
+    with pytest.raises(Broken, match=r"a\.tsv, line 3: . columns, but the first row has 2"):
         loader(tmp_path)(f"tsv:{tmp_path / 'a.tsv'}")
 
 
@@ -157,7 +154,7 @@ def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
         ("bin:{}/none", "none does not exist: give a folder that `prepare` made"),
         ("bin:{}", r"has no header\.json: .*--data.headerless uint16"),
         ("embedded:0.5,bin:x", "give each source of a mixture a weight"),
-        ("embedded:1,embedded:0.0001", "each must be above 0 and at least 0.001 of all"),
+        ("embedded:1,embedded:0.0001", "each must be above 0 and at least 0.001 of their sum"),
         ("embedded:1,embedded:0", "each must be above 0"),
     ],
 )
@@ -174,9 +171,9 @@ def test_a_source_that_is_not_there_says_what_to_give(tmp_path, source, message)
         ({"batch_size": 0}, "batch_size=0"),
         ({"heldout_fraction": 0.0}, "heldout_fraction=0.0 leaves nothing"),
         ({"heldout_fraction": 1.0}, "heldout_fraction=1.0 leaves nothing"),
-        ({"mask_rate": 0.0}, "mask_rate=0.0 is no share"),
+        ({"mask_rate": 0.0}, "mask_rate=0.0 is not a share"),
         ({"document_limit": 0}, "document_limit=0"),
-        ({"task": "classify", "segments": True}, "has one a row"),
+        ({"task": "classify", "segments": True}, "has one text a row"),
         ({"task": "classify"}, "holds tokens, not documents"),
         ({"sequence_length": 10**7}, "the embedded text, train part: .*shorter sequence_length"),
         ({"heldout_fraction": 1e-5}, "heldout part: the text has 13 tokens .*heldout-fraction"),
@@ -238,10 +235,12 @@ def test_a_token_beyond_the_vocabulary_is_found_before_the_model_reads_it(tmp_pa
 
 def test_headerless_files_of_an_odd_size_are_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x" * 1001)
-    with pytest.raises(ValueError, match="1001 bytes are no uint16 tokens"):
+    with pytest.raises(ValueError, match="1001 bytes are not a whole number of uint16 tokens"):
         loader(tmp_path)(f"bin:{tmp_path / 'a.bin'}", headerless="uint16")
     (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"0 bytes are no uint32 tokens; .*empty"):
+    with pytest.raises(
+        ValueError, match=r"0 bytes are not a whole number of uint32 tokens; .*empty"
+    ):
         loader(tmp_path)(f"bin:{tmp_path / 'a.bin'}", headerless="uint32")
 
 
@@ -251,7 +250,7 @@ def test_token_files_that_disagree_with_their_header_are_refused(tmp_path):
     prepare(f"jsonl:{path}", folder, quiet=True)
     whole, header = (folder / "train.bin").read_bytes(), (folder / "header.json").read_text()
     (folder / "train.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"train\.bin has \d+ bytes where its header counts \d+"):
+    with pytest.raises(ValueError, match=r"train\.bin has \d+ bytes, but its header counts \d+"):
         loader(tmp_path)(f"bin:{folder}")
     (folder / "train.bin").unlink()
     with pytest.raises(ValueError, match=r"train\.bin is missing"):
@@ -321,5 +320,5 @@ def test_the_embedded_text_needs_no_extra():
 
 
 def test_a_mixture_of_one_is_no_mixture():
-    assert mixture.parse("text:a,b.txt") == [("text:a,b.txt", 1.0)]
-    assert mixture.parse("tfds:glue/mrpc:train") == [("tfds:glue/mrpc:train", 1.0)]
+    assert parse_mixture("text:a,b.txt") == [("text:a,b.txt", 1.0)]
+    assert parse_mixture("tfds:glue/mrpc:train") == [("tfds:glue/mrpc:train", 1.0)]

@@ -26,11 +26,13 @@ from models.reading import LARGEST
 from train.checkpoint import manifest
 from train.checkpoint.store import CheckpointError, Checkpoints
 from train.config import presets, serialize
-from train.data import DataConfig, load, sources, tokenizers
+from train.data import DataConfig, load, tokenizers
 from train.data.prepare import token_writer
 from train.data.prepare.documents import documents
-from train.data.prepare.prepare import prepare, train_tokenizer
-from train.data.prepare.readers import Shard
+from train.data.prepare.header import read_header
+from train.data.prepare.prepare import prepare
+from train.data.prepare.records import SourceFile
+from train.data.prepare.train_tokenizer import train_tokenizer
 from train.logging import jsonl
 
 pytest.importorskip("pyarrow", reason="the extra data is not installed")
@@ -60,7 +62,7 @@ def text_of(kind: str, name: str, **how: Any) -> Callable[[Path], object]:
     fields = ("text", "label") if given.task == "classify" else ("text",)
 
     def read(folder: Path) -> object:
-        shard = Shard(kind, folder / name, lambda raw: {"text": raw.decode()})
+        shard = SourceFile(kind, folder / name, lambda raw: {"text": raw.decode()})
         return sum(len(values[0]) for values in documents(shard, given, fields, []))
 
     return read
@@ -113,7 +115,7 @@ def part(folder: Path) -> object:
 
 def half_prepared(folder: Path) -> None:
     path = write_jsonl(folder.parent / "a.jsonl", [{"text": text} for text in TEXTS])
-    shard, bytes_ = Shard("jsonl", path), tokenizers.load("bytes")
+    shard, bytes_ = SourceFile("jsonl", path), tokenizers.load("bytes")
     token_writer.write(
         shard, ("text",), bytes_, DataConfig(), folder / "00000", lambda tokens: None
     )
@@ -227,7 +229,7 @@ READERS = {
     "parquet": Reader(parquet, text_of("parquet", "a.parquet")),
     "tfrecord": Reader(written("a.tfrecord", FRAMED), text_of("tfds", "a.tfrecord")),
     "token folder": Reader(tokens, batches, "*.*"),
-    "header": Reader(tokens, sources.read_header, "header.json", limit=LARGEST),
+    "header": Reader(tokens, read_header, "header.json", limit=LARGEST),
     "ids alone": Reader(ids, batches),
     "part": Reader(half_prepared, part, "*.json", limit=LARGEST),
     "BPE": Reader(trained("bpe"), spelled, limit=LARGEST),

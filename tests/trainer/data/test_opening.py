@@ -15,7 +15,8 @@ from corpora import DOCUMENTS, loader
 from places import ROOT
 
 from train.data.prepare import parquet as bounds
-from train.data.prepare.opening import Broken, open_bytes
+from train.data.prepare.opening import open_bytes
+from train.data.prepare.records import Broken
 
 arrow = pytest.importorskip("pyarrow", reason="the extra data is not installed")
 import pyarrow.parquet as pq  # noqa: E402
@@ -114,7 +115,7 @@ NAMED = {
     "iconv -f UTF-16BE": lambda raw: raw.decode().encode("utf-16-be"),
     "iconv -f UTF-32LE": lambda raw: raw.decode().encode("utf-32-le"),
     "iconv -f UTF-32BE": lambda raw: raw.decode().encode("utf-32-be"),
-    "begins as UTF-16LE, and goes on as something else": (
+    "begins as UTF-16LE but continues as something else": (
         lambda raw: codecs.BOM_UTF16_LE + raw.decode().encode("utf-16-le")[:-1]
     ),
     "7z": lambda raw: b"7z\xbc\xaf\x27\x1c" + raw,
@@ -163,14 +164,14 @@ from pathlib import Path
 import pyarrow.compute, pyarrow.parquet
 from train.data.config import DataConfig
 from train.data.prepare.documents import documents
-from train.data.prepare.readers import Shard
+from train.data.prepare.records import SourceFile
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) // 1024
 
 for path in sys.argv[1:]:
-    shard, before = Shard("parquet", Path(path)), memory("VmRSS")
+    shard, before = SourceFile("parquet", Path(path)), memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     try:
         found = documents(shard, DataConfig(document_limit=2**25), ("text",), [])
@@ -230,7 +231,7 @@ def test_a_row_over_the_limit_is_passed_over_and_the_others_are_read(tmp_path):
 def test_a_nested_column_is_refused_before_it_is_unpacked(tmp_path):
     column = arrow.array([[None] * 10**6] * 3, arrow.list_(arrow.int8()))
     pq.write_table(arrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(Broken, match=r"column 'text' holds list<.*>, no text"):
+    with pytest.raises(Broken, match=r"column 'text' holds list<.*>, not text"):
         loader(tmp_path)(f"parquet:{tmp_path}/a.parquet")
 
 
@@ -250,7 +251,7 @@ def test_row_groups_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(bounds, "ROW_GROUP_LIMIT", size.total_uncompressed_size)
     loader(tmp_path)(f"parquet:{tmp_path / 'a.parquet'}")  # the big column is not read
     monkeypatch.setattr(bounds, "ROW_GROUP_LIMIT", size.total_uncompressed_size - 1)
-    with pytest.raises(Broken, match=r"row group 0: \d+ bytes unpacked.*smaller row groups"):
+    with pytest.raises(Broken, match=r"row group 0: at least \d+ bytes.*smaller row groups"):
         loader(tmp_path)(f"parquet:{tmp_path / 'a.parquet'}", heldout_fraction=0.1)
 
 

@@ -3,14 +3,17 @@
 import dataclasses
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import DOCUMENTS, loader, write_jsonl, write_tokens
 
 from train.config import presets
-from train.data import DataConfig, places, settled, sources
-from train.data.prepare.prepare import prepare, train_tokenizer
+from train.data import DataConfig, paths, resolved, source_string
+from train.data.prepare.header import write_header
+from train.data.prepare.prepare import prepare
+from train.data.prepare.train_tokenizer import train_tokenizer
 
 NAMES = ["data[1].txt", "x [v1]/a.txt", "a*b.txt", "what?.txt", "[!a].txt", "back\\slash.txt", "**"]
 
@@ -22,7 +25,7 @@ def test_a_path_that_exists_is_taken_literally(tmp_path, name):
     path.write_text("so it goes " * 99)
     (tmp_path / "data1.txt").write_text("other")  # what the patterns would match
     (tmp_path / "aXb.txt").write_text("other")
-    assert places.files_of(str(path)) == [path]
+    assert paths.files_of(str(path)) == [path]
     loader(tmp_path)(f"text:{path}").batch(0)
 
 
@@ -33,11 +36,11 @@ def test_what_does_not_exist_is_a_glob_in_a_folder_that_is_taken_literally(tmp_p
             (tmp_path / folder / "in" / name).touch()
     inner = tmp_path / "x [v1]"
     want = [inner / "in/1.txt", inner / "in/2.txt"]
-    assert places.files_of(f"{inner}/**/*.txt") == want
-    assert places.files_of(f"{inner}/in/[12].*") == want
-    assert len(places.files_of(f"{tmp_path}/x*/in/1.txt")) == 3
+    assert paths.files_of(f"{inner}/**/*.txt") == want
+    assert paths.files_of(f"{inner}/in/[12].*") == want
+    assert len(paths.files_of(f"{tmp_path}/x*/in/1.txt")) == 3
     monkeypatch.chdir(inner)
-    assert places.files_of("in/?.txt") == want
+    assert paths.files_of("in/?.txt") == want
 
 
 def test_absolute_sources_mean_the_same_from_anywhere_and_keep_the_rest(tmp_path, monkeypatch):
@@ -53,8 +56,8 @@ def test_absolute_sources_mean_the_same_from_anywhere_and_keep_the_rest(tmp_path
         "text:a,b.txt": f"text:{here}/a,b.txt",
         "": "",
     }.items():
-        assert sources.absolute(source) == want
-        assert sources.absolute(want) == want
+        assert source_string.absolute(source) == want
+        assert source_string.absolute(want) == want
 
 
 def test_a_run_is_recorded_with_absolute_places_and_the_same_fingerprint(tmp_path, monkeypatch):
@@ -65,8 +68,8 @@ def test_a_run_is_recorded_with_absolute_places_and_the_same_fingerprint(tmp_pat
     small = loader(tmp_path)
     config = {"tokenizer": "t.json", "heldout_source": "jsonl:b.jsonl"}
     relative = small("jsonl:a.jsonl:0.5,jsonl:b.jsonl:0.5", **config)
-    found = settled(DataConfig(source="jsonl:a.jsonl:0.5,jsonl:b.jsonl:0.5", **config))
-    assert found == settled(found)
+    found = resolved(DataConfig(source="jsonl:a.jsonl:0.5,jsonl:b.jsonl:0.5", **config))
+    assert found == resolved(found)
     monkeypatch.chdir("/")
     assert found.tokenizer == f"{tmp_path}/t.json"
     again = small(found.source, tokenizer=found.tokenizer, heldout_source=found.heldout_source)
@@ -107,9 +110,9 @@ def test_other_places_are_no_addresses_either(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"data\.{name} gs://a is an address"):
             DataConfig(**{name: "gs://a"})
     with pytest.raises(ValueError, match="-o gs:/bucket is an address"):
-        prepare("embedded", places.Path("gs://bucket"), quiet=True)
+        prepare("embedded", Path("gs://bucket"), quiet=True)
     with pytest.raises(ValueError, match=r"-o s3:/b/t\.json is an address"):
-        train_tokenizer("embedded", places.Path("s3://b/t.json"))
+        train_tokenizer("embedded", Path("s3://b/t.json"))
     assert not any(tmp_path.iterdir())
 
 
@@ -181,7 +184,7 @@ def test_an_id_beyond_the_stated_vocabulary_is_named_with_its_file_and_place(tmp
     ids(tmp_path / "nano", "uint16")
     small = loader(tmp_path)
     stated = {"tokenizer": "ids:50256", "batch_size": 300}
-    message = r"nano/{} holds token 50256, outside a vocabulary of 50256, at place {}"
+    message = r"nano/{} holds token 50256, outside a vocabulary of 50256, at position {}"
     with pytest.raises(
         ValueError, match=message.format("val.bin", 500)
     ):  # 4500 of all, 500 of val.bin
@@ -196,7 +199,7 @@ def test_a_header_of_an_older_count_of_tokens_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in DOCUMENTS])
     header = prepare(f"jsonl:{path}", tmp_path / "out", quiet=True)
     header["tokenizer"]["vocab_size"] = 200
-    sources.write_header(tmp_path / "out", header)
+    write_header(tmp_path / "out", header)
     with pytest.raises(ValueError, match=r"counted 200 tokens where .* prepare the data again"):
         loader(tmp_path)(f"bin:{tmp_path}/out")
 

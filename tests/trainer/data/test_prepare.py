@@ -3,30 +3,22 @@
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import threading
 
 import numpy as np
 import pytest
-from corpora import DOCUMENTS, loader, tiny_gpt2, write_jsonl, write_tokens
+from corpora import DOCUMENTS, loader, tiny_gpt2, write_jsonl
 
 from train import lock
-from train.data import DataConfig, sources, tokenizers
+from train.data import DataConfig, tokenizers
 from train.data.prepare import token_writer
-from train.data.prepare.prepare import prepare, train_tokenizer
-from train.data.prepare.readers import Broken
+from train.data.prepare.header import read_header
+from train.data.prepare.prepare import prepare
+from train.data.prepare.records import Broken
+from train.data.prepare.train_tokenizer import train_tokenizer
 
 END = tokenizers.load("bytes").end
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Four files of fifty documents."""
-    for i in range(4):
-        records = [{"text": text} for text in DOCUMENTS[50 * i : 50 * i + 50]]
-        write_jsonl(tmp_path / f"{i}.jsonl", records)
-    return f"jsonl:{tmp_path}/?.jsonl"
 
 
 def documents_of(path):
@@ -93,7 +85,7 @@ def test_what_is_finished_is_not_done_again_and_the_result_is_the_same(
     monkeypatch.setattr(token_writer, "write", fails_at_the_third)
     with pytest.raises(OSError, match="no space left"):
         prepare(files, tmp_path / "out", quiet=True, workers=workers)
-    assert sources.read_header(tmp_path / "out") is None  # not complete, and not taken for it
+    assert read_header(tmp_path / "out") is None  # not complete, and not taken for it
     with pytest.raises(ValueError, match=r"no header\.json"):
         loader(tmp_path)(f"bin:{tmp_path / 'out'}")
     again = []
@@ -116,10 +108,10 @@ def test_what_is_finished_is_not_done_again_and_the_result_is_the_same(
 def test_a_folder_of_something_else_is_left_alone(files, tmp_path):
     prepare(files, tmp_path / "out", quiet=True)
     before = (tmp_path / "out/train.bin").read_bytes()
-    with pytest.raises(ValueError, match="prepared otherwise or from other files"):
+    with pytest.raises(ValueError, match="prepared with other settings or from"):
         prepare(files, tmp_path / "out", DataConfig(heldout_fraction=0.3), quiet=True)
     write_jsonl(tmp_path / "0.jsonl", [{"text": "other"}])
-    with pytest.raises(ValueError, match="prepared otherwise or from other files"):
+    with pytest.raises(ValueError, match="prepared with other settings or from"):
         prepare(files, tmp_path / "out", quiet=True)
     assert (tmp_path / "out/train.bin").read_bytes() == before
     bad = tmp_path / "9.jsonl"
@@ -149,9 +141,9 @@ def test_prepare_waits_for_who_holds_the_folder_and_says_so(files, tmp_path, cap
         thread = threading.Thread(target=lambda: prepare(files, out))
         thread.start()
         thread.join(0.2)
-        assert thread.is_alive() and sources.read_header(out) is None
+        assert thread.is_alive() and read_header(out) is None
     thread.join(30)
-    assert sources.read_header(out)
+    assert read_header(out)
     said = " ".join(capsys.readouterr().err.split())
     assert f"waiting for process {os.getpid()} on" in said
 
@@ -178,66 +170,6 @@ def test_what_marks_work_as_done_is_on_the_disk_and_written_through_no_link(
     # Each file before its name in the folder: the request, four parts of three, two token files
     # and the header.
     assert len(synced) == 2 * (1 + 4 * 3 + 2 + 1)
-
-
-def test_sources_agree_on_the_same_documents(files, tmp_path):
-    small = loader(tmp_path)
-    want = small(files).fingerprint
-    (tmp_path / "all.txt").write_text("<|end|>".join(DOCUMENTS))
-    assert small(f"text:{tmp_path / 'all.txt'}", separator="<|end|>").fingerprint == want
-    rows = "".join(f'"{text}"\n' for text in DOCUMENTS)
-    (tmp_path / "all.csv").write_text("\ufeffbody\n" + rows)  # as spreadsheets write it
-    assert small(f"csv:{tmp_path / 'all.csv'}", text_field="body").fingerprint == want
-    (tmp_path / "all.tsv").write_text("text\n" + "\n".join(DOCUMENTS))
-    assert small(f"tsv:{tmp_path / 'all.tsv'}").fingerprint == want
-    import bz2
-    import lzma
-
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
-    for suffix, pack in ((".xz", lzma.compress), (".bz2", bz2.compress)):
-        (tmp_path / f"all.jsonl{suffix}").write_bytes(pack(lines))
-        assert small(f"jsonl:{tmp_path}/all.jsonl{suffix}").fingerprint == want
-
-
-def test_parquet_row_groups_are_read_one_by_one_and_only_the_column(files, tmp_path, monkeypatch):
-    arrow = pytest.importorskip("pyarrow", reason="the extra data is not installed")
-    import pyarrow.parquet as pq
-
-    table = arrow.table({"text": DOCUMENTS, "other": range(200)})
-    for i in range(2):
-        pq.write_table(table[100 * i : 100 * i + 100], tmp_path / f"{i}.parquet", row_group_size=30)
-    asked, read = [], pq.ParquetFile.iter_batches
-    monkeypatch.setattr(
-        pq.ParquetFile, "iter_batches", lambda *args: asked.append(args[1:]) or read(*args)
-    )
-    small = loader(tmp_path)
-    assert small(f"parquet:{tmp_path}/*.parquet").fingerprint == small(files).fingerprint
-    assert sorted(groups for _, groups, _ in asked) == sorted([[0], [1], [2], [3]] * 2)
-    assert all(columns == ["text"] for _, _, columns in asked)
-
-
-def test_a_held_out_source_is_all_judged_by_and_the_other_all_trained_on(files, tmp_path):
-    found = loader(tmp_path)(files, heldout_source="embedded", sequence_length=64)
-    assert found.rows.heldout_count > 10_000
-    other = loader(tmp_path)("embedded", heldout_source=files, sequence_length=64)
-    assert other.rows.heldout_count == (sum(len(d) + 1 for d in DOCUMENTS) - 1) // 64
-    assert other.bytes_per_token == pytest.approx(
-        sum(map(len, DOCUMENTS)) / sum(len(d) + 1 for d in DOCUMENTS)
-    )
-
-
-def test_headerless_files_are_cut_as_they_are(tmp_path):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(32, 127, 1000)
-    small = loader(tmp_path)
-    one = small(f"bin:{write_tokens(tmp_path / 'one.bin', tokens)}", headerless="uint16")
-    assert one.rows.heldout_count == 49 // 16 and one.bytes_per_token == 1
-    (tmp_path / "two").mkdir()
-    write_tokens(tmp_path / "two/train.bin", tokens[:950], np.uint32)
-    write_tokens(tmp_path / "two/val.bin", tokens[950:], np.uint32)
-    two = small(f"bin:{tmp_path / 'two'}", headerless="uint32")
-    np.testing.assert_array_equal(one.batch(3).inputs, two.batch(3).inputs)
-    np.testing.assert_array_equal(next(one.heldout()).targets, next(two.heldout()).targets)
 
 
 def test_tokens_of_another_tokenizer_are_refused_and_the_cure_works(files, tmp_path):
@@ -323,7 +255,7 @@ def test_an_interrupt_stops_the_other_files(files, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(files, tmp_path / "out", quiet=True, workers=1)
     assert not isinstance(KeyboardInterrupt(), Broken)
-    assert sources.read_header(tmp_path / "out") is None
+    assert read_header(tmp_path / "out") is None
 
 
 def test_the_command_line_takes_both_functions(files, tmp_path):
@@ -341,7 +273,7 @@ def test_the_kind_of_a_source_is_part_of_what_was_prepared(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "a line\n" * 50)
     prepare(f"csv:{path}", tmp_path / "out", DataConfig(), quiet=True)
-    with pytest.raises(ValueError, match=r"out holds csv:.*prepared otherwise"):
+    with pytest.raises(ValueError, match=r"out holds csv:.*prepared with other"):
         prepare(f"text:{path}", tmp_path / "out", DataConfig(), quiet=True)
 
 

@@ -9,7 +9,7 @@ from corpora import DOCUMENTS, loader
 
 from train.data import DataConfig
 from train.data.prepare import tfds
-from train.data.prepare.readers import Broken
+from train.data.prepare.records import Broken
 
 REASON = "the extra tfds is not installed"
 library = pytest.importorskip("tensorflow_datasets", reason=REASON)

@@ -1,4 +1,4 @@
-"""Laws of the data: a pure function of (seed, step), every window once an epoch, no leak."""
+"""Windows of a text: every one once an epoch, in an order that depends on the seed alone."""
 
 import hashlib
 import re
@@ -10,21 +10,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train import data
-from train.data.tasks import windows
+from train.data.rows import Data
+from train.data.tasks.causal import next_token_rows
+from train.data.tasks.windows import Windows
+from train.data.tokens import Tokens
 
 TEXTS = Path(data.__file__).parent / "texts"
 
 
-def rows_of(step, *, length=1003, batch_size=7, sequence_length=16, seed=3, **kwargs):
-    """A batch of a text whose tokens are their own positions."""
-    return data.batch(
-        np.arange(length),
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        seed=seed,
-        step=step,
-        **kwargs,
-    )
+def positions(length=1003, *, stride=16, extra=1, seed=3):
+    """Windows of a text whose tokens are their own positions."""
+    how = {"stride": stride, "extra": extra, "seed": seed}
+    return Windows(np.arange(length), vocab_size=length, where="the text", **how)
+
+
+def starts_of(epochs, **changes):
+    """The first token of each row, epoch by epoch, of 1003 tokens: 61 windows an epoch."""
+    return positions(**changes).shuffled(np.arange(61 * epochs))[:, 0].reshape(epochs, 61)
 
 
 def test_shipped_text_is_the_one_the_provenance_states():
@@ -44,83 +46,86 @@ def test_heldout_is_the_last_twentieth():
     assert not corpus.train.flags.writeable  # one array is shared by all callers
 
 
-@pytest.mark.parametrize(("length", "sequence_length"), [(1003, 16), (64, 16), (17, 16), (9, 1)])
-def test_each_epoch_shows_each_of_its_windows_once(length, sequence_length):
-    windows = max(1, length // sequence_length - 1)
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize(("length", "stride"), [(1003, 16), (64, 16), (17, 16), (9, 1)])
+def test_each_epoch_shows_each_of_its_windows_once(length, stride, extra):
+    found, windows = positions(length, stride=stride, extra=extra), max(1, length // stride - 1)
     for epoch in range(3):
-        rows = rows_of(epoch, length=length, batch_size=windows, sequence_length=sequence_length)
+        rows = found.shuffled(np.arange(windows) + epoch * windows)
         starts = np.sort(rows[:, 0])
-        assert np.all(np.diff(starts) == sequence_length)
-        assert starts[0] >= 0 and rows.max() < length
-        np.testing.assert_array_equal(rows, rows[:, :1] + np.arange(sequence_length + 1))
+        assert np.all(np.diff(starts) == stride)
+        assert starts[0] >= 0 and rows.max() < length and rows.dtype == np.int32
+        np.testing.assert_array_equal(rows, rows[:, :1] + np.arange(stride + extra))
 
 
 def test_epochs_differ_in_order_and_in_offset():
-    windows = 1003 // 16 - 1
-    epochs = [rows_of(epoch, batch_size=windows)[:, 0] for epoch in range(40)]
-    orders = {tuple(np.argsort(starts)) for starts in epochs}
-    offsets = {starts.min() for starts in epochs}
-    assert len(orders) == 40
+    epochs = starts_of(40)
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) == 40
+    offsets = set(epochs.min(axis=1).tolist())
     # 40 draws of 16 offsets miss more than six with probability below 1e-4.
     assert offsets <= set(range(16)) and len(offsets) >= 10
 
 
-def test_rows_do_not_depend_on_how_the_list_is_cut_into_steps():
-    whole = rows_of(0, batch_size=210)
-    np.testing.assert_array_equal(np.concatenate([rows_of(s) for s in range(30)]), whole)
-    np.testing.assert_array_equal(rows_of(29), whole[-7:])  # 210 rows span four epochs
-
-
-def test_batch_is_a_function_of_seed_and_step_alone():
-    first = rows_of(11)
-    windows._epoch.cache_clear()
-    rows_of(0), rows_of(500), rows_of(11, seed=4)
-    np.testing.assert_array_equal(rows_of(11), first)
-    assert not np.array_equal(rows_of(11, seed=4), first)
-    count = 1003 // 16 - 1  # the second epoch of a seed is not the first of the next
-    assert not np.array_equal(rows_of(1, batch_size=count), rows_of(0, batch_size=count, seed=4))
+def test_rows_are_a_function_of_seed_and_number_alone():
+    found, rows = positions(), positions().shuffled(np.arange(210))  # these span four epochs
+    for number in (209, 3, 100, 3):
+        np.testing.assert_array_equal(found.shuffled(np.array([number]))[0], rows[number])
+    np.testing.assert_array_equal(found.shuffled(np.arange(210)[::-1]), rows[::-1])
+    assert not np.array_equal(positions(seed=4).shuffled(np.arange(210)), rows)
+    assert not np.array_equal(starts_of(2)[1], starts_of(1, seed=4)[0])  # seed + 1 is no epoch + 1
 
 
 def test_order_is_the_same_under_every_numpy():
     # Resuming under another NumPy must go on in the same order. If this fails after a change to
-    # `_epoch`, old runs can no longer be resumed exactly: say so in CHANGELOG.md.
-    assert rows_of(0)[:, 0].tolist() == [312, 440, 488, 56, 744, 136, 808]
+    # `epoch_order`, old runs can no longer be resumed exactly: say so in CHANGELOG.md.
+    assert starts_of(1)[0, :7].tolist() == [312, 440, 488, 56, 744, 136, 808]
+
+
+def numbers(length, *, batch_size, sequence_length):
+    """Data whose held-out text is the numbers from 0."""
+    text = np.arange(length)
+    tokens = Tokens(text, text, None, "", "here", "there")
+    rows = next_token_rows(tokens, sequence_length=sequence_length, seed=3, vocab_size=length)
+    return Data(rows, batch_size, data.tokenizers.load("bytes"), None, "")
 
 
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 7), slice(None, None, 2), slice(7, 7)])
 def test_a_slice_of_rows_equals_the_slice_of_the_batch(rows):
-    part = rows_of(5, rows=rows)
-    np.testing.assert_array_equal(part, rows_of(5)[rows])
-    assert part.dtype == np.int32
+    found = numbers(1003, batch_size=7, sequence_length=16)
+    np.testing.assert_array_equal(found.batch(5, rows).inputs, found.batch(5).inputs[rows])
+    np.testing.assert_array_equal(found.batch(5).inputs[:, 0], starts_of(1)[0, 35:42])
+    assert found.batch(5, rows).targets.dtype == np.int32
 
 
 def test_heldout_batches_cover_every_target_once_in_order():
-    batches = list(data.heldout_batches(np.arange(107), batch_size=4, sequence_length=10))
-    assert {(r.shape, r.dtype.name, w.shape, w.dtype.name) for r, w in batches} == {
-        ((4, 11), "int32", (4,), "float32")
+    batches = list(numbers(107, batch_size=4, sequence_length=10).heldout())
+    assert {(b.inputs.shape, b.inputs.dtype.name, b.weights.dtype.name) for b in batches} == {
+        ((4, 10), "int32", "float32")
     }
-    real = np.concatenate([rows[weight > 0] for rows, weight in batches])
-    np.testing.assert_array_equal(real[:, 1:].ravel(), np.arange(1, 101))
-    np.testing.assert_array_equal(real[:, :-1].ravel(), np.arange(100))
-    assert sum(weight.sum() for _, weight in batches) == 10
+    inputs, targets, weights = (
+        np.concatenate([batch[leaf] for batch in batches]).ravel() for leaf in range(3)
+    )
+    assert weights.sum() == 100 and set(weights) == {0, 1}
+    np.testing.assert_array_equal(inputs[weights > 0], np.arange(100))
+    np.testing.assert_array_equal(targets[weights > 0], np.arange(1, 101))
     for length, count in ((100, 9), (101, 10)):  # one more token is one more target
-        batches = data.heldout_batches(np.arange(length), batch_size=1, sequence_length=10)
-        assert len(list(batches)) == count
+        found = numbers(length, batch_size=1, sequence_length=10)
+        assert found.rows.heldout_count == len(list(found.heldout())) == count
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_each_row_of_a_global_array_is_made_once(shape):
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    asked = []
+    found, asked = numbers(1003, batch_size=16, sequence_length=16), []
 
     def make_rows(rows):
         asked.append(rows)
-        return rows_of(2, batch_size=16, rows=rows)
+        return found.batch(2, rows).inputs
 
-    array = data.to_mesh(make_rows, (16, 17), sharding)
+    array = data.to_mesh(make_rows, (16, 16), sharding)
     assert array.sharding == sharding
-    np.testing.assert_array_equal(array, rows_of(2, batch_size=16))
+    np.testing.assert_array_equal(array, found.batch(2).inputs)
     assert sorted(i for rows in asked for i in range(16)[rows]) == list(range(16))
 
 
@@ -145,25 +150,17 @@ def test_decode_inverts_encode_and_replaces_broken_bytes():
     assert data.decode(np.array([], np.int32)) == ""
 
 
-@pytest.mark.parametrize(
-    ("change", "cure"),
-    [
-        ({"length": 16}, "longer text or a shorter sequence_length"),
-        ({"batch_size": 0}, "batch_size=0 .* at least 1"),
-        ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
-        ({"seed": -1}, "seed=-1"),
-    ],
-)
-def test_errors_name_the_cause_and_the_cure(change, cure):
-    with pytest.raises(ValueError, match=cure):
-        rows_of(0, **change)
-
-
-def test_heldout_errors_come_at_the_call():
-    with pytest.raises(ValueError, match="11"):
-        data.heldout_batches(np.arange(10), batch_size=1, sequence_length=10)
-
-
-def test_decode_refuses_what_is_no_byte():
+def test_errors_name_the_cause_and_the_cure():
+    with pytest.raises(ValueError, match=r"has 16 tokens .* 17 .*longer text or a shorter"):
+        positions(16)
+    with pytest.raises(ValueError, match=r"there, heldout part: .* 11 .*; or raise --data"):
+        next_token_rows(
+            Tokens(np.arange(99), np.arange(10), None, "", "here", "there"),
+            sequence_length=10,
+            seed=0,
+            vocab_size=99,
+        )
+    with pytest.raises(ValueError, match="step=-1"):
+        numbers(99, batch_size=1, sequence_length=8).batch(-1)
     with pytest.raises(ValueError, match="first 256 logits"):
         data.decode(np.array([1, 300]))

@@ -1,1 +1,1 @@
-"""Records out of files, and token files out of records."""
+"""Source files to documents, and documents to token files."""

@@ -1,4 +1,4 @@
-"""Files as UTF-8 bytes: unpacked and decoded by their first bytes, whatever their names say."""
+"""Opens files as UTF-8 bytes; their first bytes, not their names, tell packing and encoding."""
 
 import bz2
 import codecs
@@ -9,14 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from train.data.prepare.records import Broken
 from train.extras import need
 
-
-class Broken(ValueError):
-    """Data that cannot be read; the message begins with file and line."""
-
-
-_HEAD = 4096  # bytes that are looked at
+_HEAD = 4096  # bytes that tell packing and encoding
 
 
 def _arrow(codec: str) -> Callable[[Path], IO[bytes]]:
@@ -45,7 +41,7 @@ _OTHER = {
     b"%PDF-1.": "a PDF file: extract its text",
     b"%PDF-2.": "a PDF file: extract its text",
 }
-_MARKS = {  # that of UTF-32 begins with that of UTF-16
+_MARKS = {  # UTF-32 first: its little-endian mark begins with the one of UTF-16
     codecs.BOM_UTF8: "UTF-8",
     codecs.BOM_UTF32_LE: "UTF-32LE",
     codecs.BOM_UTF32_BE: "UTF-32BE",
@@ -55,10 +51,10 @@ _MARKS = {  # that of UTF-32 begins with that of UTF-16
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """A file as it is.
+    """Opens a file without unpacking or decoding it.
 
     Raises:
-      Broken: it is empty.
+      Broken: the file is empty.
     """
     if path.stat().st_size == 0:
         raise Broken(f"{path} is empty")
@@ -66,10 +62,10 @@ def open_plain(path: Path) -> IO[bytes]:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """A file of text as UTF-8 bytes, without a byte-order mark; closing it closes the file.
+    """Opens a text file as UTF-8 bytes without a byte-order mark; closing it closes the file.
 
     Raises:
-      Broken: it is empty, or of a kind that cannot be read; the message names which.
+      Broken: the file is empty, or of a kind that cannot be read; the message names the kind.
     """
     file = _unpacked(path)
     try:
@@ -106,25 +102,25 @@ def _refuse(head: bytes, path: Path) -> None:
         raise Broken(f"{path} is a tar archive: unpack it and give the files in it")
     if encoding := _unmarked(head):
         raise Broken(
-            f"{path} looks like {encoding} without a byte-order mark, by the places of its NULs; "
-            f"convert it by iconv -f {encoding} -t UTF-8"
+            f"{path} looks like {encoding} without a byte-order mark, by the positions of its NUL "
+            f"bytes; convert it by iconv -f {encoding} -t UTF-8"
         )
 
 
 def _unmarked(head: bytes) -> str:
-    """The encoding of text whose NULs stand in one place of each two or four bytes, or nothing."""
-    places = [i for i, byte in enumerate(head) if not byte]
-    if any(head.startswith(mark) for mark in _MARKS) or len(places) < max(2, len(head) / 25):
+    """The UTF-16 or UTF-32 encoding whose pattern of NUL bytes a text without a mark has, or ""."""
+    nuls = [i for i, byte in enumerate(head) if not byte]
+    if any(head.startswith(mark) for mark in _MARKS) or len(nuls) < max(2, len(head) / 25):
         return ""
-    if len(places) > 0.7 * len(head):
-        letters = {0, 1, 2, 3} - {i % 4 for i in places}
+    if len(nuls) > 0.7 * len(head):
+        letters = {0, 1, 2, 3} - {i % 4 for i in nuls}
         return "UTF-32LE" if letters == {0} else "UTF-32BE" if letters == {3} else ""
-    halves = {i % 2 for i in places}
+    halves = {i % 2 for i in nuls}
     return "UTF-16LE" if halves == {1} else "UTF-16BE" if halves == {0} else ""
 
 
 class _Recoded(io.RawIOBase):
-    """UTF-8 bytes of a file in another encoding."""
+    """A file in another encoding, as UTF-8 bytes."""
 
     def __init__(self, file: IO[bytes], encoding: str, path: Path):
         self._file, self._path, self._encoding = file, path, encoding
@@ -140,7 +136,7 @@ class _Recoded(io.RawIOBase):
                 self._rest = self._text.read(2**14).encode()
             except UnicodeError as error:
                 raise Broken(
-                    f"{self._path} begins as {self._encoding}, and goes on as something else "
+                    f"{self._path} begins as {self._encoding} but continues as something else "
                     f"({error}); it is cut or damaged"
                 ) from error
         size = min(len(buffer), len(self._rest))

@@ -1,52 +1,55 @@
-"""Records of a Parquet file, of which no more is unpacked at a time than its limits allow."""
+"""Records of a Parquet file; limits bound the memory that is unpacked at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from train.data.config import DataConfig
-from train.data.prepare.opening import Broken, open_plain
-from train.data.prepare.readers import Record, Shard, limit
+from train.data.prepare.opening import open_plain
+from train.data.prepare.records import Broken, Record, SourceFile, over_limit
 from train.extras import need
 
 ROW_GROUP_LIMIT = 2**32
-"""Bytes of text that the columns of one row group may hold."""
-_ROWS = 256  # read at a time
-_DICTIONARY = 2**24  # bytes of a dictionary that are always read; writers stop at 2**20
-_PACKING = 1000  # times smaller is suspect: text packs by 2 to 10
+"""Largest size in bytes of the text in the columns of one row group."""
+_ROWS = 256  # rows read at a time
+_DICTIONARY = 2**24  # bytes of a dictionary that are always allowed; writers stop at 2**20
+_PACKING = 1000  # a higher compression ratio is suspect: text has 2 to 10
 
 
-def records(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
-    """The rows of a file, one batch of one row group at a time, of the columns asked for."""
+def records(
+    file: SourceFile, config: DataConfig, fields: tuple[str, ...]
+) -> Iterator[Record | Broken]:
+    """The rows of a file, with the given columns only, one batch of one row group at a time."""
+    path = file.path
     arrow = need("pyarrow", "data", "a Parquet file")
     parquet = need("pyarrow.parquet", "data", "a Parquet file")
     columns = list(dict.fromkeys(fields))
-    with open_plain(shard.path) as file:
-        if file.read(4) != b"PAR1":
-            raise Broken(f"{shard.path}: not a whole Parquet file, which begins with PAR1")
+    with open_plain(path) as opened:
+        if opened.read(4) != b"PAR1":
+            raise Broken(f"{path}: not a whole Parquet file, which begins with PAR1")
     try:
-        with parquet.ParquetFile(shard.path) as file:
-            _check_columns(file.schema_arrow, columns, shard.path)
-            for group in range(file.num_row_groups):
-                yield from _group(file, group, columns, shard.path, config)
+        with parquet.ParquetFile(path) as opened:
+            _check_columns(opened.schema_arrow, columns, path)
+            for group in range(opened.num_row_groups):
+                yield from _group(opened, group, columns, path, config)
     except (arrow.ArrowException, KeyError, UnicodeDecodeError) as error:
-        raise Broken(f"{shard.path}: not a whole Parquet file ({error})") from error
+        raise Broken(f"{path}: not a whole Parquet file ({error})") from error
 
 
 def _check_columns(schema: Any, columns: list[str], path: Path) -> None:
-    """Nested columns are refused, since one row of them unpacks without a limit."""
+    """Refuses missing and nested columns: one row of a nested column unpacks without a limit."""
     types = need("pyarrow.types", "data", "a Parquet file")
     there = schema.names
     if missing := [field for field in columns if field not in there]:
         raise Broken(
-            f"{path}: no column {missing[0]!r}; there are {', '.join(there)}: name yours, "
+            f"{path}: no column {missing[0]!r}; there are {', '.join(there)}: choose one with "
             "--data.text-field or --data.label-field"
         )
     for name in columns:
         if there.count(name) > 1:
             raise Broken(f"{path}: {there.count(name)} columns are called {name!r}")
         if types.is_nested(schema.field(name).type):
-            raise Broken(f"{path}: column {name!r} holds {schema.field(name).type}, no text")
+            raise Broken(f"{path}: column {name!r} holds {schema.field(name).type}, not text")
 
 
 def _group(
@@ -67,10 +70,10 @@ def _group(
 
 
 def _check_size(file: Any, group: int, columns: list[str], path: Path, limit: int) -> int:
-    """Rows to read at a time, which hold about `limit` bytes at most, after the group is judged.
+    """Checks the stated sizes of a row group; returns how many rows to read at a time.
 
-    A value of the dictionary page may be repeated by every row, so that a few kilobytes state any
-    number of gigabytes.
+    That many rows hold about `limit` bytes at most. Every row may repeat a value of the dictionary
+    page, so a few kilobytes on disk can stand for any number of gigabytes.
     """
     about, where = file.metadata.row_group(group), f"{path}, row group {group}"
     chunks = [about.column(i) for i in range(about.num_columns)]
@@ -80,14 +83,14 @@ def _check_size(file: Any, group: int, columns: list[str], path: Path, limit: in
     packed = sum(chunk.total_compressed_size for chunk in chunks)
     if stored > max(limit, _PACKING * packed):  # a page is unpacked whole, however large it is
         raise Broken(
-            f"{where}: {packed} bytes that unpack to {stored}, which no text does; if it is sound, "
-            "write it again with smaller row groups"
+            f"{where}: {packed} bytes that unpack to {stored}, a ratio that text never has; if the "
+            "file is sound, write it again with smaller row groups"
         )
     repeated = sum(_dictionary_bytes(path, chunk) for chunk in chunks)
-    if repeated > max(limit // 4, _DICTIONARY):  # unpacking it takes six times its size
+    if repeated > max(limit // 4, _DICTIONARY):  # unpacking takes six times its size
         raise Broken(
             f"{where}: a dictionary of {repeated} bytes, more than a quarter of "
-            f"--data.document-limit {limit}; raise that, or write the file again without "
+            f"--data.document-limit {limit}; raise the limit, or write the file again without "
             "dictionaries"
         )
     mean = stored // max(about.num_rows, 1)
@@ -103,13 +106,13 @@ def _check_size(file: Any, group: int, columns: list[str], path: Path, limit: in
 def _within(size: int, where: str) -> None:
     if size > ROW_GROUP_LIMIT:
         raise Broken(
-            f"{where}: {size} bytes unpacked or more, above {ROW_GROUP_LIMIT}; write it again with "
-            "smaller row groups"
+            f"{where}: at least {size} bytes when unpacked, above {ROW_GROUP_LIMIT}; write the "
+            "file again with smaller row groups"
         )
 
 
 def _dictionary_bytes(path: Path, chunk: Any) -> int:
-    """Bytes of a column's dictionary page, which no value of it exceeds, by the page's header."""
+    """Size in bytes that a column's dictionary page states in its header; bounds each value."""
     start = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
         start = chunk.dictionary_page_offset
@@ -122,7 +125,7 @@ def _dictionary_bytes(path: Path, chunk: Any) -> int:
 
 
 def _number(head: bytes) -> tuple[int, bytes]:
-    """An i32 field of Thrift's compact form, and what follows; 0 for anything else."""
+    """An i32 field in Thrift's compact encoding and the bytes after it; 0 for anything else."""
     value = 0
     for i, byte in enumerate(head[1:6]):
         value |= (byte & 127) << 7 * i
@@ -132,7 +135,7 @@ def _number(head: bytes) -> tuple[int, bytes]:
 
 
 def _lengths(column: Any) -> list[int]:
-    """Bytes of each row; of numbers there are no more than are stored."""
+    """Size in bytes of each row's text; 0 for numbers, whose memory the file size bounds."""
     compute = need("pyarrow.compute", "data", "a Parquet file")
     types = need("pyarrow.types", "data", "a Parquet file")
     if types.is_dictionary(column.type):
@@ -145,19 +148,19 @@ def _lengths(column: Any) -> list[int]:
 
 
 def _cells(column: Any, config: DataConfig) -> list[Any]:
-    """Values, or what is wrong with one."""
+    """The values of a column; a fault stands in place of a value that cannot be read."""
     lengths = _lengths(column)
     try:
         if max(lengths, default=0) <= config.document_limit:
             return column.to_pylist()
     except UnicodeDecodeError:
-        pass  # of which row is looked for
+        pass  # the row with the fault is found below
     return [_cell(column[i], length, config) for i, length in enumerate(lengths)]
 
 
 def _cell(value: Any, length: int, config: DataConfig) -> Any:
     if length > config.document_limit:
-        return Broken(f"{length} bytes, {limit(config)}")
+        return Broken(f"{length} bytes, {over_limit(config)}")
     try:
         return value.as_py()
     except UnicodeDecodeError as error:

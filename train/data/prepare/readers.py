@@ -1,56 +1,26 @@
-"""Records out of files: text, JSON lines, CSV, TSV and Parquet.
-
-Files are read in pieces: a line, a CSV row, or a batch of one Parquet row group at a time, and of
-Parquet only the columns that are asked for.
-"""
+"""Records of text, JSON-lines, CSV and TSV files, which are read line by line or row by row."""
 
 import csv
-import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from train.data.config import DataConfig
-from train.data.prepare.opening import Broken, open_bytes
+from train.data.prepare.opening import open_bytes
+from train.data.prepare.records import Broken, Record, SourceFile, over_limit, short
+
+Records = Iterator[Record | Broken]
+TSV: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 
 
-class Shard(NamedTuple):
-    """What one thread reads on its own: one file."""
-
-    kind: str  # a key of READERS
-    path: Path
-    decode: Any = None  # of tfds: bytes -> dict
-
-
-class Record(NamedTuple):
-    """A line, row or example."""
-
-    where: str
-    fields: dict[str, Any]
-
-
-def decode_utf8(raw: bytes | bytearray, where: str) -> str:
-    """The text of bytes.
-
-    Raises:
-      Broken: they are not UTF-8.
-    """
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise Broken(
-            f"{where}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert it from "
-            "the encoding that it has, as by iconv -f LATIN1 -t UTF-8 for Latin-1"
-        ) from error
-
-
-def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
-    with open_bytes(shard.path) as file:
-        for number, raw in enumerate(_pieces(file, config, shard.path), 1):
-            where = f"{shard.path}, document {number}" if config.separator else str(shard.path)
+def text_records(file: SourceFile, config: DataConfig, fields: tuple[str, ...]) -> Records:
+    """The documents of a text file: those between separators, or the whole file."""
+    with open_bytes(file.path) as opened:
+        for number, raw in enumerate(_pieces(opened, config, file.path), 1):
+            where = f"{file.path}, document {number}" if config.separator else str(file.path)
             if isinstance(raw, Broken):
                 yield raw
                 continue
@@ -63,89 +33,109 @@ def _text(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator
                 yield Record(where, {fields[0]: text})
 
 
+def jsonl_records(file: SourceFile, config: DataConfig, fields: tuple[str, ...]) -> Records:
+    """The objects of a JSON-lines file, with all their fields."""
+    del fields
+    with open_bytes(file.path) as opened:
+        for number, line in enumerate(_lines(opened, config, file.path), 1):
+            where = f"{file.path}, line {number}"
+            if isinstance(line, Broken):
+                yield line
+            elif line.strip():
+                yield _json_record(line, where)
+
+
+def _json_record(line: bytes, where: str) -> Record | Broken:
+    try:
+        fields = json.loads(decode_utf8(line, where))
+        if not isinstance(fields, dict):
+            return Broken(f"{where}: {short(fields)} is not a JSON object")
+        return Record(where, fields)
+    except Broken as fault:
+        return fault
+    except (ValueError, RecursionError) as error:
+        return Broken(f"{where}: broken JSON ({error})")
+
+
+def table_records(
+    file: SourceFile, config: DataConfig, fields: tuple[str, ...], **dialect: Any
+) -> Records:
+    """The rows of a CSV file, or of another dialect, by the column names in its first row."""
+    del fields
+    # Lines are limited one by one, but a cell may span many of them.
+    csv.field_size_limit(min(config.document_limit, sys.maxsize))
+    names: list[str] = []
+    faults: list[Broken] = []
+    with open_bytes(file.path) as opened:
+        lines = _decoded(_lines(opened, config, file.path), file.path, faults)
+        rows = csv.reader(lines, **dialect)
+        for row in _rows(rows, file.path, faults):
+            where = f"{file.path}, line {rows.line_num}"
+            if isinstance(row, Broken):
+                if not names:  # without column names no row below can be read
+                    raise row
+                yield row
+            elif not names:
+                names = row
+            elif len(row) != len(names):
+                yield Broken(f"{where}: {len(row)} columns, but the first row has {len(names)}")
+            else:
+                yield Record(where, dict(zip(names, row, strict=True)))
+
+
+def decode_utf8(raw: bytes | bytearray, where: str) -> str:
+    """Bytes as text.
+
+    Raises:
+      Broken: they are not UTF-8.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise Broken(
+            f"{where}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert the file "
+            "from its own encoding, for Latin-1 by iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
 def _pieces(
-    file: IO[bytes], config: DataConfig, path: Path
+    opened: IO[bytes], config: DataConfig, path: Path
 ) -> Iterator[bytes | bytearray | Broken]:
+    """The text between separators; without one, the whole file."""
     separator, buffer, skipping = config.separator.encode(), bytearray(), False
-    while chunk := file.read(2**20):
+    while chunk := opened.read(2**20):
         buffer += chunk
         if separator:
             *whole, buffer = buffer.split(separator)
             yield from whole[skipping:]
             skipping = skipping and not whole
         if len(buffer) > config.document_limit:
-            cure = "part it with --data.separator or raise the limit"
+            cure = "split it with --data.separator or raise the limit"
             if not skipping:
-                yield Broken(f"{path}: a document has {limit(config)}; {cure}")
+                yield Broken(f"{path}: a document has {over_limit(config)}; {cure}")
             if not separator:
                 return
             skipping = True
-            del buffer[: -len(separator)]  # the start of one may be at the end
+            del buffer[: -len(separator)]  # its end may be the start of a separator
     if not skipping:
         yield buffer
 
 
-def _jsonl(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
-    del fields
-    with open_bytes(shard.path) as file:
-        for number, line in enumerate(_lines(file, config, shard.path), 1):
-            where = f"{shard.path}, line {number}"
-            if isinstance(line, Broken):
-                yield line
-                continue
-            if not line.strip():
-                continue
-            try:
-                fields_of_line = json.loads(decode_utf8(line, where))
-                if not isinstance(fields_of_line, dict):
-                    raise Broken(f"{where}: {short(fields_of_line)} is no JSON object")
-                yield Record(where, fields_of_line)
-            except Broken as fault:
-                yield fault
-            except (ValueError, RecursionError) as error:
-                yield Broken(f"{where}: broken JSON ({error})")
-
-
-def _lines(file: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes | Broken]:
+def _lines(opened: IO[bytes], config: DataConfig, path: Path) -> Iterator[bytes | Broken]:
     for number in itertools.count(1):
-        line = file.readline(config.document_limit + 1)
+        line = opened.readline(config.document_limit + 1)
         if not line:
             return
         if len(line) <= config.document_limit:
             yield line
             continue
-        yield Broken(f"{path}, line {number}: a line of {limit(config)}")
+        yield Broken(f"{path}, line {number}: a line of {over_limit(config)}")
         while line and not line.endswith(b"\n"):
-            line = file.readline(2**20)
-
-
-def _table(
-    shard: Shard, config: DataConfig, fields: tuple[str, ...], **dialect: Any
-) -> Iterator[Record | Broken]:
-    del fields
-    # Lines are limited one by one, but a cell may have many of them.
-    csv.field_size_limit(min(config.document_limit, sys.maxsize))
-    names: list[str] = []
-    faults: list[Broken] = []
-    with open_bytes(shard.path) as file:
-        lines = _decoded(_lines(file, config, shard.path), shard.path, faults)
-        rows = csv.reader(lines, **dialect)
-        for row in _rows(rows, shard.path, faults):
-            where = f"{shard.path}, line {rows.line_num}"
-            if isinstance(row, Broken):
-                if not names:  # nothing says what the cells below are
-                    raise row
-                yield row
-            elif not names:
-                names = row
-            elif len(row) != len(names):
-                yield Broken(f"{where}: not {len(names)} columns as the first")
-            else:
-                yield Record(where, dict(zip(names, row, strict=True)))
+            line = opened.readline(2**20)
 
 
 def _decoded(lines: Iterator[bytes | Broken], path: Path, faults: list[Broken]) -> Iterator[str]:
-    """Lines for `csv`, which never fails: a broken one keeps its place, and adds to `faults`."""
+    """Lines for `csv.reader`: a broken line adds to `faults`, and something stands in its place."""
     for number, line in enumerate(lines, 1):
         if isinstance(line, Broken):
             faults.append(line)
@@ -159,7 +149,7 @@ def _decoded(lines: Iterator[bytes | Broken], path: Path, faults: list[Broken]) 
 
 
 def _rows(rows: Any, path: Path, faults: list[Broken]) -> Iterator[list[str] | Broken]:
-    """Rows that are not empty; in the place of one that has broken lines, the first fault."""
+    """Non-empty rows; a row with broken lines is replaced by its first fault."""
     while True:
         faults.clear()
         first = rows.line_num + 1
@@ -167,7 +157,7 @@ def _rows(rows: Any, path: Path, faults: list[Broken]) -> Iterator[list[str] | B
             row = next(rows, None)
         except csv.Error as error:
             fault = Broken(f"{path}, line {rows.line_num}: {error}")
-            if rows.line_num > first:  # in a cell of several lines, and nothing says where it ends
+            if rows.line_num > first:  # inside a cell of several lines, whose end is unknown
                 raise fault from error
             yield fault
             continue
@@ -177,36 +167,3 @@ def _rows(rows: Any, path: Path, faults: list[Broken]) -> Iterator[list[str] | B
             yield faults[0]
         elif row:
             yield row
-
-
-def _parquet(
-    shard: Shard, config: DataConfig, fields: tuple[str, ...]
-) -> Iterator[Record | Broken]:
-    from train.data.prepare import parquet  # late: it needs an extra
-
-    return parquet.records(shard, config, fields)
-
-
-def _tfds(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
-    from train.data.prepare import tfds
-
-    return tfds.records(shard, config, fields)
-
-
-READERS: dict[str, Callable[[Shard, DataConfig, tuple[str, ...]], Iterator[Record | Broken]]] = {
-    "text": _text,
-    "jsonl": _jsonl,
-    "csv": _table,
-    "tsv": functools.partial(_table, delimiter="\t", quoting=csv.QUOTE_NONE),
-    "parquet": _parquet,
-    "tfds": _tfds,
-}
-
-
-def short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) < 40 else shown[:40] + "..."
-
-
-def limit(config: DataConfig) -> str:
-    return f"more than --data.document-limit {config.document_limit}"

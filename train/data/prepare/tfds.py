@@ -1,4 +1,4 @@
-"""Data sets that tensorflow_datasets prepared, read without TensorFlow and without a network."""
+"""Reads data sets that tensorflow_datasets prepared, without TensorFlow and without a network."""
 
 import os
 import struct
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from train.data.config import DataConfig
-from train.data.prepare.opening import Broken, open_plain
-from train.data.prepare.readers import Record, Shard
+from train.data.prepare.opening import open_plain
+from train.data.prepare.records import Broken, Record, SourceFile
 from train.extras import need
 
 TEXT = {
@@ -29,14 +29,14 @@ TEXT = {
     "trivia_qa": "question",
     "wiki40b": "text",
 }
-"""The features that are text, where --data.text-field does not say."""
+"""The text features of known data sets, used unless --data.text-field is given."""
 
 
-def shards(name: str, config: DataConfig) -> list[Shard]:
-    """The files of NAME[/CONFIG][:SPLIT], by default of its train split.
+def source_files(name: str, config: DataConfig) -> list[SourceFile]:
+    """The files of NAME[/CONFIG][:SPLIT]; the default split is train.
 
     Raises:
-      ValueError: it is not there, has no such split, or is of a format that cannot be read.
+      ValueError: the data set or the split does not exist, or its format cannot be read.
     """
     name, _, split = name.partition(":")
     builder = _builder(name, config)
@@ -46,17 +46,17 @@ def shards(name: str, config: DataConfig) -> list[Shard]:
     kind = info.file_format.value
     if kind not in ("tfrecord", "array_record"):
         raise ValueError(
-            f"tfds:{name} is kept as {kind}; prepare it as tfrecord or array_record "
+            f"tfds:{name} is stored as {kind}; prepare it as tfrecord or array_record "
             "(tfds build --file_format array_record)."
         )
     paths = [Path(path) for path in info.splits[split].filepaths]
     if missing := [path for path in paths if not path.is_file()]:
         raise Broken(f"{missing[0]} is missing: tfds:{name} was not copied as a whole")
-    return [Shard("tfds", path, info.features.deserialize_example_np) for path in paths]
+    return [SourceFile("tfds", path, info.features.deserialize_example_np) for path in paths]
 
 
 def text_field(name: str) -> str:
-    """The features that are text, with commas between them.
+    """The text features of a data set, with commas between them.
 
     >>> text_field("glue/mrpc:validation")
     'sentence1,sentence2'
@@ -65,15 +65,17 @@ def text_field(name: str) -> str:
     return TEXT.get(name) or TEXT.get(name.partition("/")[0], "text")
 
 
-def records(shard: Shard, config: DataConfig, fields: tuple[str, ...]) -> Iterator[Record | Broken]:
+def records(
+    file: SourceFile, config: DataConfig, fields: tuple[str, ...]
+) -> Iterator[Record | Broken]:
     """The examples of a file."""
-    open_plain(shard.path).close()
-    packed = _tfrecord if ".tfrecord" in shard.path.name else _array_record
-    for number, raw in enumerate(packed(shard.path, config.document_limit)):
-        where = f"{shard.path}, example {number}"
+    open_plain(file.path).close()
+    unpack = _tfrecord if ".tfrecord" in file.path.name else _array_record
+    for number, raw in enumerate(unpack(file.path, config.document_limit)):
+        where = f"{file.path}, example {number}"
         try:
-            example = shard.decode(raw)
-        except Exception as error:  # protobuf's errors have no common class of their own
+            example = file.decode(raw)
+        except Exception as error:  # the errors of protobuf have no common class
             yield Broken(f"{where}: {error}")
             continue
         yield Record(where, {k: _plain(v) if k in fields else v for k, v in example.items()})
@@ -97,8 +99,8 @@ def _builder(name: str, config: DataConfig) -> Any:
         if config.download:
             return _download(name, folder)
         raise ValueError(
-            f"tfds:{name} is not in {folder}. Copy it there as prepared elsewhere, say where it is "
-            "(--data.tfds-folder, TFDS_DATA_DIR), or allow to fetch it: --data.download."
+            f"tfds:{name} is not in {folder}. Copy it there from where it was prepared, give its "
+            "folder (--data.tfds-folder, TFDS_DATA_DIR), or allow the download: --data.download."
         ) from error
 
 
@@ -107,7 +109,7 @@ def _download(name: str, folder: Path) -> Any:
     need("tensorflow_datasets.text", "tfds", f"tfds:{name}")  # registers glue, c4 and wiki40b
     try:
         builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-        builder.download_and_prepare()  # shows bars of its own
+        builder.download_and_prepare()  # shows its own progress bars
     except (
         ImportError,
         OSError,
@@ -115,16 +117,16 @@ def _download(name: str, folder: Path) -> Any:
         tfds.core.registered.DatasetNotFoundError,
     ) as error:
         raise ValueError(
-            f"tfds:{name} could not be fetched into {folder} ({type(error).__name__}: {error}). "
-            "Some need TensorFlow, or files of your own, to be prepared: do it elsewhere and copy "
-            "the folder."
+            f"tfds:{name} could not be downloaded into {folder} ({type(error).__name__}: {error}). "
+            "Some data sets need TensorFlow, or files that you supply, to be prepared: do that "
+            "elsewhere and copy the folder."
         ) from error
     return builder
 
 
 def _tfrecord(path: Path, limit: int) -> Iterator[bytes]:
-    # Each record: its length (uint64), a checksum of it, the bytes, a checksum of them. Checksums
-    # are not verified: that needs TensorFlow or a table walk a byte.
+    # A record is its length (uint64), a checksum of the length, the bytes, and a checksum of the
+    # bytes. Checksums are not verified: in Python that would take a table look-up for each byte.
     with open_plain(path) as file:
         number = 0
         while head := file.read(12):
@@ -139,7 +141,7 @@ def _tfrecord(path: Path, limit: int) -> Iterator[bytes]:
 
 
 def _array_record(path: Path, limit: int) -> Iterator[bytes]:
-    del limit  # the reader unpacks in chunks of its own
+    del limit  # the library unpacks in its own chunks
     module = need("array_record.python.array_record_module", "tfds", str(path))
     try:
         reader = module.ArrayRecordReader(str(path))
@@ -147,4 +149,4 @@ def _array_record(path: Path, limit: int) -> Iterator[bytes]:
             yield reader.read()
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
-        raise Broken(f"{path}: no whole array_record file ({error})") from error
+        raise Broken(f"{path}: not a whole array_record file ({error})") from error

@@ -1,94 +1,117 @@
-"""The work of `prepare`: files to parts, parts to token files."""
+"""Writes token files: one part for each source file, then all parts joined."""
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from models.reading import read_json
 from train import files
-from train.data import sources, storage
+from train.data import storage
 from train.data.config import DataConfig
 from train.data.prepare.documents import documents
-from train.data.prepare.readers import Shard
+from train.data.prepare.header import FORMAT, SPLITS
+from train.data.prepare.records import SourceFile
 from train.data.tokenizers import Tokenizer
 
-_SPLITS = ("train", "heldout")
-_FLUSH = 2**20  # tokens held before they are written
+_FLUSH = 2**20  # tokens held in memory before they are written
+_COUNTS = ("tokens", "bytes", "documents")
 
 
 def write(
-    shard: Shard,
+    file: SourceFile,
     fields: tuple[str, ...],
     tokenizer: Tokenizer,
     data: DataConfig,
     stem: Path,
     tick: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Tokens of one file, in a train and a held-out file, and their counts in a third."""
-    count: dict[str, Any] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in _SPLITS}
+    """Writes the part of one source file: a train and a held-out file, and their counts.
+
+    Args:
+      file: the source file.
+      fields: its text fields, which are joined by line breaks.
+      tokenizer: for the text.
+      data: how to read the file, and the share that is held out.
+      stem: path of the part without suffix; the suffixes are .train, .heldout and .json.
+      tick: called with the number of tokens after each write.
+    """
     skipped: list[str] = []
-    found = documents(shard, data, fields, skipped)
-    train, heldout = (stem.with_suffix(f".{split}") for split in _SPLITS)
-    # Both are on the disk before the counts, which mark them as done.
+    texts = ("\n".join(values) for values in documents(file, data, fields, skipped))
+    count: dict[str, Any] = {}
+
+    def write_both(train: Path, heldout: Path) -> None:
+        with train.open("wb") as first, heldout.open("wb") as second:
+            buffers = [_Buffer(opened, tokenizer) for opened in (first, second)]
+            _write_documents(texts, buffers, tokenizer, data.heldout_fraction, tick)
+        count.update({s: buffer.count for s, buffer in zip(SPLITS, buffers, strict=True)})
+
+    train, heldout = (stem.with_suffix(f".{split}") for split in SPLITS)
+    # Both files are on disk before the counts, which mark the part as done.
     files.replace(
-        train,
-        lambda first: files.replace(
-            heldout,
-            lambda second: _write(found, tokenizer, data, (first, second), count, tick),
-        ),
+        train, lambda first: files.replace(heldout, lambda second: write_both(first, second))
     )
     count["skipped"] = {"count": len(skipped), "first": skipped[:5]}
     files.replace_text(stem.with_suffix(".json"), json.dumps(count))
     return count
 
 
-def _write(
-    found: Iterator[tuple[str, ...]],
+class _Buffer:
+    """The tokens of one split that wait to be written, and the counts of all its tokens."""
+
+    def __init__(self, opened: IO[bytes], tokenizer: Tokenizer):
+        self._opened, self._tokenizer = opened, tokenizer
+        self._waiting: list[np.ndarray] = []
+        self._end = np.array([tokenizer.end])
+        self.count = dict.fromkeys(_COUNTS, 0)
+
+    def add(self, tokens: np.ndarray, size: int) -> None:
+        """Appends a document of `size` bytes and its end token."""
+        self._waiting += [tokens, self._end]
+        for key, value in zip(_COUNTS, (len(tokens) + 1, size, 1), strict=True):
+            self.count[key] += value
+
+    def flush(self) -> None:
+        """Writes all waiting tokens."""
+        if self._waiting:
+            tokens = np.concatenate(self._waiting)
+            dtype, name = self._tokenizer.dtype, self._tokenizer.name
+            self._opened.write(storage.narrow(tokens, dtype, name).data)
+            self._waiting.clear()
+
+
+def _write_documents(
+    texts: Iterable[str],
+    buffers: list[_Buffer],
     tokenizer: Tokenizer,
-    data: DataConfig,
-    paths: tuple[Path, Path],
-    count: dict[str, Any],
+    fraction: float,
     tick: Callable[[int], None],
 ) -> None:
-    waiting: dict[str, list[np.ndarray]] = {split: [] for split in _SPLITS}
-    end = np.array([tokenizer.end])
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(path.open("wb")) for path in paths]
-        file = dict(zip(_SPLITS, opened, strict=True))
+    held = 0
+    for text in texts:
+        raw = text.encode()
+        tokens = tokenizer.encode(text)
+        buffers[held_out(raw, fraction)].add(tokens, len(raw))
+        held += len(tokens) + 1
+        if held >= _FLUSH:
+            _flush(buffers, held, tick)
+            held = 0
+    _flush(buffers, held, tick)
 
-        def flush() -> None:
-            for split in _SPLITS:
-                if waiting[split]:
-                    tokens = np.concatenate(waiting[split])
-                    file[split].write(storage.narrow(tokens, tokenizer.dtype, tokenizer.name).data)
-                    waiting[split].clear()
 
-        held = 0
-        for values in found:
-            text = "\n".join(values)
-            raw = text.encode()
-            split = _SPLITS[held_out(raw, data.heldout_fraction)]
-            tokens = tokenizer.encode(text)
-            waiting[split] += [tokens, end]
-            for key, value in (("tokens", len(tokens) + 1), ("bytes", len(raw)), ("documents", 1)):
-                count[split][key] += value
-            held += len(tokens) + 1
-            if held >= _FLUSH:
-                flush()
-                tick(held)
-                held = 0
-        flush()
-        tick(held)
+def _flush(buffers: list[_Buffer], held: int, tick: Callable[[int], None]) -> None:
+    for buffer in buffers:
+        buffer.flush()
+    tick(held)
 
 
 def held_out(raw: bytes, fraction: float) -> bool:
-    """Whether a document is one to be judged by: a function of its text, so copies agree.
+    """Whether a document is held out: a function of its text, so that copies stay together.
 
     >>> sum(held_out(str(i).encode(), 0.2) for i in range(1000))
     181
@@ -97,16 +120,20 @@ def held_out(raw: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def merge(
+def join_parts(
     folder: Path,
     counts: list[Any],
     tokenizer: Tokenizer,
     data: DataConfig,
     output: Path,
 ) -> dict[str, Any]:
+    """Joins the parts in a folder to train.bin and heldout.bin; returns most of their header.
+
+    Raises:
+      ValueError: there are no documents.
+    """
     splits = {
-        split: {key: sum(c[split][key] for c in counts) for key in ("tokens", "bytes", "documents")}
-        for split in _SPLITS
+        split: {key: sum(c[split][key] for c in counts) for key in _COUNTS} for split in SPLITS
     }
     skipped = {
         "count": sum(c["skipped"]["count"] for c in counts),
@@ -116,20 +143,20 @@ def merge(
         count, first = skipped["count"], skipped["first"]
         said = f"; skipped {count}, first {first[0]}" if count else ""
         raise ValueError(f"the source has no documents{said}.")
-    names = {split: [folder / f"{i:05}.{split}" for i in range(len(counts))] for split in _SPLITS}
-    # With few documents all may fall on one side: then the end of the text is held out.
-    by_tail = data.heldout_fraction > 0 and not all(splits[s]["documents"] for s in _SPLITS)
+    names = {split: [folder / f"{i:05}.{split}" for i in range(len(counts))] for split in SPLITS}
+    # With few documents all may fall into one split: then the end of the text is held out.
+    by_tail = data.heldout_fraction > 0 and not all(splits[s]["documents"] for s in SPLITS)
     if by_tail:
         names = {"train": names["train"] + names["heldout"], "heldout": []}
-        splits["train"] = {key: sum(splits[s][key] for s in _SPLITS) for key in splits["train"]}
-    for split in _SPLITS:
+        splits["train"] = {key: sum(splits[s][key] for s in SPLITS) for key in splits["train"]}
+    for split in SPLITS:
         _join(names[split], output / f"{split}.bin")
     if by_tail:
         _cut_tail(output, splits, tokenizer.dtype, data.heldout_fraction)
-    for split in _SPLITS:
+    for split in SPLITS:
         splits[split] |= _inspect(output / f"{split}.bin", tokenizer.dtype)
     return {
-        "format": sources.FORMAT,
+        "format": FORMAT,
         "dtype": tokenizer.dtype.name,
         "tokenizer": {
             "name": tokenizer.name,
@@ -154,7 +181,7 @@ def _join(pieces: list[Path], target: Path) -> None:
 
 
 def _cut_tail(output: Path, splits: dict[str, Any], dtype: np.dtype, fraction: float) -> None:
-    """Moves the end of train.bin; bytes are shared out in proportion to tokens."""
+    """Moves the end of train.bin to heldout.bin; byte counts are split in proportion to tokens."""
     whole, total = splits["train"], splits["train"]["tokens"]
     tail = round(fraction * total)
     first, path = (total - tail) * dtype.itemsize, output / "train.bin"
@@ -173,25 +200,24 @@ def _cut_tail(output: Path, splits: dict[str, Any], dtype: np.dtype, fraction: f
 
 
 def _inspect(path: Path, dtype: np.dtype) -> dict[str, Any]:
+    """The hash of a token file and its largest token."""
     digest, largest = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**24):
+    with path.open("rb") as opened:
+        while chunk := opened.read(2**24):
             digest.update(chunk)
             largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
     return {"sha256": digest.hexdigest(), "largest": largest}
 
 
 def done(stem: Path, dtype: np.dtype) -> dict[str, Any] | None:
-    """The counts of a part that was written whole; None for one that is to be written."""
-    from models.reading import read_json  # late: models need more libraries
-
+    """The counts of a part that is complete; None if the part must be written."""
     try:
         count = read_json(stem.with_suffix(".json"))
-        sizes = [stem.with_suffix(f".{split}").stat().st_size for split in _SPLITS]
-        kept = [count[split]["tokens"] * dtype.itemsize for split in _SPLITS]
+        sizes = [stem.with_suffix(f".{split}").stat().st_size for split in SPLITS]
+        kept = [count[split]["tokens"] * dtype.itemsize for split in SPLITS]
         whole = all(
             type(number) is int
-            for counted in (*(count[split] for split in _SPLITS), {"n": count["skipped"]["count"]})
+            for counted in (*(count[split] for split in SPLITS), {"n": count["skipped"]["count"]})
             for number in counted.values()
         )
         lines = count["skipped"]["first"]

@@ -1,1 +1,1 @@
-"""Rows of a batch for each task, as pure functions of the seed and the row's number."""
+"""Rows of each task, as pure functions of the seed and the row's number."""

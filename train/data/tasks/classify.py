@@ -1,5 +1,6 @@
-"""Rows of a classifier: one labelled text, or a pair, a row."""
+"""Rows of a classifier: one labelled text, or one pair of texts, in each row."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data import sources, storage
+from train.data import storage
 from train.data.config import DataConfig
 from train.data.prepare.documents import documents
+from train.data.prepare.source_files import source_files
 from train.data.prepare.token_writer import held_out
 from train.data.rows import Rows
 from train.data.tasks.windows import epoch_order
@@ -20,37 +22,37 @@ from train.step.batch import Batch
 class Examples(NamedTuple):
     """Labelled texts, held in memory as tokens."""
 
-    texts: list[list[np.ndarray]]  # of each example one text or two
+    texts: list[list[np.ndarray]]  # one or two texts for each example
     labels: list[str]
-    sizes: list[int]  # bytes of text
+    sizes: list[int]  # UTF-8 bytes of each example's text
 
 
 def read(source: str, tokenizer: Tokenizer, config: DataConfig) -> tuple[Examples, Examples]:
-    """The examples of a source to train on, and those to be judged by, chosen by their hash.
+    """The training and the held-out examples of a source, split by their hash.
 
     Raises:
-      ValueError: no examples on one side, or more than two text fields.
+      ValueError: one of the two has no examples, or there are more than two text fields.
     """
-    shards, fields = sources.shards(source, config)
+    files, fields = source_files(source, config)
     if len(fields) > 2:
         raise ValueError(
-            f"text_field={','.join(fields)} names {len(fields)} fields; 1 or 2 can be."
+            f"text_field={','.join(fields)} names {len(fields)} fields; name one or two."
         )
     split = Examples([], [], []), Examples([], [], [])
     skipped: list[str] = []
-    for shard in shards:
-        for *texts, label in documents(shard, config, (*fields, config.label_field), skipped):
+    for file in files:
+        for *texts, label in documents(file, config, (*fields, config.label_field), skipped):
             raw = "\n".join(texts).encode()
             side = split[held_out(raw, config.heldout_fraction)]
             tokens = [tokenizer.encode(text) for text in texts]
-            side.texts.append([storage.narrow(t, tokenizer.dtype, str(shard.path)) for t in tokens])
+            side.texts.append([storage.narrow(t, tokenizer.dtype, str(file.path)) for t in tokens])
             side.labels.append(_label(label, source))
             side.sizes.append(len(raw))
     if not split[0].labels or (config.heldout_fraction and not split[1].labels):
         first = f" (skipped {len(skipped)}, first {skipped[0]})" if skipped else ""
         raise ValueError(
-            f"{source} has {len(split[0].labels)} examples to train on and {len(split[1].labels)} "
-            f"to be judged by{first}; give more, or another --data.heldout-fraction."
+            f"{source} has {len(split[0].labels)} training and {len(split[1].labels)} held-out "
+            f"examples{first}; give more, or another --data.heldout-fraction."
         )
     return split
 
@@ -59,15 +61,15 @@ def _label(value: Any, source: str) -> str:
     if isinstance(value, bool | int | np.integer | str) and value != "":
         return str(value)
     raise ValueError(
-        f"{source}: label {value!r} names no class; classes are strings or whole numbers "
+        f"{source}: label {value!r} is not a class; classes are strings or whole numbers "
         "(--data.label-field)."
     )
 
 
 def class_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """The classes in their order: as numbers if all are numbers, else as words.
+    """The sorted classes: by number if all are numbers, otherwise as strings.
 
-    Labels that are one number, such as "1" and "01", are classes of their own, by their spelling.
+    Labels that spell the same number differently, such as "1" and "01", are different classes.
 
     >>> class_names(["10", "9", "9", "09"])
     ('09', '9', '10')
@@ -87,13 +89,13 @@ def classify_rows(
     sequence_length: int,
     seed: int,
 ) -> Rows:
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP], and padding.
+    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP], then padding.
 
-    `types` is 1 in b and its [SEP]; `segments` is 1 in padding, so that no token sees it. Too long
-    a row loses the ends of its longer text. Epochs are shuffled as those of windows are.
+    `types` is 1 in b and its [SEP]; `segments` is 1 in padding, so that no token attends to it.
+    A row that is too long loses the end of its longer text. Epochs are shuffled as windows are.
 
     Raises:
-      ValueError: a held-out class that training lacks, or no room for text.
+      ValueError: a held-out class has no training example, or there is no room for text.
     """
     if sequence_length < 5:
         raise ValueError(
@@ -101,27 +103,38 @@ def classify_rows(
         )
     if unknown := sorted(set(heldout.labels) - set(names)):
         raise ValueError(
-            f"held-out examples have the class {unknown[0]!r}, which those to train on lack; they "
-            f"have {', '.join(names)}."
+            f"held-out examples have the class {unknown[0]!r}, which no training example has; "
+            f"those have {', '.join(names)}."
         )
-    number, size = {name: i for i, name in enumerate(names)}, len(train.labels)
-    order = functools.lru_cache(maxsize=2)(epoch_order)
-
-    def rows(examples: Examples, index_N: np.ndarray) -> Batch:
-        made = [_row(examples.texts[i], tokenizer, sequence_length) for i in index_N]
-        inputs, types, segments = (
-            np.array(made, np.int32).reshape(-1, 3, sequence_length).swapaxes(0, 1)
-        )
-        targets = np.array([number[examples.labels[i]] for i in index_N], np.int32)
-        weights = np.ones(len(targets), np.float32)
-        return Batch(inputs, targets, weights, segments, types)
+    numbers = {name: i for i, name in enumerate(names)}
+    made = _ClassRows(tokenizer, numbers, sequence_length)
+    size, order = len(train.labels), functools.lru_cache(maxsize=2)(epoch_order)
 
     def shuffled(number_N: np.ndarray) -> Batch:
         epoch_N, place_N = np.divmod(number_N, size)
         pairs = zip(epoch_N, place_N, strict=True)
-        return rows(train, np.array([order(seed, e, size, 1)[1][p] for e, p in pairs], np.int64))
+        index_N = np.array([order(seed, e, size, 1)[1][p] for e, p in pairs], np.int64)
+        return made.batch(train, index_N)
 
-    return Rows(shuffled, lambda index_N: rows(heldout, index_N), len(heldout.labels))
+    return Rows(shuffled, functools.partial(made.batch, heldout), len(heldout.labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ClassRows:
+    """How examples become rows."""
+
+    tokenizer: Tokenizer
+    numbers: dict[str, int]  # name of a class -> its number
+    length: int  # T
+
+    def batch(self, examples: Examples, index_N: np.ndarray) -> Batch:
+        made = [_row(examples.texts[i], self.tokenizer, self.length) for i in index_N]
+        inputs, types, segments = (
+            np.array(made, np.int32).reshape(-1, 3, self.length).swapaxes(0, 1)
+        )
+        targets = np.array([self.numbers[examples.labels[i]] for i in index_N], np.int32)
+        weights = np.ones(len(targets), np.float32)
+        return Batch(inputs, targets, weights, segments, types)
 
 
 def _row(texts: list[np.ndarray], tokenizer: Tokenizer, length: int) -> np.ndarray:
@@ -139,6 +152,7 @@ def _row(texts: list[np.ndarray], tokenizer: Tokenizer, length: int) -> np.ndarr
 
 
 def _shortened(texts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """One or two texts, cut to `room` tokens in all."""
     if len(texts) == 1:
         return [texts[0][:room]]
     a, b = len(texts[0]), len(texts[1])
@@ -146,7 +160,7 @@ def _shortened(texts: list[np.ndarray], room: int) -> list[np.ndarray]:
     return [texts[0][: room - keep_b], texts[1][:keep_b]]
 
 
-def identity(*parts: Examples) -> str:
+def fingerprint_of(*parts: Examples) -> str:
     """A hash of all examples, in order."""
     digest = hashlib.sha256()
     for part in parts:

@@ -1,15 +1,17 @@
-"""Rows of a masked language model, hidden by the law of `models.mask_tokens`, on the host."""
+"""Rows of a masked language model, masked on the host by the law of `models.mask_tokens`."""
+
+import dataclasses
 
 import numpy as np
 
 from train.data import storage
 from train.data.rows import Rows
-from train.data.sources import Tokens
-from train.data.tasks.causal import checked, segments_of, windows_of
+from train.data.tasks.windows import segments_of, windows_of
 from train.data.tokenizers import Tokenizer
+from train.data.tokens import Tokens
 from train.step.batch import Batch
 
-_HELDOUT_SEED = 0  # the same tokens are hidden at each evaluation, whatever the run's seed
+_HELDOUT_SEED = 0  # each evaluation masks the same tokens, whatever the run's seed
 
 
 def masked_rows(
@@ -21,50 +23,56 @@ def masked_rows(
     rate: float,
     segments: bool = False,
 ) -> Rows:
-    """Windows between [CLS] and [SEP], where there are such, with a share of tokens hidden.
+    """Windows between [CLS] and [SEP], if the tokenizer has them, with a share of tokens masked.
 
-    What is hidden is a function of (seed, number of the row), so an epoch hides other tokens than
-    the last.
+    What is masked is a function of (seed, number of the row), so each epoch masks other tokens.
 
     Args:
-      tokens: to be cut.
-      tokenizer: its `mask` hides; `begin`, `end` and `pad` are never hidden.
+      tokens: the text.
+      tokenizer: its `mask` token replaces others; `begin`, `end` and `pad` are never masked.
       sequence_length: T, with [CLS] and [SEP].
-      seed: of the order and of what is hidden.
-      rate: share of tokens to be named.
+      seed: of the order of windows and of what is masked.
+      rate: share of tokens to be predicted.
       segments: also number the documents of a row.
 
     Raises:
       ValueError: the tokenizer has no mask token, or a part is shorter than one window.
     """
-    mask = tokenizer.mask
-    if mask is None:
+    if tokenizer.mask is None:
         raise ValueError(
-            f"tokenizer {tokenizer.name!r} has no [MASK] token, which task=masked hides tokens "
-            "by: use bytes or a WordPiece vocab.txt."
+            f"tokenizer {tokenizer.name!r} has no [MASK] token, which task=masked needs: use bytes "
+            "or a WordPiece vocab.txt."
         )
     framed = tokenizer.begin is not None
     length = sequence_length - 2 * framed
-    train, heldout = windows_of(tokens, length, 0, seed)
-
-    def rows(
-        tokens_NxL: np.ndarray, number_N: np.ndarray, seed: int, where: str, part: np.ndarray
-    ) -> Batch:
-        tokens_NxL = checked(tokens_NxL, tokenizer.vocab_size, where, part)
-        if framed:
-            tokens_NxL = np.pad(tokens_NxL, [(0, 0), (1, 1)])
-            tokens_NxL[:, 0], tokens_NxL[:, -1] = tokenizer.begin, tokenizer.end
-        inputs, weights = hide(tokens_NxL, number_N, tokenizer, seed=seed, rate=rate, mask=mask)
-        numbers = segments_of(tokens_NxL, tokenizer.end) if segments else None
-        return Batch(inputs, tokens_NxL, weights, numbers)
-
+    train, heldout = windows_of(tokens, length, 0, seed, tokenizer.vocab_size)
+    masking = _Masking(tokenizer, tokenizer.mask, rate, segments)
     return Rows(
-        lambda number_N: rows(train.shuffled(number_N), number_N, seed, tokens.where, tokens.train),
-        lambda index_N: rows(
-            heldout.in_order(index_N), index_N, _HELDOUT_SEED, tokens.judge, tokens.heldout
-        ),
+        lambda number_N: masking.rows(train.shuffled(number_N), number_N, seed),
+        lambda index_N: masking.rows(heldout.in_order(index_N), index_N, _HELDOUT_SEED),
         heldout.count,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Masking:
+    """How windows become rows."""
+
+    tokenizer: Tokenizer
+    mask: int
+    rate: float
+    segments: bool
+
+    def rows(self, tokens_NxL: np.ndarray, number_N: np.ndarray, seed: int) -> Batch:
+        begin, end = self.tokenizer.begin, self.tokenizer.end
+        if begin is not None:
+            tokens_NxL = np.pad(tokens_NxL, [(0, 0), (1, 1)])
+            tokens_NxL[:, 0], tokens_NxL[:, -1] = begin, end
+        inputs, weights = hide(
+            tokens_NxL, number_N, self.tokenizer, seed=seed, rate=self.rate, mask=self.mask
+        )
+        numbers = segments_of(tokens_NxL, end) if self.segments else None
+        return Batch(inputs, tokens_NxL, weights, numbers)
 
 
 def hide(
@@ -76,9 +84,12 @@ def hide(
     rate: float,
     mask: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs int32[N, T], weights float32[N, T]): of the tokens chosen .8 become the mask, .1 any.
+    """Masks a share of tokens: of the chosen ones, .8 become the mask token and .1 a random token.
 
     Row i depends on seed and `number_N[i]` alone.
+
+    Returns:
+      (inputs int32[N, T], weights float32[N, T]): weights are 1 at the chosen tokens.
     """
     length = tokens_NxT.shape[1]
     bits_Nx3xT = np.array([_bits(seed, int(n), length) for n in number_N], np.uint64)
@@ -93,6 +104,6 @@ def hide(
 
 
 def _bits(seed: int, number: int, length: int) -> np.ndarray:
-    # Raw bits, whose stream NumPy keeps between versions; the words of the key are independent.
+    # Raw bits, whose stream NumPy guarantees across versions; both words of the key matter.
     bits = np.random.Philox(key=np.array([seed, number], np.uint64))
     return bits.random_raw(3 * length).reshape(3, length)

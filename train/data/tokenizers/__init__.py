@@ -1,4 +1,4 @@
-"""Text to token numbers and back: bytes, GPT-2's BPE, any tokenizer.json, WordPiece, bare ids."""
+"""Tokenizers: bytes, GPT-2's BPE, any tokenizer.json, WordPiece, and ids without a tokenizer."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data import embedded, storage
+from train.data.tokenizers import gpt2, pretrained
 from train.data.tokenizers.vocabulary import FILES, GPT2_FILES, Tokenizer, total
 
 __all__ = ["Tokenizer", "load"]
@@ -15,7 +16,7 @@ def load(name: str) -> Tokenizer:
     """The tokenizer of a name or path.
 
     Raises:
-      ValueError: there is none, or its files are not what their names say.
+      ValueError: there is no such tokenizer, or its files are damaged.
 
     >>> load("bytes").encode("né").tolist()
     [110, 195, 169]
@@ -26,11 +27,6 @@ def load(name: str) -> Tokenizer:
         return _bytes()
     if match := re.fullmatch(r"ids:([1-9]\d{0,8})", name):
         return _ids(name, int(match[1]))
-    from train.data.tokenizers import (
-        gpt2,
-        pretrained,  # late: bytes need no extra
-    )
-
     path = Path(name).expanduser()
     if path.is_dir() and (inner := inside(path)):
         return load(str(inner)) if inner != path else gpt2.load(path, name)
@@ -38,7 +34,7 @@ def load(name: str) -> Tokenizer:
         return pretrained.load(path, name)
     if path.is_file() and path.suffix.lower() == ".txt":
         return pretrained.load_wordpiece(path, name)
-    what = "holds none of those" if path.is_dir() else "is neither"
+    what = "holds none of these" if path.is_dir() else "is none of these"
     raise ValueError(
         f"unknown tokenizer {name!r}: give bytes, a folder with {' and '.join(GPT2_FILES)}, the "
         f"path of a tokenizer.json or of a WordPiece vocab.txt; {path.absolute()} {what}."
@@ -46,7 +42,7 @@ def load(name: str) -> Tokenizer:
 
 
 def inside(folder: Path) -> Path | None:
-    """What a folder has of a tokenizer: itself, for GPT-2's two files, or a file in it."""
+    """The tokenizer in a folder: the folder itself for GPT-2's two files, or a file in it."""
     if all((folder / file).is_file() for file in GPT2_FILES):
         return folder
     files = (folder / file for file in FILES.values())
@@ -54,8 +50,8 @@ def inside(folder: Path) -> Path | None:
 
 
 def _bytes() -> Tokenizer:
-    # Control characters that stand for what they were made for: NUL, start and end of text,
-    # substitute.
+    # Control characters in their original roles: NUL pads, 2 and 3 are start and end of text, and
+    # 26 is "substitute".
     return Tokenizer(
         "bytes", "bytes", 256, embedded.encode, embedded.decode, end=3, pad=0, begin=2, mask=26
     )
@@ -66,9 +62,9 @@ def _ids(name: str, size: int) -> Tokenizer:
         words = text.split()
         if not all(re.fullmatch(r"\d{1,9}", word) and int(word) < size for word in words):
             raise ValueError(
-                f"the text {text!r:.40} is not made of ids from 0 to {size - 1}, and nothing says "
-                "which text those are: give ids with blanks between them, such as '15 7', or train "
-                "with the tokenizer that they are of (--data.tokenizer)."
+                f"the text {text!r:.40} is not made of ids from 0 to {size - 1}, and the run has "
+                "no tokenizer: give ids with blanks between them, such as '15 7', or train with "
+                "the tokenizer that made the ids (--data.tokenizer)."
             )
         return storage.narrow([int(word) for word in words], np.int32, name)
 

@@ -1,4 +1,4 @@
-"""The files of a tokenizer that `transformers` loads: written for ours, found in its folders."""
+"""Tokenizer files of `transformers`: writes them for our tokenizers, and copies its own."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ from models.reading import LARGEST, read_json
 from models.weights import inside
 from models.writing import replace, replace_text
 from train.data import embedded
-from train.data.tokenizers import Tokenizer
+from train.data.tokenizers.gpt2 import byte_characters
+from train.data.tokenizers.vocabulary import Tokenizer
 from train.extras import need
 
 KEPT = (
@@ -23,17 +24,17 @@ KEPT = (
     "merges.txt",
     "vocab.txt",
 )
-"""Files of a folder that an imported run keeps, and that its export has again as they are."""
+"""Files that an imported run keeps, and that its export contains unchanged."""
 _BYTE_LEVEL = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _PLAIN = {"type": "ByteLevel"}  # a post-processor that adds no token
 _BYTES_WITH_A_ROLE = (0, 2, 3, 26)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies the files of `KEPT` that a folder has.
+    """Copies those files of `KEPT` that a folder has.
 
     Raises:
-      ValueError: one is a link out of its folder, or longer than any such file.
+      ValueError: one is a link out of its folder, or too large.
     """
     for name in KEPT:
         if not (source / name).is_file():
@@ -49,13 +50,13 @@ def write(tokenizer: Tokenizer, folder: Path, *, length: int, encoder: bool) -> 
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Args:
-      tokenizer: any that is text.
-      folder: exists.
+      tokenizer: one with `is_text`.
+      folder: an existing folder.
       length: the longest sequence of the model.
-      encoder: rows are put between [CLS] and [SEP], or what stands for them.
+      encoder: whether rows are put between [CLS] and [SEP], or the tokens in their roles.
 
     Raises:
-      ValueError: the library `tokenizers` is missing, or its tokens would be other ones.
+      ValueError: the library `tokenizers` is missing, or would give other tokens.
     """
     spec = specification(tokenizer) | {"truncation": None, "padding": None}
     content = _contents(spec)
@@ -98,18 +99,19 @@ def specification(tokenizer: Tokenizer) -> dict[str, Any]:
     text = embedded.decode(embedded.shakespeare().heldout) + "Ünïcödé, 中文 и\t\n don't  stop 3,141"
     if model.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).tolist():
         raise ValueError(
-            f"{tokenizer.name} as a tokenizer.json has other tokens: give the run a tokenizer.json."
+            f"{tokenizer.name} gives other tokens as a tokenizer.json: give the run a "
+            "tokenizer.json."
         )
     return json.loads(model.to_str())
 
 
 def bytes_specification() -> dict[str, Any]:
-    """The tokenizer.json of which every token is the byte of its number.
+    """A tokenizer.json whose token i is byte i.
 
-    Those with a role are written as they are and not as the letters that stand for bytes in
-    GPT-2's files, since `transformers` looks for them in texts under the name that they have here.
+    Bytes with a role are written as themselves and not as the letters that stand for bytes in
+    GPT-2's files, because `transformers` searches texts for special tokens by name.
     """
-    names = _byte_letters() | {byte: chr(byte) for byte in _BYTES_WITH_A_ROLE}
+    names = byte_characters() | {byte: chr(byte) for byte in _BYTES_WITH_A_ROLE}
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     added = [
         {"id": byte, "content": chr(byte), **dict.fromkeys(flags, False), "special": True}
@@ -141,7 +143,7 @@ def is_bytes(spec: dict[str, Any]) -> bool:
 
 
 def byte_pairs(library: Any, vocabulary: Path, merges: Path, stated: dict[str, Any]) -> Any:
-    """GPT-2's tokenizer of the library, from its two files."""
+    """GPT-2's tokenizer as an object of the library, from its two files."""
     model = library.ByteLevelBPETokenizer.from_file(
         str(vocabulary), str(merges), add_prefix_space=stated.get("add_prefix_space") is True
     )
@@ -150,7 +152,10 @@ def byte_pairs(library: Any, vocabulary: Path, merges: Path, stated: dict[str, A
 
 
 def word_pieces(library: Any, vocabulary: Path, stated: dict[str, Any]) -> Any:
-    """BERT's tokenizer of the library; lower-case as it is stated, else if its words are."""
+    """BERT's tokenizer as an object of the library.
+
+    It lowers the case as stated; by default if the vocabulary has no capitals.
+    """
     words = vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     cased = any(word != word.lower() for word in words if not word.startswith("["))
     return library.BertWordPieceTokenizer(
@@ -162,7 +167,7 @@ def word_pieces(library: Any, vocabulary: Path, stated: dict[str, Any]) -> Any:
 
 
 def _contents(spec: dict[str, Any]) -> dict[int, str]:
-    """Token -> its name, of a tokenizer.json."""
+    """Id -> content of each token of a tokenizer.json."""
     vocab, added = spec["model"]["vocab"], spec.get("added_tokens") or []
     named = vocab.items() if isinstance(vocab, dict) else [(w[0], i) for i, w in enumerate(vocab)]
     added = {token["id"]: token["content"] for token in added}
@@ -170,7 +175,7 @@ def _contents(spec: dict[str, Any]) -> dict[int, str]:
 
 
 def _between(content: dict[int, str], begin: int, end: int) -> dict[str, Any]:
-    """The rule that puts a text, or a pair, between two tokens."""
+    """The post-processor that puts a text, or a pair, between two tokens."""
 
     def special(number: int, kind: int) -> dict[str, Any]:
         return {"SpecialToken": {"id": content[number], "type_id": kind}}
@@ -188,10 +193,3 @@ def _between(content: dict[int, str], begin: int, end: int) -> dict[str, Any]:
         "pair": [*single, text("B", 1), special(end, 1)],
         "special_tokens": used,
     }
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in GPT-2's files."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}

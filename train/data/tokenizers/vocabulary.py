@@ -1,4 +1,4 @@
-"""What every tokenizer is: a vocabulary, two functions, and the tokens that are no text."""
+"""The interface of every tokenizer: a vocabulary, encode, decode and the special tokens."""
 
 import collections
 import contextlib
@@ -15,39 +15,39 @@ from train import files
 from train.data import storage
 
 HOLE = "\ufffd"
-"""What an id below `vocab_size` that no token has is decoded to."""
+"""Decoded form of an id below `vocab_size` that no token has."""
 GPT2_FILES = ("encoder.json", "vocab.bpe")
-FILES = {".json": "tokenizer.json", ".txt": "vocab.txt"}  # of one file: what a folder calls it
+FILES = {".json": "tokenizer.json", ".txt": "vocab.txt"}  # suffix -> name in a folder
 _LARGEST = 2**31 - 1  # batches are int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary, and the tokens in it that are no text."""
+    """A vocabulary with its encoder, decoder and special tokens."""
 
     name: str
-    """As it was asked for: bytes, ids:N, or a path."""
+    """As the user gave it: bytes, ids:N, or a path."""
     hash: str
-    """Of all that changes the tokens of a text."""
+    """Hash of everything that decides the tokens of a text."""
     vocab_size: int
-    """The largest id and one, added tokens included; ids below it that no token has are holes."""
+    """One more than the largest id, added tokens included; ids that no token has are holes."""
     encode: Callable[[str], np.ndarray]
-    """Text to int[T], without tokens that are no text: text that spells one of them is text."""
+    """Text -> int[T]. Adds no special tokens, and text that spells one is encoded as text."""
     decode: Callable[[np.ndarray], str]
-    """Any ids below `vocab_size` to text; a hole becomes the replacement character U+FFFD."""
+    """Any ids below `vocab_size` -> text; a hole becomes the replacement character U+FFFD."""
     end: int
-    """Ends a document, and parts sentences: <|endoftext|>, [SEP]; -1 if `is_text` is false."""
+    """Ends a document or a sentence: <|endoftext|> or [SEP]; -1 if `is_text` is false."""
     pad: int
     begin: int | None = None
     """[CLS]."""
     mask: int | None = None
     """[MASK]."""
     files: tuple[Path, ...] = ()
-    """What it was read from."""
+    """The files it was read from."""
     is_text: bool = True
-    """False where ids are all that is known, and nothing says which text they are."""
+    """False for ids whose tokenizer is unknown, so that they cannot be shown as text."""
     rules: int = 1
-    """Counts up when the same files give other tokens: tokens of older rules are made again."""
+    """Version of the encoder; a new one makes prepared tokens again, since they may differ."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -55,7 +55,7 @@ class Tokenizer:
         return storage.smallest(self.vocab_size)
 
     def copy(self, folder: Path) -> None:
-        """Writes what it was read from into a folder, which then names this tokenizer."""
+        """Copies its files into a folder, whose path then names this tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.files:
             name = path.name if len(self.files) > 1 else FILES[path.suffix.lower()]
@@ -66,7 +66,7 @@ def size_of(ids: Iterable[int], where: str | Path) -> int:
     """The size of a vocabulary with these ids.
 
     Raises:
-      ValueError: one of them is no id.
+      ValueError: one is not an id, or two tokens share one.
     """
     ids = list(ids)
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < _LARGEST]
@@ -88,7 +88,7 @@ def size_of(ids: Iterable[int], where: str | Path) -> int:
 def total(
     decode: Callable[[list[int]], str], ids: Sequence[int], size: int
 ) -> Callable[[np.ndarray], str]:
-    """A decoder of every id below `size`; those that are not among `ids` become `HOLE`."""
+    """A decoder for every id below `size`; those that are not in `ids` become `HOLE`."""
     full = len(ids) == size
     known = np.empty(0, np.int64) if full else np.fromiter(ids, np.int64)
 
@@ -97,8 +97,8 @@ def total(
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             raise ValueError(
                 f"tokens reach from {tokens.min()} to {tokens.max()}, the vocabulary from 0 to "
-                f"{size - 1}: sample from its logits alone, or decode with the tokenizer that the "
-                "model was trained on."
+                f"{size - 1}: sample from that many logits only, or decode with the tokenizer that "
+                "the model was trained on."
             )
         holes = [] if full else np.flatnonzero(~np.isin(tokens, known))
         if not len(holes):
@@ -112,18 +112,18 @@ def total(
 
 @contextlib.contextmanager
 def named(where: str | Path, kind: str = "tokenizer that the library can use") -> Iterator[None]:
-    """Turns any error of a tokenizer's library into a ValueError that names its file."""
+    """Turns any error of a tokenizer library into a ValueError that names the file."""
     try:
         yield
     except BaseException as error:
-        # The library raises nothing narrower than Exception, and its panics are not even those.
+        # The library raises plain Exception, and its panics are BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(
-            f"{where} is no {kind} ({error}). Take the file from its source again."
+            f"{where} is not a {kind} ({error}). Take the file from its source again."
         ) from error
 
 
 def hash_of(files: Sequence[Path]) -> str:
-    """A hash of the contents of files."""
+    """A hash of the contents of several files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

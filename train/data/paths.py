@@ -1,11 +1,11 @@
-"""Where data is: paths that are taken literally where they exist, globs, and what is no path."""
+"""Paths and globs of data; a path that exists is taken literally, brackets and stars included."""
 
 import glob
 from pathlib import Path
 
 
 def absolute(path: str) -> str:
-    """A path or glob from the root on, so that it means the same from any folder.
+    """A path or glob as an absolute one, so that it means the same from any folder.
 
     >>> absolute("/data/*.txt")
     '/data/*.txt'
@@ -14,10 +14,10 @@ def absolute(path: str) -> str:
 
 
 def files_of(pattern: str) -> list[Path]:
-    """The files of a path or glob, by name.
+    """The files of a path or glob, sorted by name.
 
-    What exists is taken literally, brackets and stars included: first the whole path, then each
-    folder that leads to a glob.
+    Whatever exists is taken literally, brackets and stars included: first the whole path, then
+    the longest existing folder that leads to a glob.
     """
     path = Path(absolute(pattern))
     if path.is_file():
@@ -27,6 +27,6 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def _escaped(path: Path) -> str:
-    """The pattern with the longest folder that exists kept from being one."""
+    """The pattern, with the longest existing folder escaped so that it matches literally."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     return str(Path(glob.escape(str(folder)), path.relative_to(folder)))
