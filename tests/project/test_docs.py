@@ -1,4 +1,4 @@
-"""The documentation can fail the build. Doctests of modules run by themselves (pyproject.toml)."""
+"""Errors in the documentation fail the build. pytest runs the doctests of modules itself."""
 
 import ast
 import doctest
@@ -22,13 +22,13 @@ PUBLIC = {
 }
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 CLASSES = [name for name, value in PUBLIC.items() if inspect.isclass(value)]
-# Runs take minutes, `preset` makes a Config, and an Estimator is called by the library alone.
+# These train for minutes.
 WITHOUT_EXAMPLE = {"train.train", "train.resume"}
 WITHOUT_SOURCE = {"sophia_optax.diagnostics", "sophia_optax.flax.of_params"}
 
 
 def definition(name):
-    """Source lines and syntax tree: unlike `__doc__` these hold no text that Python made up."""
+    """Source lines and syntax tree; `__doc__` may hold text that Python generated."""
     source = textwrap.dedent(inspect.getsource(PUBLIC[name]))
     return source.splitlines(), ast.parse(source).body[0]
 
@@ -76,8 +76,8 @@ def api():
     return runpy.run_path(str(ROOT / "docs/api.py"))
 
 
-def test_the_api_page_is_what_the_docstrings_say(api):
-    stale = f"docs/api.md is stale; write it again: {api['COMMAND']}"
+def test_the_api_page_is_up_to_date(api):
+    stale = f"docs/api.md is stale. Write it again: {api['COMMAND']}"
     assert (ROOT / "docs/api.md").read_text() == api["page"](), stale
 
 
@@ -85,13 +85,13 @@ def test_the_api_page_has_an_entry_for_each_public_name_and_links_to_no_other(ap
     page, names = api["page"](), sophia_optax.__all__
     assert re.findall(r"^### `(\w+)`$", page, re.MULTILINE) == names
     assert set(re.findall(r"\]\(#(\w+)\)", page)) == {name.lower() for name in names}
-    for name in names:  # to its end
+    for name in names:  # each docstring is there to its end
         doc = inspect.getdoc(PUBLIC[f"sophia_optax.{name}"])
         assert re.split(r"\n *|: ", doc)[-1] in page
 
 
 def test_the_api_page_renders_each_part_of_a_docstring(api):
-    """A section as a list, an equation and an example as code, stars and angles as themselves."""
+    """Sections become lists, equations and examples code; stars and angle brackets are escaped."""
     assert api["render"]("Args:\n  b1: decay, a\n    c: of m.\n  **extra: passed on.") == (
         "**Args:**\n\n- `b1`: decay, a\n  - `c`: of m.\n- `**extra`: passed on."
     )
@@ -122,7 +122,7 @@ def test_the_recipes_run():
 
 
 def anchor(heading):
-    """As GitHub makes it."""
+    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -149,7 +149,7 @@ PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_to_files_lead_somewhere(name):
+def test_links_to_files_exist(name):
     path = ROOT / name
     prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
@@ -162,7 +162,7 @@ def headings(path):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_to_headings_lead_to_one(name):
+def test_links_to_headings_exist(name):
     path = ROOT / name
     for page, mark in re.findall(r"\]\(([\w./]*)#([^)]*)\)", path.read_text()):
         assert mark in headings(path.parent / page if page else path), mark
