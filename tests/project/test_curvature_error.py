@@ -70,7 +70,7 @@ def test_hutchinson_needs_no_reference_for_its_total_error():
 
 
 def test_rows_are_shuffled_between_draws():
-    """Otherwise a sub-batch would always have the same rows, and the error would lack their noise."""
+    """Otherwise a sub-batch always has the same rows, and the error lacks their noise."""
     rows = jnp.arange(8.0)[:, None]
     p = curvature_error.Problem(jnp.ones(1), lambda *_: rows, lambda *_: rows, rows)
     seen = curvature_error.draws(p, lambda *_, inputs, **unused: inputs[::4, 0], 200)

@@ -106,7 +106,7 @@ def test_the_table_and_the_json_file_have_every_row(tmp_path, monkeypatch, capsy
 
 
 def test_blocks_of_rows_cost_a_fraction_of_muon_and_half_its_state():
-    """Nine Newton-Schulz steps on two blocks of 128 rows, and two products of a block and its rows."""
+    """Nine Newton-Schulz steps on two blocks of 128 rows, and two products with each block."""
     ours, muon = (
         matrix_cost.measure(name, (256, 512)) for name in ("orthosoph", "optax.contrib.muon")
     )
