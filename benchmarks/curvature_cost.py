@@ -189,7 +189,7 @@ def wall_times(config: DecoderConfig, rows: int, length: int, rounds: int) -> Fi
 
 
 def in_plain_steps(times: dict[str, list[float]]) -> Figures:
-    """Medians of ratios to plain steps. With lax.cond, every second step samples, the first not."""
+    """Medians of ratios to plain steps. With lax.cond, steps 1, 3, ... sample curvature."""
     ratios = {
         name: [t / p for t, p in zip(seconds, times["plain"], strict=True)]
         for name, seconds in times.items()

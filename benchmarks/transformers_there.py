@@ -81,19 +81,19 @@ def byte_fallback(text: str) -> tokenizers.Tokenizer:
 
 
 def word_pieces(text: str) -> tokenizers.Tokenizer:
-    """BERT's kind, lower-case."""
+    """A tokenizer like BERT's, lower-case."""
     model = tokenizers.BertWordPieceTokenizer()
     model.train_from_iterator(text.splitlines(), vocab_size=VOCABULARY, show_progress=False)
     return model._tokenizer
 
 
 def fast(model: tokenizers.Tokenizer, **special: str) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer that transformers saves."""
+    """Wraps a tokenizer so that transformers can save it."""
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
 
 
 def make(folder: Path) -> None:
-    """Saves models with tokenizers, some with the older files of a tokenizer alone."""
+    """Saves models with tokenizers, some of them only with the older files of a tokenizer."""
     text = (folder / "text.txt").read_text(encoding="utf-8")[:200_000]
     torch.manual_seed(0)
     end = "<|endoftext|>"

@@ -114,12 +114,3 @@ def test_ci_installs_pinned_versions(name):
     extras = PROJECT["optional-dependencies"]
     for extra in ("train", "notebooks", "dev"):
         assert set(names(extras[extra])) <= pinned
-
-
-def test_imports_run_one_way():
-    allowed = {"sophia_optax": (), "models": (), "train": ("models", "sophia_optax")}
-    for package, may in allowed.items():
-        for path in (ROOT / package).rglob("*.py"):
-            text = path.read_text()
-            for other in set(allowed) - {package, *may}:
-                assert not re.search(rf"^\s*(from|import) {other}\b", text, re.MULTILINE), path
