@@ -144,7 +144,7 @@ def best_of(losses: Mapping[float, float]) -> float:
 
 
 def tune(optimizer: str, finished: Finished, *, seeds: int, **budget: Any) -> dict[str, Any]:
-    """A row of the table: the best rate, the losses at half and twice that rate, and at each seed."""
+    """A row of the table: the best rate, its losses by seed, and the losses at half and twice it."""
 
     def at(rate: float, seed: int) -> dict[str, Any]:
         return finished(candidate(optimizer, rate, seed=seed, **budget))
