@@ -1,4 +1,4 @@
-"""Writes docs/api.md, the public names of sophia_optax with their docstrings: python docs/api.py"""
+"""Writes docs/api.md, all public names of sophia_optax with docstrings: python docs/api.py"""
 
 import ast
 import inspect
@@ -13,10 +13,10 @@ PATH = Path(__file__).parent / "api.md"
 SECTION = re.compile(r"(Args|Extra arguments of `update`|Returns|Raises|Source):\s")
 INTRODUCTION = f"""# API
 
-Every public name of `sophia_optax`, from the docstrings (`{COMMAND}` writes this page).
-In signatures `ArrayLike` and `DTypeLike` are those of `jax.typing`, `AxisName` is a name or a tuple
-of names of mesh axes, `Mask` a pytree of bools or a function that makes one of params, and
-`Denominator` a function of the arrays (h, v).
+Every public name of `sophia_optax` with its docstring (`{COMMAND}` writes this page).
+In signatures, `ArrayLike` and `DTypeLike` come from `jax.typing`, `AxisName` is the name of a mesh
+axis or a tuple of names, `Mask` is a pytree of bools or a function of params that returns one, and
+`Denominator` is a function of the arrays (h, v).
 """
 
 
@@ -52,7 +52,7 @@ def entry(name: str) -> str:
 
 
 def signature(value: object) -> str:
-    """The source without docstring: of a function its head, of a class its fields and methods."""
+    """The source without the docstring: a function's head, or a class's fields and methods."""
     source = textwrap.dedent(inspect.getsource(value))
     lines, node = source.splitlines(), ast.parse(source).body[0]
     docstring = node.body[0]
@@ -64,7 +64,7 @@ def signature(value: object) -> str:
 
 
 def render(block: str) -> str:
-    """Markdown of a paragraph, an equation, a section or a doctest."""
+    """Markdown for a paragraph, an equation, a section or a doctest."""
     if block.startswith(">>>"):
         return fenced(block, "python")
     if block.startswith("    "):
@@ -79,18 +79,18 @@ def render(block: str) -> str:
 
 
 def items(body: str) -> str:
-    """Lines `name: text` as a list, at two depths."""
+    """Lines `name: text` as a list with two levels."""
     name = r"^( *)((?:\*\*)?[\w.]+(?:, [\w.]+)*): "
 
     def item(match: re.Match[str]) -> str:
         return f"{match[1]}- `{match[2].replace(', ', '`, `')}`: "
 
     listed = prose(re.sub(name, item, body, flags=re.MULTILINE))
-    return re.sub(r"(\n +.*)\n(?=[^ -])", r"\1\n\n", listed)  # what follows a list is not of it
+    return re.sub(r"(\n +.*)\n(?=[^ -])", r"\1\n\n", listed)  # ends the list
 
 
 def prose(text: str) -> str:
-    """Escapes, outside of code, what Markdown would take for emphasis or HTML."""
+    """Escapes characters outside of code that Markdown would read as emphasis or HTML."""
     parts = re.split(r"(`[^`]*`)", text)
     parts[::2] = [re.sub(r"[*]|<(?=[a-zA-Z/!])", r"\\\g<0>", part) for part in parts[::2]]
     return "".join(parts)
@@ -101,7 +101,7 @@ def fenced(text: str, language: str) -> str:
 
 
 def link(match: re.Match[str], here: str) -> str:
-    """A name in code, led to its entry."""
+    """A name in code, linked to its entry."""
     known = match[1] in sophia_optax.__all__ and match[1] != here
     return f"[{match[0]}](#{match[1].lower()})" if known else match[0]
 

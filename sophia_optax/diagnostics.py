@@ -1,4 +1,4 @@
-"""What the optimizer's state says about the curvature it uses."""
+"""Scalars that show how an optimizer uses its curvature, read from its state."""
 
 import functools
 import math
@@ -42,38 +42,39 @@ def diagnostics(
     """Scalars about clipping, curvature and trust region, from an optimizer state of any nesting.
 
     Args:
-      opt_state: the state of a transformation that holds `clip_by_ratio`, `hessian_estimate` or
-        `trust_region`, inside any of optax's wrappers. Arrays may lie on a mesh or on the host.
+      opt_state: the state of a transformation that contains `clip_by_ratio`, `hessian_estimate` or
+        `trust_region`, inside any of optax's wrappers. Arrays may be on a mesh or on the host.
       quantiles: numbers in [0, 1], such as (.1, .5, .9): adds the norm of the curvature and these
-        quantiles of its coordinates; `()` adds the norm alone, which reads h twice. None reads
-        nothing but scalars.
+        quantiles of its coordinates. `()` adds only the norm, which reads h twice. None reads only
+        scalars.
 
     Returns:
       A flat dict of float32 scalars. From `clip_by_ratio`, as of the last refresh:
         clipped_fraction: share of clipped coordinates among those above the floor; NaN if no
-          coordinate is above it, or before the first refresh.
-        win_rate: its complement (the authors advise .1 to .5).
-        floored_fraction: share of all coordinates whose curvature is below the floor; they take
-          a sign step, and are counted in neither of the two above.
-        momentum_nonfinite_leaves: leaves whose momentum has a number that is NaN or infinite; a
-          gradient left it there, and the parameter is no longer finite either.
-      From `hessian_estimate`, where it is no `second_moment` beside another curvature:
-        hessian_age: updates since h last took a sample; 0 where it takes one on every update.
-        hessian_accepted, hessian_rejected: samples averaged, and refused as not finite.
-        hessian_zero_samples: samples averaged that were 0 in every coordinate: the estimator
-          sees no curvature at all, as with batch normalisation and a group a row.
+          coordinate is above it, and before the first refresh.
+        win_rate: 1 - clipped_fraction (the authors advise .1 to .5).
+        floored_fraction: share of all coordinates whose curvature is below the floor. They take
+          a sign step and count in neither of the two fractions above.
+        momentum_nonfinite_leaves: leaves whose momentum holds a NaN or infinite number. It came
+          with a gradient, and the parameter is no longer finite either.
+      From `hessian_estimate`, unless it is the `second_moment` of a `clip_by_ratio`:
+        hessian_age: updates since h last took a sample; 0 if it takes one at every update.
+        hessian_accepted, hessian_rejected: samples averaged, and samples rejected as non-finite.
+        hessian_zero_samples: averaged samples that were 0 in every coordinate: the estimator
+          sees no curvature at all, as with batch normalisation and one row per group.
         hessian_zero_leaves: leaves in which the last sample was 0 everywhere.
-        hessian_norm: Euclidean norm of h / mass, the bias-corrected average, whether or not the
-          transformation corrects; 0 while there is no sample.
-        hessian_quantile_0.5: the median of the coordinates of h / mass, and so on. Exact up to
-          65536 coordinates; of a larger tree every n-th one is taken, at most 65536 and always
-          the same. As many drawn at random would put the median at a rank of .5 ± .002.
+        hessian_norm: Euclidean norm of h / mass, the bias-corrected average, even if the
+          transformation does not correct its output; 0 before the first sample.
+        hessian_quantile_0.5: the median of the coordinates of h / mass, and likewise for the other
+          quantiles. Exact up to 65536 coordinates. Of a larger tree every n-th coordinate is read,
+          at most 65536 and always the same; as large a random sample would place the median
+          at a rank of .5 ± .002.
       From `trust_region`:
-        trust_radius: r, which the next step starts from.
-        predicted_reduction: of the loss, by the last step.
-      Where the state holds two of a kind, names lead with the keys of the dicts around them, such
-      as the labels of `optax.partition`: "matrices.win_rate"; where these do not tell them apart,
-      with the whole path. Empty for optimizers without any.
+        trust_radius: r, from which the next step starts.
+        predicted_reduction: predicted reduction of the loss by the last step.
+      If the state holds several states of one kind, names are prefixed with the keys of the dicts
+      around them, such as the labels of `optax.partition`: "matrices.win_rate". If these are equal,
+      they are prefixed with the whole path. Other optimizers give an empty dict.
 
     Raises:
       ValueError: a quantile is outside [0, 1].
@@ -124,13 +125,13 @@ def _scalars(state: Any, points: tuple[float, ...] | None) -> dict[str, jax.Arra
 
 
 def _bare(scalar: Any) -> jax.Array:
-    """The scalar in the box that `nnx.Optimizer` puts around each."""
+    """The scalar, out of the box that `nnx.Optimizer` puts it in."""
     (leaf,) = jax.tree.leaves(scalar)
     return leaf
 
 
 def _states(opt_state: optax.OptState) -> list[tuple[str, Any]]:
-    """The states of each kind, with what their names lead with."""
+    """(prefix of the names, state) of each state that is reported."""
     found = [
         (path, state)
         for kind in _FIELDS
@@ -151,13 +152,13 @@ def _labels(path: tuple[Any, ...]) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-@functools.partial(jax.jit, static_argnames="points")  # else each step of it copies the tree
+@functools.partial(jax.jit, static_argnames="points")  # else every operation copies the tree
 def _norm_and_quantiles(h: optax.Updates, mass: jax.Array, points: tuple[float, ...]):
-    """Of h / mass; h is 0 while its mass is."""
+    """Norm and quantiles of h / mass; both are 0 before the first sample."""
     scale = 1 / jnp.where(mass == 0, 1, mass).astype(jnp.float32)
     wide = jax.tree.map(lambda h: h.astype(jnp.float32), h)
     largest = optax.tree.norm(wide, ord=jnp.inf)
-    # Squares of curvature under- and overflow.
+    # Scaled first, as squares of curvature may over- or underflow.
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     norm = unit * optax.tree.norm(jax.tree.map(lambda h: h / unit, wide))
     values = jnp.quantile(_sample(h), jnp.asarray(points, jnp.float32))
@@ -165,10 +166,10 @@ def _norm_and_quantiles(h: optax.Updates, mass: jax.Array, points: tuple[float, 
 
 
 def _sample(tree: optax.Updates) -> jax.Array:
-    """float32[at most 2^16]: every n-th coordinate of the tree, as one long vector.
+    """float32[at most 2^16]: every n-th coordinate of the tree, read as one long vector.
 
-    Were n and the length of a row not coprime, only some columns would be seen. Coordinates are
-    gathered by index: slicing a flattened leaf would first gather a sharded one.
+    n is coprime to the size of each leaf; otherwise some columns would never be read. Coordinates
+    are gathered by index, since slicing a flattened leaf would first gather a sharded leaf.
     """
     leaves = [jnp.atleast_1d(x) for x in jax.tree.leaves(tree) if x.size]
     sizes = [x.size for x in leaves]
@@ -179,6 +180,6 @@ def _sample(tree: optax.Updates) -> jax.Array:
     for x in leaves:
         places = np.unravel_index(np.arange(first, x.size, stride), x.shape)
         first = (first - x.size) % stride
-        replicated = jax.typeof(x).sharding.update(spec=PartitionSpec())  # explicit axes ask
+        replicated = jax.typeof(x).sharding.update(spec=PartitionSpec())  # explicit axes need it
         parts.append(x.at[places].get(out_sharding=replicated).astype(jnp.float32))
     return jnp.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Flax models and train states for optimizers that take extra arguments; needs `flax`."""
+"""Flax modules and train states with optimizers that take extra arguments; needs `flax`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,29 +26,30 @@ def of_params(
     wrt: Any = nnx.Param,
     has_state: bool = False,
 ) -> Callable[..., Any]:
-    """Makes a function of an NNX module one of its parameters, as `obj_fn` and `logits_fn` are.
+    """Turns a function of an NNX module into a function of its parameters, such as `obj_fn`.
 
-    Each call gets a copy of the module with these parameters in place. Counters of dropout and
-    running averages move in the copy; `model` itself keeps its own.
+    Each call runs on a copy of the module that holds the given parameters. Dropout counters and
+    running averages change in the copy; `model` keeps its own.
 
     Args:
-      function: `(model, *arguments) -> result`. What it sets on the model, as `model.eval()` does,
-        ends with the call.
-      model: of `nnx.Optimizer`. Make the function where it is used, inside `nnx.jit`: all that is
-        not `wrt` is read now.
-      wrt: filter of the parameters, that of `nnx.Optimizer`.
-      has_state: the result is `(function(model, *arguments), state)`, state being all variables of
-        the copy that are not `wrt`, after the call: for `value_grad_and_hessian` with
-        `has_state=True`, or as the auxiliary output of Hutchinson's `obj_fn`. `nnx.update(model,
-        state)` puts it into the model.
+      function: `(model, *arguments) -> result`. Settings that it changes on the model, as with
+        `model.eval()`, end with the call.
+      model: the module of `nnx.Optimizer`. Call `of_params` where the function is used, inside
+        `nnx.jit`, since it reads all variables that are not `wrt` at once.
+      wrt: filter of the parameters, the same as in `nnx.Optimizer`.
+      has_state: return `(function(model, *arguments), state)`, where state holds all variables of
+        the copy that are not `wrt`, after the call. Use it for `value_grad_and_hessian` with
+        `has_state=True`, or for the auxiliary output of Hutchinson's `obj_fn`; `nnx.update(model,
+        state)` writes it into the model.
 
     Returns:
-      A function `(params, *arguments)`, pure. Its params are what `nnx.Optimizer` hands on, or
-      `nnx.state(model, wrt)`. Masks of dropout are those that the model draws next, the same for
-      each group of an estimator; for others call `nnx.reseed` in `function` with a key of `inputs`.
+      A pure function `(params, *arguments)`. `params` is what `nnx.Optimizer` passes on, or
+      `nnx.state(model, wrt)`. Dropout masks are those that the model draws next, the same in each
+      row group of an estimator. For different masks call `nnx.reseed` in `function` with a key from
+      `inputs`.
 
     Raises:
-      ValueError: on the call, if params are not those that `wrt` selects of the model.
+      ValueError: when called, if `params` are not the variables that `wrt` selects.
 
     >>> import jax.numpy as jnp
     >>> from sophia_optax import sophia_h
@@ -71,7 +72,7 @@ def of_params(
         if _structure(params) != structure:
             raise ValueError(
                 f"params have {len(jax.tree.leaves(params))} leaves, which are not the "
-                f"{structure.num_leaves} that wrt={wrt} selects of the model. Pass of_params the "
+                f"{structure.num_leaves} that wrt={wrt} selects in the model. Pass of_params the "
                 "`wrt` of nnx.Optimizer."
             )
         copied = nnx.merge(graph, params, rest, copy=True)
@@ -91,9 +92,9 @@ def _structure(params: Any) -> Any:
 class TrainState(train_state.TrainState):
     """Flax's TrainState whose `apply_gradients` passes extra arguments to the optimizer.
 
-    Of the keywords of `apply_gradients` those that name fields, such as `batch_stats` of a
-    subclass, are put in their place as in Flax. All others go to `tx.update`; optimizers ignore
-    what they do not know, so a field that is misspelt is not noticed.
+    Keywords of `apply_gradients` that name fields, such as `batch_stats` of a subclass, replace
+    these fields as in Flax. All others are passed to `tx.update`. Optimizers ignore arguments that
+    they do not know, so a misspelt field goes unnoticed.
 
     >>> import jax, jax.numpy as jnp
     >>> from sophia_optax import sophia_h
@@ -109,11 +110,11 @@ class TrainState(train_state.TrainState):
         """One step of the optimizer.
 
         Args:
-          grads: as params.
-          **kwargs: fields to replace, and extra arguments of `tx.update`.
+          grads: gradients, shaped as params.
+          **kwargs: new values of fields, and extra arguments of `tx.update`.
 
         Returns:
-          The next state.
+          The state after the step.
         """
         fields = {name: x for name, x in kwargs.items() if name in self.__dataclass_fields__}
         extra = {name: x for name, x in kwargs.items() if name not in fields}

@@ -69,12 +69,12 @@ class Settings(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What one call evaluates, and where."""
+    """Arguments of one call."""
 
     key: jax.Array
     params: Tree  # marked as varying over `axis_name`
     batch: Rows  # all rows
-    sampled: Rows  # those that are sampled
+    sampled: Rows  # the rows that are sampled
     axis_name: AxisName
 
 
@@ -153,6 +153,7 @@ def sample_with_gradient(
 def _call(
     settings: Settings, key: jax.Array, params: Tree, batch: Rows, axis_name: AxisName
 ) -> Call:
+    """Cuts the sampled rows from the batch and marks params as varying."""
     rows = sampled_rows(batch, settings.groups, settings.batch_fraction)
     return Call(key, varying(params, axis_name), batch, rows, axis_name)
 
@@ -173,7 +174,10 @@ def _shared_pass(settings: Settings, call: Call, model: Model) -> Evaluation:
 
 
 def _separate_passes(settings: Settings, call: Call, model: Model) -> Evaluation:
-    """The gradient of all rows, then a sample: idle slots need not divide the remaining rows."""
+    """The gradient of all rows first, then a sample.
+
+    For rounds with idle slots: the remaining rows of a shared pass may not divide into slots.
+    """
     forward = logits_pass(model._replace(loss_fn=None))
     check_stride(batch_size(call.batch[:2]), settings.stride)
     true, (aux, state) = _gradient_of_batch(settings, call, model, call.batch)
@@ -183,7 +187,7 @@ def _separate_passes(settings: Settings, call: Call, model: Model) -> Evaluation
 def _gradient_of_batch(
     settings: Settings, call: Call, model: Model, rows: Rows
 ) -> tuple[LossAndGradient, tuple[Tree, Tree]]:
-    """(loss and gradient, (auxiliary output, state)) of some rows, of which none is sampled."""
+    """(loss and gradient, (auxiliary output, state)) of these rows, without sampling."""
     if settings.spmd_axis_name is not None and not (call.axis_name or manual_axes()):
         parallel = settings.parallel_groups, settings.spmd_axis_name
         model = model._replace(logits_fn=in_parallel_groups(model.logits_fn, *parallel))
@@ -199,7 +203,7 @@ def _evaluate_groups(
     key, rows, axis_name = call.key, call.sampled, call.axis_name
     if axis_name:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    # JAX gives vmap no way to spread groups over explicit axes, nor to sum them in manual ones.
+    # jax.vmap cannot spread groups over explicit axes, nor sum over groups inside manual axes.
     alone = axis_name or manual_axes() or explicit_mesh(rows)
     parallel = 1 if alone else settings.parallel_groups
     group_axis = GROUP_AXIS if parallel > 1 else None
@@ -242,6 +246,7 @@ def _evaluate_group(
 
 
 def _check_aux(settings: Settings, aux: Tree, rows: Rows) -> None:
+    """Rejects auxiliary output that cannot be joined row by row, if it must be joined."""
     if settings.groups > 1 or settings.stride > 1:
         number = batch_size((rows.inputs, rows.weights))
         check_aux_rows(aux, number, settings.groups, settings.batch_fraction)

@@ -36,7 +36,7 @@ class Settings(NamedTuple):
     mode: str
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Extra arguments of one call."""
 
     obj_fn: Any
@@ -60,7 +60,7 @@ def sample(
 ) -> Tree:
     """One sample of h."""
     del updates, unused
-    return _evaluate(settings, key, params, _Call(obj_fn, inputs, row_numbers, axis_name))[1]
+    return _evaluate(settings, key, params, Call(obj_fn, inputs, row_numbers, axis_name))[1]
 
 
 def sample_with_gradient(
@@ -84,7 +84,7 @@ def sample_with_gradient(
             "way to return a state. With hutchinson, return the new state as the auxiliary output "
             "of `obj_fn`: has_aux=True."
         )
-    call = _Call(obj_fn, inputs, row_numbers, axis_name, has_aux)
+    call = Call(obj_fn, inputs, row_numbers, axis_name, has_aux)
     whole, h = _evaluate(settings, key, params, call)
     if whole is None or round(1 / settings.batch_fraction) > 1:
         # Means over parts cannot be combined: `obj_fn` may weigh its rows.
@@ -95,9 +95,9 @@ def sample_with_gradient(
 
 
 def _evaluate(
-    settings: Settings, key: jax.Array, params: Tree, call: _Call
+    settings: Settings, key: jax.Array, params: Tree, call: Call
 ) -> tuple[tuple[Tree, tuple[jax.Array, Tree]] | None, Tree]:
-    """(gradient and (loss, aux) of the sampled rows, or None with groups; h)."""
+    """((gradient, (loss, aux)) of the sampled rows, h); the first is None with several groups."""
     params = jax.tree.map(jnp.asarray, params)  # a parameter may be a Python number
     if settings.groups > 1:
         return None, _mean_over_groups(settings, key, params, call)
@@ -108,7 +108,7 @@ def _evaluate(
     return (grads, value), h
 
 
-def _mean_over_groups(settings: Settings, key: jax.Array, params: Tree, call: _Call) -> Tree:
+def _mean_over_groups(settings: Settings, key: jax.Array, params: Tree, call: Call) -> Tree:
     """The mean of h over groups of interleaved rows, one after the other."""
 
     def of_group(x):
@@ -121,7 +121,7 @@ def _mean_over_groups(settings: Settings, key: jax.Array, params: Tree, call: _C
     return optax.tree.scale(1 / settings.groups, total)
 
 
-def _interleaved_groups(settings: Settings, call: _Call) -> tuple[Tree, jax.Array]:
+def _interleaved_groups(settings: Settings, call: Call) -> tuple[Tree, jax.Array]:
     """(inputs, row numbers) of the sampled rows, [groups, rows / groups, ...]."""
     if call.inputs is None:
         raise ValueError(
@@ -164,6 +164,7 @@ def _differentiate(
 
 
 def _draw_probe(probe: Probe, key: jax.Array, params: Tree) -> Tree:
+    """The random vector u, shaped as params."""
     if callable(probe):
         return probe(key, params)
     sampler = jax.random.rademacher if probe == "rademacher" else jax.random.normal
@@ -171,7 +172,7 @@ def _draw_probe(probe: Probe, key: jax.Array, params: Tree) -> Tree:
 
 
 def _times(u: Tree, hu: Tree, axis_name: AxisName) -> Tree:
-    """U ⊙ (H u), with H u averaged over the shards."""
+    """The product u ⊙ (H u), with H u averaged over the shards."""
     hu = across(jax.lax.pmean, hu, axis_name)
     return jax.tree.map(lambda u, hu: widen(u) * widen(hu), u, hu)
 
@@ -188,7 +189,7 @@ def _linearize(mode: str, gradient: Callable, params: Tree) -> tuple[Tree, Calla
 
 
 def _gradient_of(
-    call: _Call, params: Tree, fraction: float = 1
+    call: Call, params: Tree, fraction: float = 1
 ) -> Callable[[Tree], tuple[Tree, tuple[jax.Array, Tree]]]:
     """`params -> (gradient, (loss, aux))` on a fraction of the rows."""
     obj_fn = checks.given(

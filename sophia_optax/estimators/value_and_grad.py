@@ -48,8 +48,8 @@ def value_grad_and_hessian(
         other leaves from one of them. With `hutchinson`, use the auxiliary output for the state.
 
     Returns:
-      A function `(key, params, **extra) -> (loss, gradient, h)`. In the place of the loss it
-      returns `(loss, aux)`, `(loss, state)` or `(loss, aux, state)`, as `has_aux` and `has_state`
+      A function `(key, params, **extra) -> (loss, gradient, h)`. In place of the loss it returns
+      `(loss, aux)`, `(loss, state)` or `(loss, aux, state)`, as `has_aux` and `has_state`
       say. The gradient has the dtypes of params. Pass the sample on with
       `tx.update(gradient, state, params, hessian=h)`. The key that `hessian_estimate(seed=s)` uses
       at its update n = 0, 1, ... is `jax.random.fold_in(jax.random.key(s), n)`. Each estimator

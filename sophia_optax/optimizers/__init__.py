@@ -1,1 +1,1 @@
-"""Optimizers, each one sentence of composition."""
+"""Optimizers: one file for each, with its docstring and its composition of transformations."""

@@ -1,1 +1,1 @@
-"""Gradient transformations that averages, clips, regions and blocks are made of."""
+"""Gradient transformations, the parts that optimizers are composed of."""

@@ -1,5 +1,6 @@
 """When curvature is sampled, and how samples are averaged."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from sophia_optax import checks
 from sophia_optax.estimators.base import Estimator, check_estimator
 from sophia_optax.numerics import accumulation_dtype, widen, widest
 from sophia_optax.sharding import AxisName, varying_like
-from sophia_optax.transforms.holes import none_left_alone
+from sophia_optax.transforms.none_leaves import skip_none_leaves
+from sophia_optax.transforms.stochastic_rounding import round_to
 
 ArrayLike = jax.typing.ArrayLike
 DTypeLike = jax.typing.DTypeLike
@@ -32,11 +34,11 @@ class HessianEstimateState(NamedTuple):
 
     count: jax.Array  # int32 (), updates seen  # pyright: ignore[reportIncompatibleMethodOverride]
     accepted: jax.Array  # int32 (), samples averaged into h
-    rejected: jax.Array  # int32 (), samples refused because they were not finite
+    rejected: jax.Array  # int32 (), samples rejected because they were not finite
     age: jax.Array  # int32 (), updates since h last took a sample
-    mass: jax.Array  # float32 (), total weight of the samples in h; 1 in the limit
-    h: optax.Updates  # float32 or `dtype`, shaped as params: the uncorrected average
-    zero: jax.Array  # int32 (), samples averaged that were 0 in every coordinate
+    mass: jax.Array  # float32 (), total weight of the samples in h; it tends to 1
+    h: optax.Updates  # float32 or `dtype`, shaped as params: the average before bias correction
+    zero: jax.Array  # int32 (), averaged samples that were 0 in every coordinate
     zero_leaves: jax.Array  # int32 (), leaves in which the last sample was 0 everywhere
 
 
@@ -49,48 +51,53 @@ def hessian_estimate(
     seed: ArrayLike = 0,
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
+    reject: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradients in, smoothed diagonal curvature out.
 
-        h <- decay h + (1 - decay) ĥ          when a refresh is due, before h is used
-        mass <- decay mass + (1 - decay)      likewise
+        h <- decay h + (1 - decay) ĥ          at a refresh, before h is used
+        mass <- decay mass + (1 - decay)      at a refresh
         out = h / mass  (0 while mass is 0), or h without bias correction
 
-    A refresh is due at counts 0, k, 2k, ... A sample with a value that is not finite is refused
-    whole and counted. Where h changes on every update (`update_interval=1`, driven by the
-    counter) such values are refused coordinate by coordinate, and not counted: a test of the
-    whole tree at every step would cost a pass over the parameters.
+    A refresh takes one sample ĥ of the curvature. It is due at counts 0, k, 2k, ...
 
     Args:
-      estimator: makes one sample ĥ, such as `hutchinson()` or `gauss_newton_bartlett()`; None where
-        every sample comes from outside, as `hessian`.
+      estimator: makes a sample ĥ, such as `hutchinson()` or `gauss_newton_bartlett()`. None if
+        every sample is passed to `update` as `hessian`.
       decay: β2 in [0, 1), per sample.
       update_interval: k >= 1, updates between samples.
-      bias_correction: divide by mass, so that h is right from the first sample on.
-      seed: the sample at count n uses `fold_in(key(seed), n)`.
+      bias_correction: divide by mass, so that h is unbiased from the first sample on.
+      seed: the sample at count n uses the key `fold_in(key(seed), n)`.
       dtype: dtype of h; None is float32, or float64 where the parameter is. "bfloat16" is rounded
-        stochastically, since rounding to nearest stalls short of the mean.
+        stochastically, because rounding to nearest stalls short of the mean.
       axis_name: axis of an enclosing `shard_map` over which batches are sharded.
+      reject: what a NaN or infinite value in a sample does.
+        "sample": the whole sample is rejected and counted in `rejected`. The test costs one more
+        pass over the sample at each refresh.
+        "coordinate": that coordinate keeps its h and all others are averaged. Nothing is counted,
+        neither in `rejected` nor in `zero`.
+        "auto": "coordinate" for samples that the counter takes at every update
+        (`update_interval=1`, neither `refresh` nor `hessian` passed), where the pass would be paid
+        at every step; "sample" for all others.
 
     Extra arguments of `update`:
-      hessian: pytree shaped as params, a sample made outside; replaces the call of the estimator.
-      refresh: None: now if `hessian` is given, else when due by the counter (`lax.cond`). A
-        Python or NumPy bool: a static choice, with no cond in the program. A boolean array: cond.
-        False needs no argument of the estimator.
+      hessian: a pytree shaped as params, a sample made outside; the estimator is not called.
+      refresh: None refreshes now if `hessian` is passed, else when the counter says so
+        (`lax.cond`). A Python or NumPy bool is a static choice, with no cond in the program. A
+        boolean array is a cond. With False the estimator needs no arguments.
       **extra: passed on to the estimator.
 
     Returns:
-      A transformation. Its state holds the counters, `mass` and `h`, all in buffers of their own.
-      Its output is float32 at least. A sample of 0 in every coordinate is averaged, and counted
-      as `zero`: it says that the objective does not bend at all, or that the estimator cannot see
-      it (batch normalisation of one row). Where values are refused coordinate by coordinate, it is
-      not counted either.
+      A transformation. Its output is float32 at least. Its state, `HessianEstimateState`, holds
+      counters, `mass` and `h`, each in its own buffer. A sample that is 0 in every coordinate is
+      averaged and counted in `zero`: either the objective has no curvature, or the estimator cannot
+      see it, as with batch normalisation of a single row.
 
     Raises:
       ValueError: an argument is out of range; `dtype` cannot hold curvature; `hessian` has the
-        wrong structure or shapes; at `init` a leaf of params is no real number, or `decay` is 1 in
-        the dtype of a leaf.
-      TypeError: `refresh` is no bool; `estimator` cannot be called as one.
+        wrong structure or shapes; at `init` a leaf of params is not real floating point, or
+        `decay` is 1 in the dtype of a leaf.
+      TypeError: `refresh` is not a bool; `estimator` cannot be called as one.
 
     Source: Liu et al. 2023 (arXiv 2305.14342), algorithm 3, lines 6-10; bias correction is ours.
 
@@ -105,18 +112,36 @@ def hessian_estimate(
     checks.decays(decay=decay)
     checks.positive_integer("update_interval", update_interval, "1 samples at every update.")
     checks.curvature_dtype("dtype", dtype)
+    checks.one_of("reject", reject, ("auto", "sample", "coordinate"))
     if estimator is not None:
         check_estimator(estimator)
-    every_update = not isinstance(update_interval, jax.Array) and bool(update_interval == 1)
+    rule = _SampledAverage(
+        estimator, decay, update_interval, bias_correction, seed, dtype, axis_name, reject
+    )
+    return optax.GradientTransformationExtraArgs(rule.init, skip_none_leaves(rule.update))
 
-    def init(params):
-        def zeros(x):  # like x: the sharding of x is carried over on meshes with explicit axes
-            return jnp.zeros_like(x, dtype=dtype or accumulation_dtype(x))
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _SampledAverage:
+    """The arguments of `hessian_estimate`, and its `init` and `update`."""
+
+    estimator: Estimator | None
+    decay: ArrayLike
+    update_interval: ArrayLike
+    bias_correction: bool
+    seed: ArrayLike
+    dtype: DTypeLike | None
+    axis_name: AxisName
+    reject: str
+
+    def init(self, params):
         checks.real_leaves("hessian_estimate", params)
-        checks.decays_in_leaves(params, decay=decay)
+        checks.decays_in_leaves(params, decay=self.decay)
 
-        def zero(dtype=jnp.int32):
+        def zeros(x):  # like x, to lie on a mesh with explicit axes as x does
+            return jnp.zeros_like(x, dtype=self.dtype or accumulation_dtype(x))
+
+        def zero(dtype=jnp.int32):  # a buffer of its own, so that the state may be donated
             return varying_like(jnp.zeros([], dtype), params)
 
         return HessianEstimateState(
@@ -130,43 +155,49 @@ def hessian_estimate(
             zero_leaves=zero(),
         )
 
-    @none_left_alone
-    def update(updates, state, params=None, *, hessian=None, refresh=None, **extra):
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+    def update(self, updates, state, params=None, *, hessian=None, refresh=None, **extra):
+        key = jax.random.fold_in(jax.random.key(self.seed), state.count)
         if hessian is not None:
             checks.same_shapes("hessian", hessian, updates)
 
         def absorb(state):
             sample = hessian
             if sample is None:
-                take: Any = checks.given(
-                    "hessian_estimate(None)",
-                    "hessian",
-                    estimator,
-                    "Pass a sample, or give an estimator in the place of None.",
-                )
-                sample = take(key, params, updates, axis_name=axis_name, **extra)
-            by_coordinate = every_update and refresh is None and hessian is None
-            return _absorb(state, sample, decay, _rounding_key(key), by_coordinate)
-
-        def keep(state):
-            return state._replace(age=optax.safe_increment(state.age))
+                sample = self.draw(key, params, updates, extra)
+            by_coordinate = self.rejects_coordinates(hessian, refresh)
+            return _absorb(state, sample, self.decay, _rounding_key(key), by_coordinate)
 
         due = refresh_due(refresh, hessian)
         if due is None:
-            due = every_update or state.count % jnp.asarray(update_interval, jnp.int32) == 0
+            interval = self.update_interval
+            due = self.every_update or state.count % jnp.asarray(interval, jnp.int32) == 0
         if isinstance(due, bool):
-            new = absorb(state) if due else keep(state)
+            new = absorb(state) if due else _keep(state)
         else:
-            new = jax.lax.cond(due, absorb, keep, state)
+            new = jax.lax.cond(due, absorb, _keep, state)
         new = new._replace(count=optax.safe_increment(state.count))
-        return (_corrected(new) if bias_correction else jax.tree.map(widen, new.h)), new
+        return (_corrected(new) if self.bias_correction else jax.tree.map(widen, new.h)), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def draw(self, key, params, updates, extra):
+        """One sample of the estimator."""
+        cure = "Pass a sample, or give hessian_estimate an estimator instead of None."
+        take: Any = checks.given("hessian_estimate(None)", "hessian", self.estimator, cure)
+        return take(key, params, updates, axis_name=self.axis_name, **extra)
+
+    @property
+    def every_update(self) -> bool:
+        """Whether the interval is known to be 1; a traced interval is not known."""
+        return not isinstance(self.update_interval, jax.Array) and bool(self.update_interval == 1)
+
+    def rejects_coordinates(self, hessian: Any, refresh: Any) -> bool:
+        """Whether non-finite values are rejected by coordinate instead of with their sample."""
+        if self.reject == "auto":
+            return self.every_update and refresh is None and hessian is None
+        return self.reject == "coordinate"
 
 
 def refresh_due(refresh: Any, hessian: Any) -> bool | jax.Array | None:
-    """A bool where the choice is static, an array where it is not, None where the counter rules."""
+    """A bool if the choice is static, an array if it is traced, None if the counter decides."""
     if refresh is None:
         return True if hessian is not None else None
     if isinstance(refresh, bool | np.bool_):
@@ -185,8 +216,12 @@ def _rounding_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, jnp.uint32(0xFFFFFFFF))
 
 
+def _keep(state: HessianEstimateState) -> HessianEstimateState:
+    return state._replace(age=optax.safe_increment(state.age))
+
+
 def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateState:
-    """One more sample into the average, or a rejection."""
+    """Averages one more sample, or rejects it."""
 
     def average(h, x):
         d = jnp.asarray(decay, x.dtype)
@@ -209,16 +244,17 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         rejected=jnp.where(ok, state.rejected, optax.safe_increment(state.rejected)),
         age=jnp.where(ok, 0, optax.safe_increment(state.age)),
         mass=jnp.where(ok, average(state.mass, jnp.ones_like(state.mass)), state.mass),
-        h=round_to(state.h, h, key),  # keeps to the bit what was rounded before
+        h=round_to(state.h, h, key),
         zero=jnp.where(ok & nothing, optax.safe_increment(state.zero), state.zero),
         zero_leaves=jnp.where(ok, zero_leaves, state.zero_leaves),
     )
 
 
 def _look_over(sample: optax.Updates) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(whether all is finite, number of leaves that are 0 everywhere, whether all are)."""
+    """(whether all values are finite, number of leaves that are 0, whether all leaves are 0)."""
     leaves = [x for x in jax.tree.leaves(sample) if x.size]
-    # One pass for both: x - x is 0 or NaN. XLA on CPU fuses a sum; `all` would write an array.
+    # One pass serves both tests, as x - x is 0 or NaN. XLA on CPU fuses a sum into the pass that
+    # makes the sample; `all` would write an array.
     sums = [jnp.sum(jnp.abs(jnp.sign(x)) + (x - x)) for x in leaves]
     ok = functools.reduce(jnp.logical_and, map(jnp.isfinite, sums), jnp.asarray(True))
     number = sum(((x == 0).astype(jnp.int32) for x in sums), jnp.zeros([], jnp.int32))
@@ -226,36 +262,7 @@ def _look_over(sample: optax.Updates) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _corrected(state: HessianEstimateState) -> optax.Updates:
-    """H / mass, and 0 while no sample was accepted."""
+    """H / mass, and 0 while no sample has been accepted."""
     empty = state.mass == 0
     scale = jnp.where(empty, 0, 1 / jnp.where(empty, 1, state.mass))
     return jax.tree.map(lambda h: widen(h) * scale.astype(accumulation_dtype(h)), state.h)
-
-
-def round_to(like: optax.Updates, tree: optax.Updates, key: jax.Array) -> optax.Updates:
-    """Casts to the dtypes of `like`, to bfloat16 stochastically: the mean is then kept."""
-    leaves, structure = jax.tree.flatten(tree)
-    seeds = structure.unflatten(list(jax.random.bits(key, (len(leaves),), jnp.uint32)))
-
-    def cast(seed, x, like):
-        if like.dtype != jnp.bfloat16:
-            return x.astype(like.dtype)
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        rounded = (bits + _noise(seed, x.shape)) & jnp.uint32(0xFFFF0000)
-        return jax.lax.bitcast_convert_type(rounded, jnp.float32).astype(jnp.bfloat16)
-
-    return jax.tree.map(cast, seeds, tree, like)
-
-
-def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 below 2^16, another one for each place: a hash of its index and the seed.
-
-    Threefry is a loop of its own on CPU, which keeps all its numbers: 13 bytes a parameter.
-    """
-    x = jnp.uint32(0)
-    for axis, n in enumerate(shape):
-        x = x * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    x = x + seed
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x >> 16

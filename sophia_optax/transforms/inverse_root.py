@@ -1,4 +1,4 @@
-"""Inverse square roots of many small matrices, by products alone: batched eigh hangs on CPU."""
+"""Inverse square roots of many small matrices, by matrix products: batched eigh hangs on CPU."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ ArrayLike = jax.typing.ArrayLike
 
 
 def inverse_square_root(C: jax.Array, ridge: ArrayLike) -> jax.Array:
-    r"""(C + ridge I)^(-1/2) of symmetric positive semidefinite matrices, by products alone.
+    r"""(C + ridge I)^(-1/2) of symmetric positive semidefinite matrices, by matrix products.
 
         Y, Z, l <- A, I, sqrt(ridge / s)       A = (C + ridge I) / s, s = ‖C‖_F + ridge
         T = ρ/2 (3 I - ρ² Z Y)                 ρ = sqrt(3 / (1 + l + l²))
@@ -22,13 +22,13 @@ def inverse_square_root(C: jax.Array, ridge: ArrayLike) -> jax.Array:
 
     Args:
       C: float[..., b, b].
-      ridge: float[...] or a number, >= 0. At least 4 b ulp ‖C‖_F is taken, the size of rounding
-        errors in C (6e-5 ‖C‖_F for b = 128 in float32), and at least the smallest normal number,
-        so that the root of 0 is finite.
+      ridge: float[...] or a number, >= 0. It is raised to 4 b ulp ‖C‖_F, the size of rounding
+        errors in C (6e-5 ‖C‖_F for b = 128 in float32), and to the smallest normal number, so that
+        the root of 0 is finite.
 
     Returns:
-      [..., b, b] in float32 at least. How many steps it takes follows from b and the dtype alone:
-      9 for b = 128 in float32, 20 in float64.
+      [..., b, b] in float32 at least. The number of steps depends only on b and the dtype: 9 for
+      b = 128 in float32, 20 in float64.
 
     Source: Chen and Chow 2014, "A stable scaling of Newton-Schulz for improving the sign function
     computation of a Hermitian matrix"; coupled as in Higham 2008, "Functions of Matrices", 6.3.
@@ -61,7 +61,7 @@ def normalised_root(C: jax.Array, ridge: jax.Array, scale: jax.Array) -> jax.Arr
 
 
 def identity_like(C: jax.Array) -> jax.Array:
-    """[..., b, b] identities; the sum with zeros lies on a mesh as C does."""
+    """[..., b, b] identity matrices, sharded like C because they are added to zeros of it."""
     return jnp.zeros_like(C) + jnp.broadcast_to(jnp.eye(C.shape[-1], dtype=C.dtype), C.shape)
 
 
@@ -74,7 +74,7 @@ def _lift(l: Any, rho: Any) -> Any:
 
 
 def _steps(b: int, dtype: jnp.dtype) -> int:
-    """How many take to 1 the smallest l that the floor of the ridge admits."""
+    """How many steps raise the smallest l that the floor of the ridge admits to 1."""
     floor, steps = _relative_floor(b, dtype), 0
     l = math.sqrt(floor / (1 + floor))
     while 1 - l > float(jnp.finfo(dtype).eps):
@@ -83,17 +83,18 @@ def _steps(b: int, dtype: jnp.dtype) -> int:
 
 
 def _relative_floor(b: int, dtype: jnp.dtype) -> float:
-    """Eigenvalues of C under this share of ‖C‖_F are rounding errors, of either sign."""
+    """Eigenvalues of C below this share of ‖C‖_F are rounding errors of either sign."""
     return 4 * b * float(jnp.finfo(dtype).eps)
 
 
 def floored(ridge: jax.Array, norm: jax.Array, b: int) -> jax.Array:
+    """The ridge, raised to the size of rounding errors and to the smallest normal number."""
     floor = _relative_floor(b, norm.dtype) * norm
     return jnp.maximum(jnp.maximum(ridge, floor), jnp.finfo(norm.dtype).tiny)
 
 
 def frobenius_norm(C: jax.Array) -> jax.Array:
-    """[..., b, b] -> [..., 1, 1]; scaled first, since squares of curvature under- and overflow."""
+    """[..., b, b] -> [..., 1, 1]; scaled first, as squares of curvature may over- or underflow."""
     largest = jnp.max(jnp.abs(C), axis=(-2, -1), keepdims=True)
     unit = jnp.where(largest > 0, largest, 1)
     return unit * jnp.sqrt(jnp.sum(jnp.square(C / unit), axis=(-2, -1), keepdims=True))

@@ -1,4 +1,4 @@
-"""How a leaf is cut into blocks: tiles of its matrices, or single numbers."""
+"""How `scale_by_blocks` cuts a leaf into blocks: tiles of its matrices, or single numbers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,8 +24,8 @@ Mask = Any | Callable[[optax.Params], Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbers:
-    """A leaf as blocks of one number."""
+class Elementwise:
+    """A leaf of which each number is a block of its own."""
 
     b = 1
 
@@ -47,7 +47,7 @@ class Numbers:
 
     def relative(self, eps: ArrayLike, norm: jax.Array) -> jax.Array:
         del eps
-        return jnp.zeros_like(norm)  # m / sqrt(v): every ridge would only scale it
+        return jnp.zeros_like(norm)  # m / sqrt(v): a relative ridge would only rescale it
 
     def root(self, C: jax.Array, norm: jax.Array, ridge: jax.Array) -> jax.Array:
         del norm, ridge
@@ -60,9 +60,9 @@ class Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Matrices [..., n, m], perhaps transposed, as [..., R, S, b, c], edges filled with zeros."""
+    """Matrices [..., n, m], perhaps transposed, as padded tiles [..., R, S, b, c]."""
 
-    shape: tuple[int, ...]  # of the leaf
+    shape: tuple[int, ...]  # of the leaf, before it is transposed
     transposed: bool
     b: int
     c: int
@@ -82,7 +82,7 @@ class Tiles:
         return x[..., : self.shape[-2], : self.shape[-1]]
 
     def zeros(self, x: jax.Array) -> jax.Array:
-        """C at first; blocks are sharded like the rows that make them, or else like the columns."""
+        """The first C; blocks are sharded like the rows they are made of, or else like columns."""
         tiles = jax.eval_shape(self.cut, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
         shape, dtype, sharding = (*tiles[:-1], self.b), accumulation_dtype(x), _sharding(x)
         if sharding is None:
@@ -126,22 +126,19 @@ class Tiles:
 
 
 def _sharding(x: jax.Array) -> NamedSharding | None:
-    """That of an array, or of a traced one on a mesh of explicit axes."""
+    """The sharding of an array; that of a traced one is known only on explicit mesh axes."""
     concrete = isinstance(x, jax.Array) and not isinstance(x, Tracer)
     sharding = x.sharding if concrete else jax.typeof(x).sharding
     return sharding if isinstance(sharding, NamedSharding) and any(sharding.spec) else None
 
 
 def _fitting(axes: Any, blocks: int, sharding: NamedSharding) -> Any:
-    """The mesh axes, if the blocks divide over them."""
+    """The mesh axes if the blocks divide evenly over them, else None."""
     return None if blocks % devices_of(sharding.mesh, axes) else axes
 
 
 def _is_box(x: Any) -> bool:
-    """A node around a single array, such as Flax puts there to name mesh axes.
-
-    The names fit the array's shape, and no other: blocks are kept without the box.
-    """
+    """Whether this is a node around a single array, such as Flax's boxes that name mesh axes."""
     if x is None or isinstance(x, dict | list | tuple) or jax.tree_util.all_leaves([x]):
         return False
     children = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
@@ -149,7 +146,10 @@ def _is_box(x: Any) -> bool:
 
 
 def unboxed(tree: Any, leaves: list[Any]) -> Any:
-    """`tree` with other leaves, those of another shape without their box."""
+    """`tree` with other leaves; a leaf of another shape than the old one loses its box.
+
+    A box names the mesh axes of an array of its own shape, so it would misplace any other.
+    """
     structure = jax.tree.structure(tree)
     boxes, outside = jax.tree.flatten(tree, is_leaf=_is_box)
     inside = jax.tree.leaves(structure.unflatten(leaves), is_leaf=_is_box)
@@ -162,15 +162,15 @@ def unboxed(tree: Any, leaves: list[Any]) -> Any:
 
 
 def cuts_of(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -> Any:
-    """How each leaf is cut: `Tiles` or `Numbers`."""
+    """A tree that says how each leaf is cut, by `Tiles` or `Elementwise`."""
 
     def cut(path, x, is_matrix):
         if not is_matrix:
-            return Numbers()
+            return Elementwise()
         if jnp.ndim(x) < 2:
             raise ValueError(
-                f"`block_mask` marks {jax.tree_util.keystr(path) or 'params'} of shape "
-                f"{jnp.shape(x)}, which holds no matrix; mark leaves of two axes or more."
+                f"`block_mask` selects {jax.tree_util.keystr(path) or 'params'} of shape "
+                f"{jnp.shape(x)}, which is not a matrix; select leaves of two axes or more."
             )
         n, m = x.shape[-2:]
         if rows:
@@ -179,7 +179,7 @@ def cuts_of(block_mask: Mask, tree: optax.Params, rows: bool, block_size: int) -
 
     if block_mask is None:
         mask = jax.tree.map(lambda x: jnp.ndim(x) >= 2, tree)
-    elif not jax.tree.leaves(tree):  # the placeholder of `optax.tree.map_params`, or nothing
+    elif not jax.tree.leaves(tree):  # empty, or the placeholder of `optax.tree.map_params`
         return tree
     else:
         mask = jax.tree.broadcast(block_mask(tree) if callable(block_mask) else block_mask, tree)

@@ -136,7 +136,7 @@ def test_a_custom_composition_is_described():
 
 @pytest.mark.parametrize(("rule", "names"), [("soaa", CURVATURE | REGION), ("tadam", REGION)])
 def test_the_moment_is_the_curvature_of_soaa_alone(rule, names):
-    """Tadam's curvature is another moment; Adam's, kept beside it, is not taken for it."""
+    """Tadam's curvature is the centred moment; Adam's moment beside it is not reported."""
     tx = soaa(0.1, 100, rule=rule)
     assert_scalars(diagnostics(state_after(tx, value=1.0)), names)
 
@@ -188,7 +188,7 @@ def test_two_of_a_kind_are_told_apart_by_the_labels_of_their_partition(wrapper):
 
 
 def test_a_lone_kind_leads_with_its_label_where_another_kind_must():
-    """What one label names is read together; a region around both has no label."""
+    """Scalars under one label are reported together; a region around both parts has no label."""
     both = partitioned(sophia_h(0.1), sophia_h(0.1, statistics=False))
     tx = trust_region(both, 0.1, total_steps=10)
     names = {f"x.{name}" for name in CLIPPING | CURVATURE} | {f"y.{name}" for name in CURVATURE}
@@ -268,7 +268,7 @@ def test_curvature_beyond_float32_reads_infinite():
 
 @pytest.mark.parametrize("shapes", [[(2**17, 8)], [(400, 768), (768,), (), (12, 256, 77)]])
 def test_quantiles_are_exact_or_within_the_standard_error_of_65536_draws(shapes):
-    """Of a tree whose coordinates repeat along rows: a stride that divides them sees some only."""
+    """Coordinates repeat along rows, so a stride that divides the row length would miss some."""
     rng = np.random.default_rng(0)
     rows = [rng.normal() + np.sort(rng.normal(size=shape[-1:] or 1)) for shape in shapes]
     h = [

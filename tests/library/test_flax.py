@@ -15,14 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sophia_optax import (
-    diagnostics,
-    gauss_newton_bartlett,
-    hutchinson,
-    soaa,
-    sophia_g,
-    sophia_h,
-)
+from sophia_optax import diagnostics, gauss_newton_bartlett, hutchinson, soaa, sophia_g, sophia_h
 from sophia_optax import value_grad_and_hessian as shared
 from sophia_optax.flax import TrainState, of_params
 
@@ -47,6 +40,9 @@ def cross_entropy(logits, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 
+LOSS = {"loss_fn": cross_entropy}
+
+
 def logits(model, batch):
     return model(batch["x"])
 
@@ -56,7 +52,7 @@ def loss(model, batch):
 
 
 def evaluated(function):
-    """By running averages and without dropout."""
+    """In evaluation mode: with running averages and without dropout."""
 
     def of_model(model, batch):
         model.eval()
@@ -80,7 +76,7 @@ def variables(model, of=...):
 
 
 def bits(model):
-    """Its variables, keys as numbers."""
+    """The variables of a model, with PRNG keys as numbers."""
 
     def number(x):
         key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -188,13 +184,8 @@ def test_shared_passes_return_the_state_of_an_ordinary_pass_of_each_group(groups
     @nnx.jit
     def step(model, optimizer):
         forward = of_params(logits, model, has_state=True)
-        (value, state), grads, h = sample(
-            KEY,
-            nnx.state(model, nnx.Param),
-            logits_fn=forward,
-            loss_fn=cross_entropy,
-            inputs=BATCH,
-        )
+        params = nnx.state(model, nnx.Param)
+        (value, state), grads, h = sample(KEY, params, logits_fn=forward, **LOSS, inputs=BATCH)
         optimizer.update(model, grads, hessian=h)
         nnx.update(model, state)
         return value
@@ -203,7 +194,7 @@ def test_shared_passes_return_the_state_of_an_ordinary_pass_of_each_group(groups
     wanted = loss(once, BATCH)
     value = step(model, optimizer)
     assert_trained_once(model, groups)
-    if groups == 1:  # one mask over the whole batch, as here
+    if groups == 1:  # one dropout mask over the whole batch
         np.testing.assert_allclose(value, wanted, rtol=1e-5)
         assert_close(bits(model)["dropout"], bits(once)["dropout"], **EXACT)
         assert_close(bits(model)["norm"]["mean"], bits(once)["norm"]["mean"], rtol=1e-5)
@@ -214,7 +205,7 @@ def test_a_part_of_the_rows_and_the_others_weigh_by_their_number():
     sample = shared(gauss_newton_bartlett(batch_fraction=1 / 4), has_state=True)
     forward = of_params(logits, model, has_state=True)
     (_, state), _, _ = jax.jit(
-        lambda params: sample(KEY, params, logits_fn=forward, loss_fn=cross_entropy, inputs=BATCH)
+        lambda params: sample(KEY, params, logits_fn=forward, **LOSS, inputs=BATCH)
     )(nnx.state(model, nnx.Param))
     nnx.update(model, state)
     sampled = np.arange(16) % 4 == 0
@@ -246,14 +237,8 @@ def test_on_a_mesh_the_state_is_the_mean_over_shards():
     @jax.shard_map(mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
     def pass_of_shards(params, rest, batch):
         forward = of_params(logits, nnx.merge(graph, params, rest, copy=True), has_state=True)
-        (_, state), _, _ = sample(
-            KEY,
-            params,
-            logits_fn=forward,
-            loss_fn=cross_entropy,
-            inputs=batch,
-            axis_name="data",
-        )
+        told = {"inputs": batch, "axis_name": "data"}
+        (_, state), _, _ = sample(KEY, params, logits_fn=forward, **LOSS, **told)
         return state
 
     nnx.update(model, pass_of_shards(params, rest, BATCH))
@@ -304,13 +289,8 @@ def test_a_linen_state_takes_its_fields_and_the_optimizer_the_rest():
                 rngs={"dropout": batch["key"]},
             )
 
-        (_, moved), grads, h = sample(
-            KEY,
-            state.params,
-            logits_fn=forward,
-            loss_fn=cross_entropy,
-            inputs=BATCH | {"key": jax.random.key(1)},
-        )
+        told = {"inputs": BATCH | {"key": jax.random.key(1)}}
+        (_, moved), grads, h = sample(KEY, state.params, logits_fn=forward, **LOSS, **told)
         new = state.apply_gradients(grads=grads, hessian=h, batch_stats=moved["batch_stats"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params, hessian=h)
         return new, (optax.apply_updates(state.params, updates), opt_state)
@@ -326,7 +306,7 @@ def test_a_linen_state_takes_its_fields_and_the_optimizer_the_rest():
 
 
 def test_a_linen_state_serves_optimizers_that_know_no_extra_arguments():
-    """Flax's own, and what it keeps beside the parameters (`_overwrite_with_gradient`)."""
+    """As in Flax, including leaves that a gradient overwrites (`_overwrite_with_gradient`)."""
     params = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.ones(())}}
     tx = optax.GradientTransformation(*optax.sgd(0.5))
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
@@ -344,7 +324,7 @@ def test_without_flax_the_error_says_what_to_install():
 
 @pytest.mark.parametrize("tx", [sophia_h(0.1), soaa(0.1, total_steps=10)], ids=["sophia_h", "soaa"])
 def test_diagnostics_read_the_state_of_an_nnx_optimizer(tx):
-    """Each scalar is in a box of its own there."""
+    """nnx.Optimizer puts each scalar in a box."""
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads, params = nnx.state(model, nnx.Param), nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -102,7 +102,7 @@ class OrthoSophRows:
     last one smaller. R = Z / √‖Ĉ‖_F with Z = (Ĉ/‖Ĉ‖_F + ε I)^(-1/2) refreshed at counts 0, k, 2k,
     ... or as `refresh` says: between refreshes its shape is old, its scale is not. `rms` rescales
     the whole matrix's direction to that root mean square. Rank 0 and 1, and `diagonal_names`, take
-    Adam's direction without ε, n̂ / √v̂, where β2 is `b2_numbers`; rank 3 and more are batches of
+    Adam's direction without ε, n̂ / √v̂, where β2 is `b2_vector`; rank 3 and more are batches of
     matrices. `h` and `Z` are keyed by (name, index in the batch, first row), `h` by the name where
     it is diagonal.
     """
@@ -112,7 +112,7 @@ class OrthoSophRows:
     block_size: int
     b1: float = 0.95
     b2: float = 0.0
-    b2_numbers: float = 0.95
+    b2_vector: float = 0.95
     eps: float = 1e-6
     update_interval: int = 1
     rms: float | None = None
@@ -122,7 +122,7 @@ class OrthoSophRows:
     diagonal_names: tuple = ()
 
     def __post_init__(self):
-        self.momentum, self.blocks, self.numbers = map(Average, (self.b1, self.b2, self.b2_numbers))
+        self.momentum, self.blocks, self.numbers = map(Average, (self.b1, self.b2, self.b2_vector))
         self.count = 0
 
     m = property(lambda self: self.momentum.value)

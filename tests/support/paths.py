@@ -1,4 +1,4 @@
-"""Paths of parameters: ours in one scan, an oracle's step by step, on the same given gradients."""
+"""Paths of parameters on the same gradients: ours in one scan, an oracle's step by step."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ for t, bad in ((0, np.nan), (9, np.inf), (15, np.nan)):  # at k = 3 the first, a
 
 
 def given_sample(key, params, updates, *, sample, **unused):
-    """An estimator whose sample is an extra argument: what the counter asks for is known."""
+    """An estimator that returns the extra argument `sample`, so the test knows each sample."""
     return sample
 
 
@@ -70,7 +70,7 @@ def ours(tx, dtype, grads=GRADS, watch=lambda state: {}, **given):
 
 
 def theirs(oracle, grads=GRADS, watch=lambda oracle: {}, **given):
-    """The same path by an oracle, whose names for what is given are `hessian` and `value`."""
+    """The same path by an oracle, whose extra arguments are named `hessian` and `value`."""
     weight_decay, params, path = oracle.weight_decay, PARAMS, []
     for t in range(STEPS):
         oracle.weight_decay = o.rate(weight_decay, t)  # a schedule of it is no oracle's
@@ -80,7 +80,7 @@ def theirs(oracle, grads=GRADS, watch=lambda oracle: {}, **given):
 
 
 def oracle_arguments(arguments):
-    """Of our arguments, the mask as the oracles have it."""
+    """Our arguments, with the mask as a set of names, as oracles take it."""
     arguments = dict(arguments)
     masked = arguments.pop("weight_decay_mask", None) is not None
     return arguments | {"decay_names": {"matrix"} if masked else None}

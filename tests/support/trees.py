@@ -1,4 +1,4 @@
-"""Trees in NumPy float64 and their moving averages: what the oracles are written in.
+"""Trees in NumPy float64 and their moving averages, from which the oracles are built.
 
 Parameters and gradients are flat dicts `{name: ndarray of any rank}`.
 """

@@ -30,11 +30,11 @@ def spoiled(monkeypatch, *bad):
         return spoilt
 
     def note(compile):
-        def compiled(refresh):
-            step = compile(refresh)
+        def compiled(due):
+            step = compile(due)
 
             def noted(state, batch):
-                ran[-1][1] = refresh
+                ran[-1][1] = due.refresh
                 return step(state, batch)
 
             return noted

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from train.config import serialize
 from train.differences import differences
 from train.logging.throughput import Health
 
@@ -79,7 +80,7 @@ def check(
     """
     if not manifest:
         return ["the checkpoint does not say which config it was saved with: not compared"]
-    before, now = (_fixed(c) for c in (manifest["config"], config))
+    before, now = (_fixed(c) for c in (serialize.renamed(manifest["config"]), config))
     changed = differences(before, now)
     wrong = [line for line in changed if not line.startswith(NOTED)]
     if manifest["fingerprint"] != fingerprint:

@@ -221,9 +221,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def _load(self, path: Path, saved: Any, abstract_state: Any, part: bool) -> Any:
         if saved is None:  # the metadata is damaged, and loading says how
             return orbax_calls.load(path, abstract_state, part=part)
-        new = old_layouts.added(saved, abstract_state)
-        self._compare(saved, abstract_state, part, new)
-        if not new:
+        wanted = old_layouts.under_saved_names(saved, abstract_state)
+        new = old_layouts.added(saved, wanted)
+        self._compare(saved, wanted, part, new)
+        if not old_layouts.is_older(saved, abstract_state):
             return orbax_calls.load(path, abstract_state, part=part)
         older = old_layouts.in_older_layout(saved, abstract_state)
         state = orbax_calls.load(path, older, part=part)

@@ -34,7 +34,7 @@ COMMANDS = {
     "eval": Command("train.cli.inspect", "evaluate", "loss of a run on the held-out data"),
     "sample": Command("train.cli.inspect", "sample", "text from a run"),
     "plan": Command(
-        "train.plan.report", "command", "memory, operations and traffic of a run, without it", True
+        "train.cli.plan", "command", "memory, FLOPs and collectives of a run, without it", True
     ),
     "import": Command("train.cli.convert", "import_", "a run from a Hugging Face folder"),
     "export": Command("train.cli.convert", "export", "a Hugging Face folder from a run"),

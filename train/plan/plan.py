@@ -4,14 +4,11 @@ Estimates come from shapes alone, at once. With `--compile` the run's programs a
 CPU devices, never run, and XLA's own figures stand beside the estimates.
 """
 
-import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import tyro
 
 from train.config.schema import Config, resolved
 from train.optimizers.base import Due
@@ -173,31 +170,3 @@ def fake_devices(number: int) -> list[Any]:
         return found[:number]
     jax.config.update("jax_platforms", "cpu")  # a plan takes no memory of a GPU
     return jax.devices("cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Flags of the command `plan` alone."""
-
-    devices: int = 0
-    """How many devices; 0 for the fewest that --mesh.* need."""
-    compile: bool = False
-    """Also compile the programs for fake CPU devices, and compare XLA's figures."""
-    peak_tflops: float | None = None
-    """Peak of a device, for tokens a second; by default those of known chips."""
-
-    def __post_init__(self):
-        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise ValueError(f"--peak-tflops {self.peak_tflops} must be above 0.")
-
-
-def options(args: Sequence[str]) -> tuple[Options, list[str]]:
-    """The command's own flags, and the words that are left to name a run.
-
-    Raises:
-      ValueError: a flag has a value that makes no sense.
-
-    >>> options(["tiny", "--devices", "64", "--mesh.fsdp", "8"])[1]
-    ['tiny', '--mesh.fsdp', '8']
-    """
-    return tyro.cli(Options, args=args, prog="python -m train plan", return_unknown_args=True)

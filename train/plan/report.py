@@ -1,26 +1,15 @@
 """A plan as tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
-from train.cli.train import parse
 from train.plan.flops import PEAKS
 from train.plan.hlo import KINDS, Collective
-from train.plan.plan import Plan, Step, options, plan
+from train.plan.plan import Plan, Step
 
 MFU = 0.4
-HELP = """What a run needs: memory, FLOPs and collectives, on devices that need not exist.
-
-usage: python -m train plan [MODEL] [OPTIMIZER] [flags of a run] [options]
-
-  --devices N        number of devices; default the fewest that --mesh.* need
-  --compile          also compile the programs for fake CPU devices, and compare XLA's figures
-  --peak-tflops X    peak of a device, for tokens a second; default a table of known chips
-
-python -m train plan gpt2-770m sophia-g --mesh.fsdp 8 --devices 240 --precision bfloat16
-"""
 LABELS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
@@ -31,22 +20,6 @@ LABELS = {
     "loss": "logits and their gradient",
     "curvature": "sample of curvature",
 }
-
-
-def command(args: Sequence[str]) -> None:
-    """`python -m train plan [MODEL] [OPTIMIZER] [flags] [--devices N] [--compile]`."""
-    if {"-h", "--help"} & set(args):
-        print(HELP)
-        return
-    known, words = options(args)
-    config, console = parse(words, "python -m train plan"), Console()
-    figures = plan(config, devices=known.devices, compile=known.compile)
-    show(figures, console, known.peak_tflops)
-    if config.precision == "auto" and config.model.dtype != "bfloat16":
-        console.print(
-            f"These are figures in {config.model.dtype}; on GPU and TPU a run is in bfloat16 "
-            "unless told otherwise: add --precision bfloat16."
-        )
 
 
 def show(figures: Plan, console: Console, peak_tflops: float | None = None) -> None:

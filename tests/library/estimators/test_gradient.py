@@ -11,12 +11,15 @@ from paths import GRADS, cast, row
 from sophia_optax import (
     gradient_magnitude,
     hessian_estimate,
+    squared_gradient,
     weighted_squared_gradient,
 )
 
 KEY = jax.random.key(0)
 G = row(GRADS, 0)
 ESTIMATORS = {
+    "squared": (squared_gradient(), o.squared_gradient),
+    "squared, scaled": (squared_gradient(scale=24.0), lambda g: o.squared_gradient(g, 24.0)),
     "magnitude": (gradient_magnitude(), o.gradient_magnitude),
     "weighted": (weighted_squared_gradient(), o.weighted_squared_gradient),
 }

@@ -1,4 +1,4 @@
-"""Hutchinson's estimator against the exact Hessian, and the squared gradient."""
+"""Hutchinson's estimator against the exact Hessian."""
 
 import functools
 
@@ -15,7 +15,6 @@ from tanh_model import tanh_squared
 from sophia_optax import (
     hessian_estimate,
     hutchinson,
-    squared_gradient,
     value_grad_and_hessian,
 )
 
@@ -232,21 +231,3 @@ def test_estimate_serves_as_hessian_diagonal_fn_of_optax_sophia(monkeypatch):
     for a, b in zip(want, have, strict=True):
         for name in PARAMS:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-8)
-
-
-# ---------------------------------------------------------------- the squared gradient
-
-
-def test_squared_gradient_is_the_square_of_the_incoming_gradient():
-    g = f32(PARAMS)
-    for B in (1.0, 24.0):
-        h = squared_gradient(scale=B)(jax.random.key(0), None, g)
-        for name, want in oracles.squared_gradient(PARAMS, B).items():
-            np.testing.assert_allclose(h[name], want, rtol=1e-6)
-
-
-def test_squared_gradient_is_squared_in_float32():
-    for dtype, value in ((jnp.bfloat16, 1 + 2**-7), (jnp.float16, 300.0)):
-        h = squared_gradient()(jax.random.key(0), None, jnp.asarray(value, dtype))
-        assert h.dtype == jnp.float32
-        assert h == value**2

@@ -8,7 +8,7 @@ import pytest
 
 from sophia_optax import (
     diagnostics,
-    first_moment,
+    ema,
     gauss_newton_bartlett,
     hessian_estimate,
     orthosoph,
@@ -150,6 +150,6 @@ def test_a_denominator_that_underflows_is_still_clipped():
 
 
 def test_first_moment_takes_what_comes():
-    tx = first_moment(0.9)
+    tx = ema(0.9)
     m, _ = tx.update(SPOILT, tx.init(X2))
     assert np.isinf(m[0]) and np.isfinite(m[1])

@@ -1,4 +1,4 @@
-"""docs/breakages.md, row by row: how optax.contrib.sophia breaks, and what ours does there."""
+"""docs/breakages.md, row by row: how optax.contrib.sophia breaks, and what ours does instead."""
 
 import re
 
@@ -53,7 +53,7 @@ def finite(tree):
 
 
 def counting(function):
-    """(the function, a list that grows at each evaluation)."""
+    """(the function, a list that grows by one at each evaluation)."""
     calls = []
 
     def counted(*args, **extra):
@@ -64,7 +64,7 @@ def counting(function):
 
 
 def counted_sophias(**arguments):
-    """Theirs and ours, each with the evaluations of its estimator."""
+    """Optax's Sophia and ours, each with a list of its estimator's evaluations."""
     estimator = optax.contrib.hutchinson_estimator_diag_hessian()
     counted, their_calls = counting(estimator.update)
     hessian = optax.GradientTransformationExtraArgs(estimator.init, counted)
@@ -136,7 +136,7 @@ def test_bfloat16_stall():
 
 
 def test_nan_for_ever():
-    """One batch of seven has a residual of 0 under a root: a finite gradient, no curvature."""
+    """One batch of seven takes a square root of 0: a finite gradient, but no finite curvature."""
 
     def run(tx, **extra):
         def body(carry, fitted):
@@ -203,7 +203,7 @@ def test_nested_custom_vjp():
 
 
 def test_donated_key():
-    """Their state holds the very key that it was given."""
+    """The state of optax's Sophia holds the key object that the caller passed."""
     key = jax.random.key(0)
     hessian = optax.contrib.hutchinson_estimator_diag_hessian(key)
     seed = jnp.asarray(0)
@@ -223,7 +223,7 @@ def test_donated_key():
 
 
 def test_multi_steps():
-    """Four micro-steps of one step, for which a refresh is due."""
+    """Four micro-steps of one step at which a refresh is due."""
     for (tx, calls), told in zip(counted_sophias(), (False, True), strict=True):
         multi = optax.MultiSteps(tx, 4)
 
@@ -259,7 +259,7 @@ def test_vmapped_cond():
 
 
 def test_shard_map():
-    """In it the gradient with respect to unsharded parameters is a sum over shards."""
+    """In shard_map the gradient with respect to unsharded parameters is a sum over shards."""
     P, mesh = PartitionSpec, jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     batch = jnp.arange(16.0).reshape(8, 2)
     exact = 2 * np.mean(batch**2, axis=0) / 2
@@ -320,7 +320,7 @@ class Module(nnx.Module):
 
 
 def test_nnx():
-    """It passes on what it is given; the objective is called with parameters, not a module."""
+    """nnx.Optimizer passes extra arguments on; the objective gets parameters, not a module."""
     model = Module()
     graph, params = nnx.split(model)
     for tx in (theirs(), ours()):

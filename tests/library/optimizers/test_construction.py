@@ -1,4 +1,4 @@
-"""Numbers and dtypes are checked when an optimizer is made, after the cast, by name."""
+"""Constructors check numbers and dtypes, after the cast, and errors name the argument."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 from sophia_optax import (
     clip_by_ratio,
-    first_moment,
+    ema,
     floor,
     gauss_newton_bartlett,
     gradient_magnitude,
@@ -52,7 +52,7 @@ def test_a_number_that_is_not_finite_is_refused(factory, name, number):
 @pytest.mark.parametrize("name", ["b1", "b2"])
 @pytest.mark.parametrize("decay", [1 - 1e-9, np.float64(1 - 1e-12), NAN, 1.0, -0.1])
 def test_a_decay_of_1_after_the_cast_is_refused(factory, name, decay):
-    """`1 - 1e-9` is 1 in float32: parameters were NaN in 12 steps."""
+    """`1 - 1e-9` is 1 in float32, which made parameters NaN within 12 steps."""
     with pytest.raises(ValueError, match=rf"^{name}="):
         factory(0.1, **{name: decay}).init(PARAMS)
 
@@ -68,7 +68,7 @@ def test_the_largest_decay_that_the_message_allows_is_taken(factory):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: first_moment(1 - 1e-9),
+        lambda: ema(1 - 1e-9),
         lambda: second_moment(1 - 1e-9),
         lambda: hessian_estimate(None, decay=1 - 1e-9),
         lambda: trust_region(optax.identity(), 0.1, total_steps=10, b1=1 - 1e-9),
@@ -81,14 +81,14 @@ def test_a_link_alone_refuses_it_as_well(make):
 
 def test_in_double_precision_the_leaf_decides():
     with jax.enable_x64(True):
-        tx = first_moment(1 - 1e-9)
+        tx = ema(1 - 1e-9)
         tx.init({"w": jnp.ones(2, jnp.float64)})
         with pytest.raises(ValueError, match=r"in which params\['w'\] is averaged"):
             tx.init({"w": jnp.ones(2, jnp.float32)})
 
 
 def test_an_injected_decay_that_bfloat16_rounds_to_1_is_refused():
-    """Injected numbers take the dtype of the parameters, unless one is given."""
+    """Injected numbers take the dtype of the parameters unless another one is given."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     tx = optax.inject_hyperparams(sophia_lite, static_args="weight_decay_mask")(0.1, b2=0.999)
     with pytest.raises(ValueError, match=r"b2=1.0 is outside \[0, 1\)"):
@@ -201,13 +201,13 @@ def test_a_schedule_in_the_place_of_a_number_names_the_wrapper(name):
 @pytest.mark.parametrize("name", ["learning_rate", "b1", "gamma", "weight_decay"])
 @pytest.mark.parametrize("value", [None, "x"])
 def test_what_is_no_number_is_refused(name, value):
-    """To optax a learning rate of None is no scaling: steps of length 1, uphill."""
+    """Optax reads a learning rate of None as no scaling: unscaled steps uphill."""
     with pytest.raises(TypeError, match="is not a number"):
         sophia_h(**{"learning_rate": 0.1, name: value})
 
 
 def test_a_complex_sample_is_refused():
-    """Before, its imaginary part was dropped."""
+    """The cast to a real dtype would drop its imaginary part."""
     tx, params = sophia_h(0.1), {"w": jnp.ones(2)}
     sample = {"w": jnp.array([1 + 1j, 2])}
     with pytest.raises(ValueError, match=r"complex64 at \['w'\]"):
@@ -215,7 +215,7 @@ def test_a_complex_sample_is_refused():
 
 
 def test_a_variance_may_be_traced_or_an_array():
-    """It stood under a square root of Python."""
+    """Its square root is taken by jax, not by Python's math."""
     x, params = jnp.ones((4, 2)), jnp.ones((2, 3))
 
     def sample(variance):
@@ -235,7 +235,7 @@ def test_a_softmax_over_less_than_two_classes_is_refused(classes):
 
 @every_factory
 def test_a_complex_gradient_of_real_parameters_is_refused(factory):
-    """Its imaginary part would be dropped, or make the step complex."""
+    """Otherwise its imaginary part would be dropped or make the step complex."""
     tx, grads = factory(0.1), jax.tree.map(lambda g: g * (1 + 1j), GRADS)
     with pytest.raises(ValueError, match="the gradient is complex64 at"):
         tx.update(grads, tx.init(PARAMS), PARAMS, hessian=GRADS, value=1.0)

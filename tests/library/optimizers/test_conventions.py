@@ -1,4 +1,4 @@
-"""docs/conventions.md runs, and its calls reproduce the implementations that it names."""
+"""The examples of docs/conventions.md run and reproduce the implementations that they name."""
 
 import doctest
 import functools
@@ -25,7 +25,7 @@ W = {"W": np.random.default_rng(2).normal(size=(4, 3))}
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that the page defines, once its examples gave what they print."""
+    """The names that the page defines, after its examples printed what they should."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {}
     test = doctest.DocTestParser().get_doctest("".join(blocks), names, PAGE.name, None, 0)

@@ -13,7 +13,7 @@ from paths import MASK, SAMPLES, STEPS, assert_equal_paths, oracle_arguments, ou
 from models import PRESETS, split
 from sophia_optax import sophia_geometric, sophia_lite
 
-# What is ours, and not the paper's: the oracles' own defaults are the letter.
+# Where our defaults differ from the paper's, which the oracles have.
 LITE = {"update_interval": 1, "debias_momentum": True, "debias_hessian": True}
 LITE_LETTER = {"update_interval": 20, "debias_momentum": False, "debias_hessian": False}
 OTHERS = MASK | {"learning_rate": schedule, "b1": 0.8, "b2": 0.7, "eps": 0.05}
@@ -78,7 +78,7 @@ def test_every_step_is_the_equation(name, case, dtype):
 
 
 def test_the_printed_clip_lets_large_negative_ratios_run_away():
-    """So the one-sided form is an option, and not what the name stands for."""
+    """The one-sided form is therefore an option and not the default."""
     for two_sided in (True, False):
         tx = sophia_geometric(1.0, two_sided=two_sided)
         g = jnp.array([1e-3, -1e-3])
@@ -88,7 +88,7 @@ def test_the_printed_clip_lets_large_negative_ratios_run_away():
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_given_sample_replaces_the_gradients_own_when_refreshed(name):
-    """Host-driven refreshes: h then changes where they say, also at k = 1."""
+    """With `refresh` passed, h changes when it says so, also at k = 1."""
     factory, oracle = PAIRS[name]
     refresh = np.isin(np.arange(STEPS), (2, 3, 7, 15, 30))
     samples = {n: np.abs(s) for n, s in SAMPLES.items()}
@@ -101,7 +101,7 @@ def test_a_given_sample_replaces_the_gradients_own_when_refreshed(name):
 
 # ---------------------------------------------------------------- memory
 
-# The paper has 25.7% more than AdamW; m and h are what AdamW keeps.
+# The paper reports 25.7% more than AdamW; m and h take the bytes of AdamW's two moments.
 GPT2 = jax.eval_shape(split(PRESETS["gpt2-125m"]).init, jax.random.key(0))
 
 
@@ -130,7 +130,7 @@ def test_lite_keeps_as_many_bytes_as_adamw(dtype, arguments):
 
 
 def test_without_statistics_no_pass_over_the_tree_is_added():
-    """Lite reads nothing of the whole tree."""
+    """Sophia-Lite has no reduction over the whole tree."""
     g = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     for statistics in (False, True):
         tx = sophia_lite(0.1, statistics=statistics)
@@ -173,7 +173,7 @@ def test_the_arguments_of_one_alone_are_checked_too():
 
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e9])
 def test_a_bound_on_the_norm_is_that_of_a_clip_in_front(max_norm):
-    """The gradients have norms on both sides of the middle one."""
+    """The gradients' norms lie on both sides of the bound in the middle."""
     rng = np.random.default_rng(3)
     grads = [
         {"a": scale * rng.normal(size=(3, 4)), "b": scale * rng.normal()} for scale in (0.1, 3)
@@ -202,7 +202,7 @@ def single(tree):
 
 
 def test_an_infinite_coordinate_spoils_its_own_momentum_alone_under_a_bound():
-    """As with a clip in front, and no curvature."""
+    """As with a clip in front; no curvature is taken either."""
     tx, g = sophia_geometric(0.1, max_norm=1.0), jnp.array([1.0, jnp.inf])
     _, state = tx.update(g, tx.init(g), g)
     assert np.isfinite(state[0].momentum[1].ema[0]) and not state[0].curvature.h.any()
@@ -216,7 +216,7 @@ def test_no_gradient_has_no_curvature_under_a_bound():
 
 @pytest.mark.parametrize("factory", [sophia_lite, sophia_geometric])
 def test_every_argument_changes_the_program(factory):
-    """None is dropped on the way to the transformations."""
+    """No argument is dropped on its way to the transformations."""
     others = {"learning_rate": 0.2, "b1": 0.5, "b2": 0.5, "eps": 0.5, "clip_threshold": 0.5}
     others |= {"update_interval": 2, "weight_decay": 0.5, "mu_dtype": "bfloat16", "seed": 5}
     others |= {"hessian_dtype": "bfloat16", "statistics": True, "two_sided": False, "rho": 0.5}

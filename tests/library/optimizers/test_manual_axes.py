@@ -1,4 +1,4 @@
-"""A batch that is split over a manual axis: the axis is named, or the sample is refused."""
+"""A batch that is split over a manual axis: unless the axis is named, the sample is rejected."""
 
 import warnings
 
@@ -35,14 +35,14 @@ def logits(params, x):
 
 
 def norm_of_sample(tx, params, x, objective=loss):
-    """Of curvature after one update on the rows at hand."""
+    """The norm of the curvature after one update on this shard's rows."""
     extra = {"obj_fn": objective, "logits_fn": logits, "inputs": x}
     _, state = tx.update(params, tx.init(params), params, **extra)
     return diagnostics(state, quantiles=())["hessian_norm"]
 
 
 def over(axes, function, *args, rows="d", check_vma=True):
-    """`function` in a shard_map over eight devices."""
+    """`function` in a `shard_map` over eight devices."""
     specs = (P(), P(rows))
     shape = (8,) if len(axes) == 1 else (4, 2)
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
@@ -53,7 +53,7 @@ def over(axes, function, *args, rows="d", check_vma=True):
 @every_sampler
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_an_axis_that_is_not_named_is_refused_with_the_argument_that_names_it(name, check_vma):
-    """Before, curvature was 8 times too large, or that of one shard."""
+    """Otherwise curvature would be 8 times too large, or that of one shard."""
 
     def sample(params, x):
         return norm_of_sample(OPTIMIZERS[name](0.1), params, x)
@@ -106,7 +106,7 @@ def test_an_objective_that_averages_by_itself_needs_no_name():
 
 
 def test_a_run_of_its_own_on_each_shard_says_so():
-    """An empty `axis_name`: eight runs, each on its row."""
+    """An empty `axis_name` declares eight independent runs, each on its row."""
 
     def sample(params, x):
         norm = norm_of_sample(sophia_h(0.1, axis_name=()), params, x)
@@ -121,7 +121,7 @@ def test_a_run_of_its_own_on_each_shard_says_so():
 
 @every_sampler
 def test_runs_of_their_own_that_share_parameters_are_refused(name):
-    """Before, curvature was the sum over all shards: 8 times too large."""
+    """Otherwise curvature would be the sum over all shards, 8 times too large."""
 
     def sample(params, x):
         return norm_of_sample(OPTIMIZERS[name](0.1, axis_name=()), params, x)
@@ -139,7 +139,7 @@ def test_runs_of_their_own_that_share_parameters_are_refused(name):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_groups_of_a_run_of_its_own_run_one_after_the_other(shards):
-    """Side by side their sums ended in a bare AssertionError."""
+    """With parallel groups their sums would end in a bare AssertionError of jax."""
     x = jnp.tile(X, (4, 1))
 
     def sample(shards):

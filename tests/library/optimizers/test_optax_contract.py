@@ -21,7 +21,7 @@ from sophia_optax import (
 
 
 def given_the_objective(factory, **arguments):
-    """A factory whose `update` makes our extra arguments from `obj_fn`, all that optax passes."""
+    """A factory whose `update` derives our extra arguments from optax's only one, `obj_fn`."""
 
     def make(learning_rate: optax.ScalarOrSchedule):
         tx = factory(learning_rate, **arguments)

@@ -214,7 +214,7 @@ def test_counter_driven_samples_are_those_of_seed_and_count(factory, estimator, 
 
 
 def of_axis(key, params, updates, *, axis_name, **unused):
-    """A sample that tells which axis name arrived."""
+    """An estimator whose sample shows which axis name it received."""
     return jax.tree.map(lambda g: g * len(axis_name or ""), updates)
 
 

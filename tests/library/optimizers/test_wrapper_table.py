@@ -1,4 +1,4 @@
-"""The table of docs/wrappers.md: what each wrapper of optax does to our extra arguments."""
+"""The table of docs/wrappers.md: how each wrapper of optax treats our extra arguments."""
 
 import dataclasses
 import doctest
@@ -35,7 +35,7 @@ def logits(params):
     return params["w"] + params["b"]
 
 
-OPTIMIZERS = {  # column, factory, what `update` is told
+OPTIMIZERS = {  # column: factory, extra arguments of `update`
     "sophia_h": (0, sophia_h, {"obj_fn": loss, "refresh": True}),
     "sophia_g": (0, sophia_g, {"logits_fn": logits, "refresh": True}),
     "sophia_lite": (1, sophia_lite, {}),
@@ -43,7 +43,7 @@ OPTIMIZERS = {  # column, factory, what `update` is told
     "orthosoph": (1, orthosoph, {}),
     "soaa": (2, functools.partial(soaa, total_steps=10), {"value": 1.5}),
 }
-VARIANTS = {"sophia_g", "sophia_geometric"}  # each reads what another one reads
+VARIANTS = {"sophia_g", "sophia_geometric"}  # each reads the same arguments as another one
 PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.ones(2, np.float32)}
 GRADS = {"w": np.linspace(1, 3, 6, dtype=np.float32).reshape(3, 2), "b": np.full(2, 0.5, "float32")}
 SAMPLE = {"w": np.full((3, 2), 0.7, np.float32), "b": np.full(2, 0.2, np.float32)}
@@ -58,7 +58,7 @@ def same(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """How a wrapper is made and called, and what the optimizer in it sees."""
+    """How a wrapper is built and called, and what the optimizer inside sees."""
 
     wrap: Callable[[Callable[..., Any]], Any]
     """`(learning rate -> optimizer) -> wrapped optimizer`."""
@@ -96,7 +96,7 @@ def flat(tree):
 
 
 def low_rank(tree):
-    """The gradient in the basis of GaLore; params and samples are not asked for."""
+    """The gradient in GaLore's basis, which transforms neither params nor samples."""
     u, _, _ = jnp.linalg.svd(tree["w"], full_matrices=False)
     return {"w": u[:, :1].T @ tree["w"], "b": tree["b"]}
 
@@ -243,7 +243,7 @@ def state_inside(wrapper, make, told):
 
 
 def state_alone(wrapper, make, told):
-    """The right value: what the same optimizer makes of the same arrays without the wrapper."""
+    """The expected value: the same optimizer on the same arrays without the wrapper."""
     tx, params, grads = make(0.1), *(arrays(wrapper.passes(x)) for x in (PARAMS, GRADS))
     return jax.tree.leaves(tx.update(grads, tx.init(params), params, **told)[1])
 
@@ -261,7 +261,7 @@ def hears(wrapper, make, told, told_alone, bound):
 
 
 def outcome(wrapper, factory, told):
-    """The first way of the page that works."""
+    """The first call on the page that works."""
     make = functools.partial(factory, **wrapper.arguments)
     ways = {"works": (told, told, False)}
     if "refresh" in told:

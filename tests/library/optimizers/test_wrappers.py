@@ -1,6 +1,6 @@
-"""What every optimizer of ours must bear inside the wrappers of optax, Flax and Orbax.
+"""Every optimizer of ours inside the wrappers of optax, Flax and Orbax.
 
-Where a wrapper calls `update` as it is, every factory is run, and its variants by `-m slow`.
+If a wrapper calls `update` unchanged, every factory is run, and the variants with `-m slow`.
 """
 
 import functools
@@ -56,7 +56,7 @@ def injected(opt, **changes):
 
 @every_factory
 def test_injected_schedules_of_every_number_equal_the_numbers(opt):
-    """All of them traced, since each depends on the count."""
+    """All numbers are traced, since each depends on the count."""
     schedules = {n: lambda count, x=x: x + 0 * count for n, x in opt.numbers.items()}
     tx = injected(opt, **(schedules | {"learning_rate": opt.numbers["learning_rate"]}))
     params, state = jit(lambda p: run(tx, p))(start())
@@ -69,7 +69,7 @@ def test_injected_schedules_of_every_number_equal_the_numbers(opt):
 
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
 def test_injected_over_bfloat16_parameters_momentum_keeps_its_dtype(mu_dtype):
-    """`optax.ema`, and so `optax.adamw`, turns to the injected float32."""
+    """The momentum of `optax.ema`, and so of `optax.adamw`, would become the injected float32."""
     tx, params = injected(OPTIMIZERS["sophia_h"], mu_dtype=mu_dtype), start("bfloat16")
     state = tx.init(params)
     _, after = jax.eval_shape(lambda p, s: tx.update(p, s, p, **EXTRA), params, state)
@@ -80,7 +80,7 @@ def test_injected_over_bfloat16_parameters_momentum_keeps_its_dtype(mu_dtype):
 
 
 def multi_steps(opt, micro, told):
-    """(parameters, inner state, samples of the model) after `STEPS` steps of `micro` each."""
+    """(parameters, inner state, model evaluations) after `STEPS` steps of `micro` micro-steps."""
     calls = []
 
     def counted(*args, **extra):
@@ -134,7 +134,7 @@ WRAPPERS = {
 
 
 def one_update(tx, params, **extra):
-    """Its updates; the gradient is nowhere zero."""
+    """The updates of one step with a gradient that is nowhere zero."""
     grads = jax.tree.map(lambda x: x + 1, params)
     update = jit(lambda g, s, p: tx.update(g, s, p, value=1.0, **EXTRA, **extra)[0])
     return update(grads, tx.init(params), params)
@@ -142,7 +142,7 @@ def one_update(tx, params, **extra):
 
 @functools.cache
 def alone(opt):
-    """The update of a tree that is "w" alone, which parts of a tree must equal."""
+    """The update of a tree that holds only "w", which a part of a larger tree must equal."""
     sample = {"hessian": {"w": SAMPLE["w"]}} if opt.model else {}
     return one_update(opt(), {"w": start()["w"]}, **sample)["w"]
 
@@ -150,7 +150,7 @@ def alone(opt):
 @every_optimizer
 @pytest.mark.parametrize("wrapper", ["masked", "partition"])
 def test_part_of_a_tree_is_updated_as_if_alone_given_a_sample_of_the_whole(opt, wrapper):
-    """A sample where the model is needed, by the documented route; else nothing."""
+    """If the model is needed, a sample is passed in the documented way."""
     route = {"mask_compatible_extra_args": True} if opt.model else {}
     sample = {"hessian": SAMPLE} if opt.model else {}
     updates = one_update(WRAPPERS[wrapper](opt(), **route), start(), **sample)
@@ -162,7 +162,7 @@ def test_part_of_a_tree_is_updated_as_if_alone_given_a_sample_of_the_whole(opt, 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @every_optimizer_with_a_model
 def test_part_of_a_tree_is_refused_with_the_cure_where_the_model_is_needed(opt, wrapper):
-    """`selective_transform` makes its partition itself, and cannot mask a sample alike."""
+    """`selective_transform` builds its own partition and cannot mask a sample in the same way."""
     tx = WRAPPERS[wrapper](opt())
     with pytest.raises(ValueError, match=r"masked params.*pass it: .*hessian=sample"):
         one_update(tx, start())
@@ -179,7 +179,7 @@ def test_selective_transform_updates_as_if_alone(opt):
 
 @every_optimizer
 def test_an_empty_group_over_a_single_array_is_refused_with_the_cure(opt):
-    """There the wrapper masks every extra argument, since each has the structure of params."""
+    """The wrapper masks every extra argument, since each has the structure of params."""
     groups = {"ours": opt(), "other": optax.identity()}
     tx = optax.partition(groups, "other", mask_compatible_extra_args=True)
     x = jnp.ones(3)

@@ -1,4 +1,4 @@
-"""`scale_by_blocks` against float64 references, the laws of whitening, and what wrappers ask."""
+"""`scale_by_blocks` against float64 references: laws of whitening, state, and arguments."""
 
 import functools
 
@@ -109,7 +109,7 @@ def test_masked_leaves_and_decays_of_tiles_are_the_faithful_reading():
     ],
 )
 def test_every_step_of_rows_is_the_recommended_reading(block_size, b2, k, rms, nesterov):
-    case = {"learning_rate": 0.1, "b1": 0.9, "b2": b2, "b2_numbers": 0.8, "eps": 1e-2, "rms": rms}
+    case = {"learning_rate": 0.1, "b1": 0.9, "b2": b2, "b2_vector": 0.8, "eps": 1e-2, "rms": rms}
     case |= {"block_size": block_size, "update_interval": k, "nesterov": nesterov}
     expected = theirs(o.OrthoSophRows(**case))
     told = None
@@ -119,7 +119,7 @@ def test_every_step_of_rows_is_the_recommended_reading(block_size, b2, k, rms, n
 
 
 def test_masked_leaves_of_rows_are_adam():
-    case = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.3, "b2_numbers": 0.8}
+    case = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.3, "b2_vector": 0.8}
     path = ours(**case, **PLAIN, block_mask=dict.fromkeys(SHAPES, False))
     adam = optax.scale_by_adam(0.9, 0.8, eps=0.0, nesterov=True)
 
@@ -244,7 +244,7 @@ def test_a_static_refresh_leaves_one_branch_in_the_program(boolean):
 
 
 def test_every_product_asks_for_full_precision():
-    """GPUs would round operands to 10 bits, which is invisible here."""
+    """GPUs would round operands to 10 bits, which a CPU test cannot see."""
     text = program(True)
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHE")
 
@@ -268,7 +268,7 @@ def test_a_refresh_that_is_no_bool_is_refused():
 
 @pytest.mark.parametrize("embedding", [True, False], ids=["blocks", "numbers"])
 def test_state_of_gpt2_125m_is_a_fraction_of_adamw(embedding):
-    """Two bytes of momentum, and four more of v where a number is in no matrix."""
+    """Two bytes of momentum per parameter, and four of v in leaves that hold no matrix."""
     params = jax.eval_shape(split(PRESETS["gpt2-125m"]).init, jax.random.key(0))
 
     def mask(params):
@@ -327,14 +327,14 @@ def test_map_params_finds_momentum_and_the_moments_of_numbers(mask):
         ({"form": "columns"}, ValueError, "form='columns' is unknown; choose one of rows, tiles"),
         ({"b1": 1.0}, ValueError, r"b1=1.0 is outside \[0, 1\)"),
         ({"b2": -0.1}, ValueError, r"b2=-0.1 is outside \[0, 1\)"),
-        ({"b2_numbers": 1.0}, ValueError, r"b2_numbers=1.0 is outside \[0, 1\)"),
+        ({"b2_vector": 1.0}, ValueError, r"b2_vector=1.0 is outside \[0, 1\)"),
         ({"eps": -1e-8}, ValueError, "eps=-1e-08 is outside"),
         ({"eps": float("nan")}, ValueError, "eps=nan is outside"),
         ({"block_size": 0}, ValueError, "block_size=0 must be an integer of at least 1"),
         ({"block_size": jnp.asarray(8)}, TypeError, "static_args=.'block_size'"),
         ({"update_interval": 0}, ValueError, "update_interval=0 must be an integer"),
         ({"mu_dtype": "int8"}, ValueError, "mu_dtype=int8 cannot hold an average"),
-        ({"rms": 0.0}, ValueError, "None leaves steps at their own length"),
+        ({"rms": 0.0}, ValueError, "None keeps steps at their own length"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, error, message):
@@ -343,5 +343,5 @@ def test_arguments_out_of_range_are_named(arguments, error, message):
 
 
 def test_a_mask_that_marks_a_vector_is_refused():
-    with pytest.raises(ValueError, match=r"`block_mask` marks \['b'\] of shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"`block_mask` selects \['b'\] of shape \(6,\)"):
         scale_by_blocks(block_mask=lambda p: jax.tree.map(lambda _: True, p)).init(TREE)

@@ -103,7 +103,7 @@ def test_eight_devices_equal_one(arguments):
     ids=["aligned", "aligned, kept", "straddling", "columns", "columns, kept"],
 )
 def test_which_blocks_need_a_gather(names, block_size, kept, gathers):
-    """Those that straddle devices; where columns are sharded, those whose C or root is kept."""
+    """Blocks that straddle devices, and with sharded columns blocks whose C or root is kept."""
     tx = orthosoph(0.1, block_size=block_size, **kept)
     shardings, state_sharding, params = sharded(tx, names)
     update = jax.jit(
@@ -139,7 +139,7 @@ def test_parameters_that_differ_per_shard_keep_their_state_in_a_scan(arguments, 
 
 @pytest.mark.parametrize("refresh", [None, True])
 def test_traced_numbers_are_taken_on_explicit_axes(refresh):
-    """Closed over, they kept the explicit axes of the mesh in code where these are Auto."""
+    """As closures they would keep explicit axes in code that runs on Auto axes."""
     tx = optax.inject_hyperparams(
         orthosoph,
         static_args=("block_size", "block_mask", "weight_decay_mask"),

@@ -1,4 +1,4 @@
-"""hessian_estimate: what the average holds, what it refuses, and in which dtype."""
+"""hessian_estimate: the average and its mass, rejected samples, and dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sophia_optax import hessian_estimate, sophia_h, squared_gradient
-from sophia_optax.transforms.hessian_estimate import _noise, round_to
+from sophia_optax.transforms.stochastic_rounding import noise, round_to
 from train.parallel import xla_flags
 
 PARAMS = {"a": jnp.zeros(()), "b": jnp.zeros((2, 3))}
@@ -22,7 +22,7 @@ def given_sample(key, params, updates, *, sample, **unused):
 
 
 def estimate(estimator, *, decay=0.0, bias_correction=False, **arguments):
-    """By default the last sample itself."""
+    """By default the output is the last sample."""
     return hessian_estimate(estimator, decay=decay, bias_correction=bias_correction, **arguments)
 
 
@@ -35,7 +35,7 @@ def leaf(tree):
 
 @pytest.mark.parametrize("debias", [True, False])
 def test_mass_is_the_weight_of_the_accepted_samples(debias):
-    """Under a schedule of the decay, rejections and host-driven refreshes; h is 0 while it is 0."""
+    """With a decay schedule, rejections and host-driven refreshes; while mass is 0, so is h."""
     rng = np.random.default_rng(0)
     samples, refreshes = rng.normal(2.0, 1.0, size=(30, 3)), rng.random(30) < 0.6
     samples[rng.random(30) < 0.3, 1] = np.nan
@@ -120,22 +120,53 @@ def test_a_sample_that_is_not_finite_is_refused_whole_and_counted(bad, refresh):
     assert (after.accepted, after.rejected, after.age) == (2, 1, 0)
 
 
-def test_at_every_update_coordinates_are_refused_one_by_one_and_not_counted():
-    tx = estimate(given_sample, decay=0.5, update_interval=1)
+SPOILT = full(8.0) | {"b": full(8.0)["b"].at[1, 2].set(jnp.nan)}
+BY_COUNTER = {"sample": SPOILT}
+ASKED_FOR = [BY_COUNTER | {"refresh": True}, {"hessian": SPOILT}]
+
+
+def after_a_spoilt_sample(told, **arguments):
+    """The average of 4 and of `SPOILT`."""
+    tx = estimate(given_sample, decay=0.5, **arguments)
     _, state = tx.update(full(1.0), tx.init(PARAMS), sample=full(4.0))
-    sample = full(8.0) | {"b": full(8.0)["b"].at[1, 2].set(jnp.nan)}
-    h, state = tx.update(full(1.0), state, sample=sample)
+    return tx.update(full(1.0), state, **told)
+
+
+@pytest.mark.parametrize(
+    ("told", "arguments"),
+    [
+        (BY_COUNTER, {"update_interval": 1}),
+        *[
+            (told, {"update_interval": k, "reject": "coordinate"})
+            for told in ASKED_FOR
+            for k in (1, 3)
+        ],
+    ],
+)
+def test_rejection_by_coordinate_averages_the_others_and_counts_nothing(told, arguments):
+    """The default if the counter samples at every update."""
+    h, state = after_a_spoilt_sample(told, **arguments)
     np.testing.assert_allclose(h["b"], [[5, 5, 5], [5, 5, 2]])
     assert (state.accepted, state.rejected, state.age) == (2, 0, 0)
 
 
-@pytest.mark.parametrize("extra", ["refresh", "hessian"])
-def test_samples_of_the_host_are_refused_whole_at_every_interval(extra):
-    tx = estimate(given_sample, update_interval=1)
-    sample = full(8.0) | {"a": jnp.asarray(jnp.nan)}
-    extra = {"refresh": True, "sample": sample} if extra == "refresh" else {"hessian": sample}
-    h, state = tx.update(full(1.0), tx.init(PARAMS), **extra)
-    assert leaf(h) == 0 and state.rejected == 1
+@pytest.mark.parametrize(
+    ("told", "arguments"),
+    [
+        (BY_COUNTER, {"update_interval": 1, "reject": "sample"}),
+        *[(told, {"update_interval": k}) for told in ASKED_FOR for k in (1, 3)],
+    ],
+)
+def test_rejection_of_the_whole_sample_keeps_h_and_is_counted(told, arguments):
+    """The default for samples that the caller asks for, at every interval."""
+    h, state = after_a_spoilt_sample(told, **arguments)
+    np.testing.assert_allclose(h["b"], 2)
+    assert (state.accepted, state.rejected, state.age) == (1, 1, 1)
+
+
+def test_an_unknown_rule_of_rejection_is_named():
+    with pytest.raises(ValueError, match="reject='leaf' is unknown; choose one of auto, sample"):
+        estimate(given_sample, reject="leaf")
 
 
 def test_a_sample_beyond_the_range_of_h_is_refused():
@@ -203,11 +234,11 @@ def test_stochastic_rounding_is_unbiased_and_between_the_neighbours():
         share = (np.float32(x) - low) / (high - low) if high > low else 0.0
         assert low <= np.float32(x) <= high and high - low <= abs(x) * 2**-7
         assert abs(float((h == high).mean()) - share) < 5 * 0.5 / np.sqrt(n) or low == high
-    assert low == high == 1.0  # what bfloat16 holds is kept
+    assert low == high == 1.0  # bfloat16 can represent 1
 
 
 def rounded_up(key, shape=(64, 128)):
-    """Which of equal numbers halfway between two of bfloat16 were rounded up, leaf by leaf."""
+    """For numbers halfway between two bfloat16 neighbours: which were rounded up, in each leaf."""
     tree = {"a": jnp.full(shape, 1 + 2.0**-8), "b": jnp.full(shape, 1 + 2.0**-8)}
     like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     up = jax.tree.map(lambda x: np.asarray(x > 1, float), round_to(like, tree, key))
@@ -215,7 +246,7 @@ def rounded_up(key, shape=(64, 128)):
 
 
 def test_noise_is_another_one_for_each_coordinate_leaf_and_key():
-    """No correlation above 5 standard errors: of neighbours, rows, leaves, keys, and bits."""
+    """No correlation above 5 standard errors between neighbours, rows, leaves, keys or bits."""
     keys = [jax.random.key(0), jax.random.fold_in(jax.random.key(0), 1), jax.random.key(1)]
     (a, b), (c, _), (d, _) = (rounded_up(key) for key in keys)
     assert abs(a.mean() - 0.5) < 5 * 0.5 / 2**6.5
@@ -232,9 +263,9 @@ def test_noise_is_another_one_for_each_coordinate_leaf_and_key():
 
 def test_noise_has_every_one_of_its_values_alike():
     """χ² of the upper and of the lower 8 of 16 bits, against its standard error."""
-    noise = np.asarray(_noise(jnp.uint32(5), (256, 1024)))
-    assert noise.max() < 2**16
-    for part in (noise >> 8, noise & 255):
+    numbers = np.asarray(noise(jnp.uint32(5), (256, 1024)))
+    assert numbers.max() < 2**16
+    for part in (numbers >> 8, numbers & 255):
         counts = np.bincount(part.ravel(), minlength=256)
         chi = ((counts - 1024) ** 2 / 1024).sum()
         assert abs(chi - 255) < 5 * np.sqrt(2 * 255)
@@ -254,7 +285,7 @@ def test_a_bfloat16_h_that_takes_no_sample_stays_to_the_bit(refused):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 4095, 2000])
 def test_one_number_in_a_large_leaf_is_seen_by_the_program_that_users_run(bad, place):
-    """With the optimizations that the other tests go without."""
+    """With the compiler optimizations that other tests turn off."""
     tx = estimate(given_sample)
     x = jnp.ones((64, 64))
 
@@ -262,7 +293,7 @@ def test_one_number_in_a_large_leaf_is_seen_by_the_program_that_users_run(bad, p
         return tx.update(x, state, sample=sample, refresh=True)[1]
 
     options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    options = xla_flags.known(options)  # without the second, its code is what XLA always emits
+    options = xla_flags.known(options)  # XLA without the second always emits such code
     program = jax.jit(update).lower(tx.init(x), x).compile(compiler_options=options)
     assert program(tx.init(x), jnp.full_like(x, 3e38)).accepted == 1
     spoilt = x.ravel().at[place].set(bad).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""hessian_estimate: when it samples, what it keeps, what it refuses."""
+"""hessian_estimate: when it samples, which sample it takes, and which arguments it rejects."""
 
 import re
 
@@ -38,7 +38,7 @@ def given_sample(key, params, updates, *, sample, **unused):
 
 
 def estimate(estimator=unwanted, *, decay=0.0, bias_correction=False, **arguments):
-    """By default the last sample itself, so that h says where it came from."""
+    """By default the output is the last sample, so that h shows where it came from."""
     return hessian_estimate(estimator, decay=decay, bias_correction=bias_correction, **arguments)
 
 
@@ -86,7 +86,7 @@ def test_a_false_refresh_never_calls_the_estimator(refresh, extra):
     tx = estimate(unwanted)
     h, _ = tx.update(full(1.0), tx.init(PARAMS), refresh=refresh, **extra)
     assert leaf(h) == 0.0
-    tx = sophia_h(0.1)  # no obj_fn, and none is missed
+    tx = sophia_h(0.1)  # no obj_fn is passed, and none is needed
     tx.update(full(1.0), tx.init(PARAMS), PARAMS, refresh=refresh, **extra)
 
 

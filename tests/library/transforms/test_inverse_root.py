@@ -35,7 +35,7 @@ def spectra(b, condition):
     [("float32", c) for c in (1, 1e2, 1e4, 1e6)] + [("float64", 10.0**c) for c in range(0, 13, 3)],
 )
 def test_the_root_is_as_exact_as_the_condition_allows(dtype, condition, b):
-    """An ulp of C moves the root by an ulp times the condition."""
+    """An error of one ulp in C changes the root by one ulp times the condition number."""
     with jax.enable_x64(dtype == "float64"):
         C, ulp = spectra(b, condition).astype(dtype), np.finfo(dtype).eps
         floor = 4 * b * ulp * np.linalg.norm(C, axis=(-2, -1))[:, None]

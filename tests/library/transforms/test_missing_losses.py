@@ -1,4 +1,4 @@
-"""The average loss of a trust region where updates bring no loss."""
+"""The average loss of a trust region when some updates pass no loss."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ def test_where_every_step_brings_a_loss_they_are_the_same(rule):
 
 
 def test_the_first_loss_predicts_no_fall_whichever_corrects():
-    """Else rounding over eps would decide the first radius."""
+    """Otherwise rounding errors divided by eps would set the first radius."""
     for name in ("seen", "steps"):
         (radius,), _ = radii([3.3], loss_correction=name)
         assert radius == radii([7.7], loss_correction=name)[0][0]

@@ -5,40 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from averages import B1, B2, SHIFTED, momentum, outputs, weighted_mean
 from paths import GRADS, PARAMS, SAMPLES, STEPS, cast, row
 
 from sophia_optax import (
     centered_second_moment,
     clip_by_ratio,
+    ema,
     hessian_estimate,
     rms_floor,
     second_moment,
     squared_gradient,
 )
-from sophia_optax.transforms.moments import first_moment
-
-B1, B2 = 0.9, 0.8
-SHIFTED = {n: 1.5 + x for n, x in GRADS.items()}  # a mean that the centred moment must remove
-
-
-def momentum(decay=B1):
-    return optax.ema(decay, debias=True, accumulator_dtype=None)
-
-
-def outputs(tx, grads, dtype="float64", told=lambda t: {}):
-    """What `tx` gives out at every step, [STEPS, ...], and its last state."""
-
-    def step(state, xs):
-        t, g = xs
-        return tx.update(g, state, **told(t))[::-1]
-
-    xs = jnp.arange(STEPS), cast(grads, dtype)
-    state, out = jax.lax.scan(step, tx.init(cast(PARAMS, dtype)), xs)
-    return out, state
 
 
 def centered(b1=B1, b2=B2, eps=0.0, **arguments):
-    """The centred moment of the raw gradient, told the momentum of the same gradient."""
+    """The centred moment of the raw gradient, given the momentum of the same gradient."""
     moment, mean = centered_second_moment(b1, b2, eps, **arguments), momentum(b1)
 
     def update(updates, state, params=None):
@@ -47,100 +29,6 @@ def centered(b1=B1, b2=B2, eps=0.0, **arguments):
         return v, (first, second)
 
     return optax.GradientTransformation(lambda p: (mean.init(p), moment.init(p)), update)
-
-
-def weights(decay, t):
-    """Those of steps 1 to t in an average at t, which add up to 1 - decay^t."""
-    return (1 - decay) * decay ** np.arange(t - 1, -1, -1)
-
-
-def weighted_mean(x, decay, t):
-    return np.tensordot(weights(decay, t), x[:t], 1) / (1 - decay**t)
-
-
-# ---------------------------------------------------------------- the first
-
-
-@pytest.mark.parametrize("corrected", [True, False])
-def test_the_first_moment_is_the_weighted_mean(corrected):
-    with jax.enable_x64(True):
-        out, state = outputs(first_moment(B1, bias_correction=corrected), SHIFTED)
-        for n, g in SHIFTED.items():
-            for t in (1, 2, 9, STEPS):
-                expected = (1 if corrected else 1 - B1**t) * weighted_mean(g, B1, t)
-                np.testing.assert_allclose(out[n][t - 1], expected, rtol=1e-12)
-        assert state.count == STEPS
-
-
-def test_in_float32_it_is_the_ema_of_optax_and_its_state():
-    """To the bit of a compiler's rounding: checkpoints of either are those of both."""
-    (ours, mine), (theirs, state) = (outputs(f(B1), SHIFTED, "float32") for f in (first, momentum))
-    assert jax.tree.structure(mine) == jax.tree.structure(state)
-    for n in SHIFTED:
-        np.testing.assert_allclose(ours[n], theirs[n], rtol=1e-6, atol=1e-7)
-
-
-def first(decay):
-    return first_moment(decay)
-
-
-def test_a_bfloat16_momentum_is_given_out_as_it_is_stored():
-    """Rounded once a step, from sums in float32, with a decay that is not rounded."""
-    out, state = outputs(
-        first_moment(0.965, bias_correction=False, dtype="bfloat16"), SHIFTED, "float32"
-    )
-    m = {n: np.zeros(g.shape[1:], jnp.bfloat16) for n, g in SHIFTED.items()}
-    for t in range(STEPS):
-        for n, g in SHIFTED.items():
-            exact = 0.965 * m[n].astype(float) + 0.035 * g[t].astype(np.float32)
-            assert out[n].dtype == jnp.float32
-            stored = np.asarray(out[n][t]).astype(jnp.bfloat16)
-            np.testing.assert_array_equal(stored.astype(np.float32), out[n][t])
-            # half a unit in the last place, and a little for a sum in float32
-            error = np.abs(stored.astype(float) - exact)
-            assert (error <= 2.0**-8 * (1 + 1e-4) * np.abs(exact)).all()
-            m[n] = stored
-    for n in m:
-        assert state.ema[n].dtype == jnp.bfloat16
-        np.testing.assert_array_equal(state.ema[n].astype(np.float32), m[n].astype(np.float32))
-
-
-def test_the_decay_of_a_bfloat16_momentum_is_not_rounded():
-    """On average over m; .99 in bfloat16 would be .9883."""
-    tx = first_moment(0.99, bias_correction=False, dtype="bfloat16")
-    n = 1 << 14
-    m = jnp.asarray(np.random.default_rng(0).uniform(1, 2, n), jnp.bfloat16)
-    out, _ = tx.update(jnp.zeros(n), optax.EmaState(jnp.int32(5), m))
-    rounding = 2.0**-7 / np.sqrt(12 * 128)  # m has 128 values
-    assert abs((np.asarray(out) / m.astype(np.float32)).mean() - 0.99) < 4 * rounding
-
-
-@pytest.mark.parametrize(
-    ("params", "dtype", "held", "given_out"),
-    [
-        ("float32", None, "float32", "float32"),
-        ("bfloat16", None, "bfloat16", "float32"),
-        ("float64", None, "float64", "float64"),
-        ("float64", "float32", "float32", "float64"),
-        ("bfloat16", "float32", "float32", "float32"),
-    ],
-)
-def test_momentum_is_held_like_the_parameter_unless_stated(params, dtype, held, given_out):
-    """Also where a traced float32 decay would widen it."""
-    with jax.enable_x64(True):
-        x = jnp.ones(2, params)
-        for decay in (0.9, jnp.float32(0.9)):
-            tx = first_moment(decay, dtype=dtype)
-            m, state = tx.update(x, tx.init(x))
-            assert (tx.init(x).ema.dtype, state.ema.dtype, m.dtype) == (held, held, given_out)
-
-
-def test_the_first_moment_needs_no_implicit_promotion():
-    g = {"a": jnp.ones((), jnp.bfloat16), "b": jnp.ones(3)}
-    with jax.numpy_dtype_promotion("strict"):
-        for dtype in (None, "bfloat16"):
-            tx = first_moment(0.9, dtype=dtype)
-            jax.eval_shape(lambda s, tx=tx: tx.update(g, s), tx.init(g))
 
 
 # ---------------------------------------------------------------- Adam's
@@ -159,7 +47,7 @@ def test_the_second_moment_is_the_weighted_mean_of_squares(corrected):
 
 @pytest.mark.parametrize("place", ["curvature", "second_moment"])
 def test_the_second_moment_hears_nothing_of_refreshes_and_of_samples(place):
-    """Inside `clip_by_ratio`, on both sides: those speak of curvature."""
+    """In either place of `clip_by_ratio`: both arguments concern curvature only."""
 
     def ratio(**told):
         other = "second_moment" if place == "curvature" else "curvature"
@@ -189,7 +77,7 @@ def test_with_equal_decays_the_centered_moment_is_the_exactly_weighted_variance(
 
 
 def test_with_other_decays_each_gap_is_to_the_corrected_momentum_before():
-    """And the start, eps, is forgotten at the rate of everything else."""
+    """The initial value eps decays like every other contribution."""
     eps = 0.3
     with jax.enable_x64(True):
         out, _ = outputs(centered(B1, B2, eps), SHIFTED)
@@ -210,7 +98,7 @@ def test_a_constant_gradient_has_no_variance():
 
 
 def test_float32_is_close_to_float64_at_the_decays_of_adam():
-    """Early on 1 - b2^t cancels: its last bit is 6e-5 of 1e-3."""
+    """At first 1 - b2^t cancels: its last bit is 6e-5 of 1e-3."""
     with jax.enable_x64(True):
         exact, _ = outputs(centered(0.9, 0.999, 1e-8), SHIFTED)
     out, _ = outputs(centered(0.9, 0.999, 1e-8), SHIFTED, "float32")
@@ -226,7 +114,7 @@ def test_without_momentum_the_error_names_the_cure():
 
 
 def test_a_ratio_tells_its_curvature_the_momentum():
-    """That of the same update."""
+    """The momentum of the same update."""
     told = []
 
     def update(updates, state, params=None, *, momentum, **extra):
@@ -271,7 +159,7 @@ def test_moments_are_float32_at_least_unless_stated_and_given_out_so(
 
 
 def test_squares_are_taken_in_float32():
-    """Those of float16 gradients may be beyond float16."""
+    """Squares of float16 gradients may overflow in float16."""
     expected = {"second": 1000**2, "centered": 2000**2 * (1 / 3) * (2 / 3)}
     for name, tx in {"second": second_moment(0.5), "centered": centered(0.5, 0.5)}.items():
         state, step = tx.init(jnp.zeros(1, jnp.float16)), jax.jit(tx.update)
@@ -290,7 +178,7 @@ def test_dtypes_that_cannot_hold_a_moment_are_refused(moment):
 
 @every_moment
 def test_bfloat16_reaches_the_level_where_rounding_to_nearest_stalls(name):
-    """Gradients of 3, then 5 and so on: their mean square is 17, their variance 1."""
+    """Gradients alternate between 3 and 5: their mean square is 17, their variance 1."""
     decay, steps, width = 0.99, 600, 1024
     long = {"b1": decay, "b2": decay} if name == "centered" else {}
     tx = centered(**long, dtype="bfloat16") if long else second_moment(decay, dtype="bfloat16")
@@ -317,12 +205,12 @@ def test_bfloat16_reaches_the_level_where_rounding_to_nearest_stalls(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: first_moment(1.0), r"decay=1.0 is outside \[0, 1\)"),
+        (lambda: ema(1.0), r"decay=1.0 is outside \[0, 1\)"),
         (lambda: second_moment(1.0), r"decay=1.0 is outside \[0, 1\)"),
         (lambda: centered_second_moment(1.0, 0.9), r"b1=1.0 is outside \[0, 1\)"),
         (lambda: centered_second_moment(0.9, -0.1), r"b2=-0.1 is outside \[0, 1\)"),
         (lambda: centered_second_moment(0.9, 0.9, -1.0), "eps=-1.0 is outside"),
-        (lambda: centered_second_moment(0.0, 0.9), "b1=0: The momentum before this update cannot"),
+        (lambda: centered_second_moment(0.0, 0.9), "b1=0: The previous momentum cannot"),
     ],
 )
 def test_arguments_out_of_range_are_named(build, message):

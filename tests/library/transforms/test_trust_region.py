@@ -180,7 +180,7 @@ REGIONS = [n for n in CASES if n not in ("max form", "max form, no clip", "max f
 
 
 def oracles_path(name):
-    """The path, with the radius and the predicted reduction where there are any; the oracle."""
+    """(the path, with radius and predicted reduction if there are any; the oracle)."""
     pair, given = CASES[name]
     given = {"hessian" if n == "sample" else n: x for n, x in given.items()}
 
@@ -212,7 +212,7 @@ def test_the_cases_visit_both_bounds_and_the_inside(name):
     ],
 )
 def test_the_cases_visit_the_fisher_branch_or_not(name, fires):
-    """Where it does not fire a coordinate takes Adam's step times the radius."""
+    """If it is not taken, a coordinate takes Adam's step times the radius."""
     path, oracle = oracles_path(name)
     dt = path["radius"][-1 if name.startswith("tadam") else -2]
     m, s = oracle.momentum.read(True), oracle.second.read(True)
@@ -235,7 +235,7 @@ SINGLE = (
     ("name", "dtype"), [*((n, "float64") for n in CASES), *((n, "float32") for n in SINGLE)]
 )
 def test_every_step_is_the_equation(name, dtype):
-    """In float32 differences of losses cancel, and the radius is their quotient."""
+    """The radius is a quotient of differences of losses, which cancel in float32."""
     pair, given = CASES[name]
 
     def watch(state):

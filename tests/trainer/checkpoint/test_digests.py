@@ -11,7 +11,7 @@ import pytest
 from places import FIXTURES
 
 import train
-from train.checkpoint import digests, store, warm_start
+from train.checkpoint import digests, old_layouts, store, warm_start
 from train.logging import jsonl
 
 OLD = FIXTURES / "old_checkpoint"
@@ -142,6 +142,21 @@ def test_the_state_of_an_older_version_is_read_in_todays_layout(tmp_path):
     assert steps[-1]["hessian_zero_samples"] == steps[-1]["momentum_nonfinite_leaves"] == 0
     train.resume(run, steps=8, compile_cache="")
     assert warm_start.load(run).step == 8
+
+
+def test_leaves_are_found_under_the_names_that_an_older_version_gave_them():
+    """A prediction of `clip_by_ratio` had no container of its own; a parameter may be so named."""
+    saved = {"inner": {"linear": 1, "quadratic": 2}, "params": {"linear": 3}}
+    prediction = {"linear": "a", "quadratic": "b"}
+    wanted = {"inner": {"predicted_reduction": prediction}, "params": {"linear": "c"}}
+    target = {"inner": prediction, "params": {"linear": "c"}}
+    loaded = {"inner": {"predicted_reduction": {"linear": 1, "quadratic": 2}}} | {
+        "params": saved["params"]
+    }
+    assert old_layouts.is_older(saved, wanted) and not old_layouts.is_older(loaded, wanted)
+    assert old_layouts.in_older_layout(saved, wanted) == target
+    assert old_layouts.in_this_layout(saved, wanted, {}) == loaded
+    assert old_layouts.in_this_layout(loaded, wanted, {}) == loaded
 
 
 def test_a_damaged_step_keeps_no_other_from_being_read_or_saved(tmp_path):

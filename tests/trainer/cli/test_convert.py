@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 
 from models import DecoderConfig, EncoderConfig
 from models.presets import BYTE_IDS
-from train import data, program
+from train import data, inputs
 from train.cli import main
 from train.config import serialize
 from train.convert import tokenizer_files
@@ -44,7 +44,7 @@ def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
     loaded = tokenizers.load(serialize.load(run).data.tokenizer)
     assert loaded.encode("not to be").tolist() == byte_pairs().encode("not to be").ids
     prompt = tokenizers.load(str(source)).encode("not to be")
-    assert program.load_tokenizer(serialize.load(run)).decode(prompt) == "not to be"
+    assert inputs.load_tokenizer(serialize.load(run)).decode(prompt) == "not to be"
     (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")  # the run has its own
     main.main(["export", str(run), str(out)])
     for name in ("tokenizer_config.json", "generation_config.json"):
@@ -52,11 +52,11 @@ def test_the_tokenizer_and_its_ids_go_in_and_come_out(tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     assert read(out / "config.json").items() >= ids.items()
     run.rename(tmp_path / "moved")
-    assert program.load_tokenizer(serialize.load(tmp_path / "moved")).hash == loaded.hash
+    assert inputs.load_tokenizer(serialize.load(tmp_path / "moved")).hash == loaded.hash
     other = run / "pretrained"  # of another run, which has taken the place
     other.mkdir(parents=True)
     byte_pairs(280).save(str(other / "tokenizer.json"))
-    assert program.load_tokenizer(serialize.load(tmp_path / "moved")).hash == loaded.hash
+    assert inputs.load_tokenizer(serialize.load(tmp_path / "moved")).hash == loaded.hash
 
 
 def test_another_tokenizer_may_be_asked_for_and_then_has_its_own_ids(tmp_path):

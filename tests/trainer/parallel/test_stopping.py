@@ -73,10 +73,10 @@ def test_while_a_program_compiles_before_the_next_one(tmp_path, monkeypatch):
     compiled = []
 
     def slow(compile):
-        def compiles(refresh):
-            compiled.append(refresh)
+        def compiles(due):
+            compiled.append(due.refresh)
             told()
-            return compile(refresh)
+            return compile(due)
 
         return compiles
 
