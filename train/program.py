@@ -72,7 +72,7 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Program:
         compile=functools.partial(_compile, step, abstract, shapes),
         evaluate=_evaluate(config, placed, outputs, loaded),
         data=loaded,
-        batch=lambda number: _place(functools.partial(loaded().batch, number), shapes),
+        batch=lambda number: data.to_mesh(functools.partial(loaded().batch, number), shapes),
         abstract=abstract,
     )
 
@@ -229,19 +229,6 @@ def _check_vocabulary(config: Config, tokens: int) -> None:
             f"the tokenizer {config.data.tokenizer} has {tokens} tokens, more than the "
             f"{config.model.vocab_size} of the model: set --model.vocab-size {tokens}."
         )
-
-
-def _place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
-    """A batch on the mesh, of which each process makes the rows that its devices hold, once."""
-    made = functools.cache(lambda start, stop: make(slice(start, stop)))
-
-    def leaf(name: str, like: jax.ShapeDtypeStruct | None):
-        if like is None:
-            return None
-        rows = lambda rows: getattr(made(rows.start, rows.stop), name)  # noqa: E731
-        return data.to_mesh(rows, like.shape, like.sharding)
-
-    return Batch(**{name: leaf(name, like) for name, like in shapes._asdict().items()})
 
 
 def _evaluate(
