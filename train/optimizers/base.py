@@ -55,7 +55,9 @@ class Due(NamedTuple):
         >>> Due(True, None).name, Due(False, False).name, Due().name
         ('step that samples curvature', 'plain step', 'step')
         """
-        renewed = [word for word, x in zip(("samples curvature", "renews roots"), self) if x]
+        renewed = [
+            word for word, x in zip(("samples curvature", "renews roots"), self, strict=True) if x
+        ]
         if renewed:
             return f"step that {' and '.join(renewed)}"
         return "plain step" if False in self else "step"
