@@ -74,6 +74,14 @@ def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     assert signal.getsignal(number) == handler
 
 
+def test_each_step_takes_its_own_batch(tmp_path, monkeypatch):
+    taken = []
+    noted = lambda batch: lambda step: taken.append(step) or batch(step)  # noqa: E731
+    change_programs(monkeypatch, batch=noted)
+    train.train(small(tmp_path / "run", "adamw", steps=4))
+    assert taken == [0, 1, 2, 3]
+
+
 def test_a_finished_run_can_be_made_longer(finished, tmp_path):
     train.train(small(tmp_path / "run", steps=6))
     history = train.resume(tmp_path / "run", steps=8)

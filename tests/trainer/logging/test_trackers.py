@@ -155,3 +155,18 @@ def test_a_run_has_the_trackers_that_it_asks_for(tmp_path, monkeypatch):
     assert len(trackers.asked_for(output, tmp_path, {}, 3)) == 3
     assert libraries["tensorboardX"].seen[0][2] == {"purge_step": 4}
     assert [libraries[name].seen[0][2]["project"] for name in ("wandb", "trackio")] == ["a", "b"]
+
+
+def test_a_spike_is_above_ten_losses_or_more_and_none_below_them():
+    found, short, ten = Spikes(3.0), Spikes(3.0), Spikes(3.0)
+    for number in range(10):
+        loss = 2.0 + 0.1 * (number % 2)
+        found.add(loss)
+        ten.add(loss)
+        assert number == 9 or short.add(loss) == (0, "")
+    assert short.add(9.0) == (0, "")  # after nine losses
+    assert ten.add(9.0)[0] == 1
+    assert found.add(0.1) == (0, "")  # far below
+    for loss in (float("nan"), float("inf")):
+        found.add(loss)
+    assert "above 1.873" in found.add(9.0)[1]  # those are not compared with
