@@ -144,7 +144,7 @@ def best_of(losses: Mapping[float, float]) -> float:
 
 
 def tune(optimizer: str, finished: Finished, *, seeds: int, **budget: Any) -> dict[str, Any]:
-    """A row of the table: the best rate, its losses by seed, and the losses at half and twice it."""
+    """A row of the table: the best rate, its loss at each seed, and its neighbours."""
 
     def at(rate: float, seed: int) -> dict[str, Any]:
         return finished(candidate(optimizer, rate, seed=seed, **budget))
