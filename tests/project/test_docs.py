@@ -156,6 +156,17 @@ def test_links_to_files_exist(name):
         assert "://" in target or (path.parent / target).exists(), target
 
 
+def test_the_tables_of_the_readme_have_numbers_of_the_results():
+    number = r"[-+]?[\d,]*\.?\d+%?"
+    summary = (ROOT / "README.md").read_text().partition("\n## Results\n")[2]
+    rows = re.findall(r"^\|.*\d.*\|$", summary, re.MULTILINE)
+    rows = [row for row in rows if "docs/" not in row]
+    known = set(re.findall(number, (ROOT / "docs/results.md").read_text()))
+    assert len(rows) >= 23
+    for row in rows:
+        assert set(re.findall(number, row.replace("1/", ""))) <= known, row
+
+
 def headings(path):
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     return map(anchor, re.findall(r"^#+ (.*)$", text, re.MULTILINE))
