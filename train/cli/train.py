@@ -43,7 +43,7 @@ def parse_all(
         print(usage)  # tyro would reflow it
     flags.check(words, {"": default, "distributed.": DistributedConfig()}, prog)
     parsed = tyro.cli(
-        tyro.conf.AvoidSubcommands[tyro.conf.HelptextFromCommentsOff[_Words]],
+        tyro.conf.AvoidSubcommands[_Words],
         args=words,
         default=_Words(_Draft(**_fields(default))),
         description="",

@@ -33,7 +33,7 @@ class Config:
 
     model: DecoderConfig | EncoderConfig
     """Shape of the model."""
-    optim: OptimizerConfig  # the docstring of its class is the help of its flags
+    optim: OptimizerConfig
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Training data."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
