@@ -184,17 +184,20 @@ def test_links_to_headings_exist(name):
         assert mark in headings(path.parent / page if page else path), mark
 
 
-NAMED = re.compile(r"`[^`]*?\b((?:notebooks|benchmarks|docs|tests|train)/[\w./]*)[^`]*`")
+NAMED = re.compile(
+    r"`[^`]*?\b((?:notebooks|benchmarks|docs|tests|train|sophia_optax)/[\w./]*)[^`]*`"
+)
 
 
 @pytest.mark.parametrize("name", [page for page in PAGES if page not in ("LOG.md", "CHANGELOG.md")])
 def test_every_make_target_module_and_file_that_a_page_names_exists(name):
-    """A test file may be named without its folder."""
+    """A page may name a test file without its folder, a module without .py, `module.function`."""
     text, makefile = (ROOT / name).read_text(), (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?\bmake (\w+)`", text):
         assert f"\n{target}:" in makefile
     for path in NAMED.findall(text):
-        assert (ROOT / path).exists(), path
+        forms = path, f"{path}.py", f"{path.rpartition('.')[0]}.py"
+        assert "NAME" in path or any((ROOT / form).exists() for form in forms), path
     for module in re.findall(r"python -m (benchmarks\.\w+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for test in re.findall(r"`(test_\w+\.py)`", text):
