@@ -227,9 +227,14 @@ def test_a_block_that_overflows_stays_in_place_where_no_curvature_is_kept():
 # ---------------------------------------------------------------- refresh
 
 
-def program(refresh, update_interval=10):
+def program(refresh, update_interval=10, **extra):
     tx, g = scale_by_blocks(update_interval=update_interval), {"w": jnp.ones((4, 6))}
-    return str(jax.make_jaxpr(lambda s: tx.update(g, s, refresh=refresh))(tx.init(g)))
+    return str(jax.make_jaxpr(lambda s: tx.update(g, s, refresh=refresh, **extra))(tx.init(g)))
+
+
+def test_renew_decides_before_refresh():
+    assert program(False, renew=True) == program(True)
+    assert program(True, renew=False) == program(False)
 
 
 @pytest.mark.parametrize("boolean", [bool, np.bool_])
