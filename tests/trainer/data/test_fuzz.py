@@ -27,7 +27,8 @@ from train.checkpoint import manifest
 from train.checkpoint.store import CheckpointError, Checkpoints
 from train.config import presets, serialize
 from train.data import DataConfig, load, tokenizers
-from train.data.prepare import documents, token_writer
+from train.data.prepare import documents as document_readers
+from train.data.prepare import token_writer
 from train.data.prepare.documents import documents
 from train.data.prepare.header import read_header
 from train.data.prepare.prepare import prepare
@@ -349,5 +350,5 @@ def test_memory_that_is_taken_is_seen(tmp_path):
 
 def test_files_of_every_kind_are_damaged():
     named = {"tfds": "tfrecord"}
-    assert {named.get(kind, kind) for kind in documents.READERS} <= set(READERS)
-    assert set(documents.READERS) | {"embedded", "bin"} == set(KINDS)
+    assert {named.get(kind, kind) for kind in document_readers.READERS} <= set(READERS)
+    assert set(document_readers.READERS) | {"embedded", "bin"} == set(KINDS)
