@@ -164,7 +164,7 @@ def test_a_refresh_that_is_no_bool_is_refused(refresh, message):
 @pytest.mark.parametrize(
     ("hessian", "message"),
     [
-        ({"a": jnp.zeros(())}, "`hessian` must have the structure of the gradients"),
+        ({"a": jnp.zeros(())}, "`hessian` must have the structure of the gradient"),
         ({"a": jnp.zeros(()), "b": jnp.zeros(3)}, r"`hessian` has shape \(3,\) at \['b'\]"),
         ([jnp.zeros(()), jnp.zeros((2, 3))], "`hessian` must have the structure"),
     ],
