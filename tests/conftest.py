@@ -1,16 +1,10 @@
 """Eight fake CPU devices for every test, fixed before jax starts."""
 
-import atexit
 import os
 import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else another process of these tests has it
-    folder = tempfile.mkdtemp(prefix="compiled-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 
@@ -19,9 +13,20 @@ from train.parallel import xla_flags
 # Compiling is what the tests wait for.
 xla_flags.add({"xla_force_host_platform_device_count": 8} | xla_flags.QUICK | xla_flags.PATIENT)
 
+# A program that several tests use is compiled once in each process. Processes share no folder: JAX
+# writes files that others may read half-written.
+COMPILED = tempfile.mkdtemp(prefix="compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 jax.devices()  # so that no test starts it with fewer: `train.plan.plan.fake_devices` may
 
 collect_ignore = ["support"]
+
+
+def pytest_sessionfinish():
+    """Deletes the compiled programs."""
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_addoption(parser):
