@@ -146,6 +146,31 @@ def test_spikes_are_found_and_counted_across_a_resume():
     assert not resumed.add(float("nan"))[1]
 
 
+TEN = [2.0 + 0.01 * (i % 3) for i in range(10)]
+
+
+def spikes_after(*losses):
+    """For each loss after the first ten, whether it is a spike."""
+    spikes = Spikes(6.0)
+    assert not any(spikes.add(loss)[1] for loss in TEN)
+    return [bool(spikes.add(loss)[1]) for loss in losses]
+
+
+def test_ten_losses_are_enough_to_tell_a_spike():
+    assert spikes_after(2.5) == [True]
+    few = Spikes(6.0)
+    assert not any(few.add(loss)[1] for loss in (*TEN[:9], 2.5))
+
+
+def test_a_loss_far_below_is_no_spike():
+    assert spikes_after(1.0) == [False]
+
+
+def test_losses_that_are_not_finite_hide_no_later_spike():
+    assert spikes_after(float("nan"), 2.5) == [False, True]
+    assert spikes_after(float("inf"), 2.5)[1]
+
+
 def test_a_run_has_the_trackers_that_it_asks_for(tmp_path, monkeypatch):
     libraries = {name: Calls() for name in ("tensorboardX", "wandb", "trackio")}
     for name, library in libraries.items():

@@ -13,8 +13,8 @@ from contract import assert_close
 
 import sophia_optax
 from train.config.presets import preset
-from train.optimizers.base import BuiltOptimizer, Due, TrainContext
-from train.optimizers.layerwise import matrices
+from train.optimizers.base import BuiltOptimizer, Due, TrainContext, clip_first, clipped
+from train.optimizers.layerwise import dimension_numbers, matrices
 from train.optimizers.registry import OPTIMIZERS, SophiaG, SophiaH
 from train.optimizers.sophia import parallel_groups
 
@@ -216,3 +216,69 @@ def test_the_rows_of_a_sample_are_every_nth_of_the_batch(number, accumulation, s
         for row in range(first, 48, accumulation * stride)
     ]
     assert sorted(taken) == list(range(0, 48, number))
+
+
+def rate(_):
+    return 0.5
+
+
+DECAYS = {"b1": 0.7, "b2": 0.9}
+OF_OPTAX = {  # fields of the config -> the transformation that they mean
+    "adam": (DECAYS, optax.adam(rate, **DECAYS, eps=1e-8)),
+    "adamw": (DECAYS, optax.adamw(rate, **DECAYS, eps=1e-8, weight_decay=0.3, mask=matrices)),
+    "lion": (DECAYS, optax.lion(rate, **DECAYS, weight_decay=0.3, mask=matrices)),
+    "sgd": ({"momentum": 0.7}, optax.sgd(rate, momentum=0.7, nesterov=False)),
+    "muon": (
+        {"beta": 0.7, "consistent_rms": 0.1},
+        optax.contrib.muon(
+            rate,
+            beta=0.7,
+            consistent_rms=0.1,
+            weight_decay=0.3,
+            weight_decay_mask=matrices,
+            muon_weight_dimension_numbers=dimension_numbers,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OF_OPTAX)
+def test_fields_are_the_arguments_of_optax_that_have_their_names(optimizer):
+    fields, want = OF_OPTAX[optimizer]
+    if hasattr(OPTIMIZERS[optimizer], "weight_decay"):
+        fields = fields | {"weight_decay": 0.3}
+    have = OPTIMIZERS[optimizer](**fields).build(context(0.5)).tx
+    assert same(follow(BuiltOptimizer(have)), follow(BuiltOptimizer(want)))
+
+
+def test_muon_makes_matrices_as_long_as_its_root_mean_square_says():
+    optim = OPTIMIZERS["muon"](consistent_rms=0.1, weight_decay=0.0)
+    params = {"matrix": jnp.zeros((8, 8))}
+    tx = optim.build(context(1.0)).tx
+    step, _ = tx.update({"matrix": jnp.eye(8)}, tx.init(params), params)
+    assert jnp.sqrt(jnp.mean(step["matrix"] ** 2)) == pytest.approx(0.1, rel=0.3)
+
+
+def test_gradients_are_clipped_before_the_optimizer_sees_them():
+    clip = TrainContext(rate, max_grad_norm=1.0)
+    large, unit = {"w": jnp.array([30.0, 40.0])}, {"w": jnp.array([0.6, 0.8])}
+    for made in (clip_first(optax.scale(5.0), clip), clipped(optax.scale(5.0), clip).tx):
+        step, _ = made.update(large, made.init(unit))
+        np.testing.assert_allclose(step["w"], 5 * unit["w"], rtol=1e-6)
+    assert clip_first(made, TrainContext(rate)) is made
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_gets_the_clipped_gradient(optimizer):
+    """A gradient ten times as long, clipped to its own norm, makes the same first step."""
+    optim = preset("tiny", optimizer).optim
+    grads = gradient(np.random.default_rng(2))
+    norm = float(optax.tree.norm(grads))
+    tx = optim.build(context()._replace(max_grad_norm=norm)).tx
+    tx = optax.with_extra_args_support(tx)
+    extra = {"hessian": PARAMS} if optimizer in ("sophia-g", "sophia-h") else {}
+    short, long = (
+        tx.update(optax.tree.scale(n, grads), tx.init(PARAMS), PARAMS, value=2.0, **extra)[0]
+        for n in (1 - 1e-6, 10)
+    )
+    assert_close(long, short, rtol=1e-3, atol=1e-6)
