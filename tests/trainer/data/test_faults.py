@@ -99,6 +99,45 @@ def test_cells_and_lines_of_a_table_have_the_limit_too(tmp_path):
         loader(tmp_path)(f"csv:{tmp_path / 'a.csv'}")
 
 
+LIMIT = 40
+AT_THE_LIMIT = {  # a file with a document, a line or a cell of exactly 40 bytes
+    "text": b"x" * LIMIT,
+    "jsonl": b'{"text": "' + b"x" * (LIMIT - 13) + b'"}\n',
+    "csv": b"text\n" + b"x" * (LIMIT - 1) + b"\n",
+}
+
+
+@pytest.mark.parametrize("kind", AT_THE_LIMIT)
+def test_what_is_as_long_as_the_limit_is_read(tmp_path, kind):
+    path, shard = tmp_path / "a", SourceFile(kind, tmp_path / "a")
+    path.write_bytes(AT_THE_LIMIT[kind])
+    assert len([*documents(shard, DataConfig(document_limit=LIMIT), ("text",), [])]) == 1
+    with pytest.raises(Broken, match=r"more than --data\.document-limit 39"):
+        [*documents(shard, DataConfig(document_limit=LIMIT - 1), ("text",), [])]
+
+
+def test_a_cell_of_parquet_as_long_as_the_limit_is_read(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="extra data")
+    import pyarrow.parquet as pq
+
+    path, skipped = tmp_path / "a.parquet", []
+    pq.write_table(arrow.table({"text": ["x" * 40, "x" * 41, "so"]}), path)
+    config = DataConfig(document_limit=LIMIT, broken="skip")
+    found = documents(SourceFile("parquet", path), config, ("text",), skipped)
+    assert [len(text) for (text,) in found] == [40, 2]
+    assert len(skipped) == 1 and "row 1: 41 bytes" in skipped[0]
+
+
+@pytest.mark.parametrize("beyond", range(1, 7))
+def test_a_separator_may_lie_across_two_reads_of_a_document_that_is_too_long(tmp_path, beyond):
+    """A file is read in pieces of 1 MiB, and a document over the limit is not kept."""
+    path, skipped = tmp_path / "a", []
+    path.write_bytes(b"x" * (2**20 - beyond) + b"<|end|>three")
+    config = DataConfig(document_limit=LIMIT, broken="skip", separator="<|end|>")
+    found = [*documents(SourceFile("text", path), config, ("text",), skipped)]
+    assert found == [("three",)] and len(skipped) == 1
+
+
 LONG = b"x" * 99
 BROKEN_TABLES = {
     "csv, not UTF-8": (b"one\ntw\xe9\nthree\nfour\n", "line 3: byte 2"),
@@ -136,10 +175,12 @@ def test_a_table_whose_first_line_is_broken_has_no_rows(tmp_path):
     assert len(skipped) == 1 and "line 1: byte 2" in skipped[0]
 
 
-def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
-    (tmp_path / "a.tsv").write_text('text\tlabel\nso it "goes\t0\nso\n')
-    with pytest.raises(Broken, match=r"a\.tsv, line 3: . columns, but the first row has 2"):
-        loader(tmp_path)(f"tsv:{tmp_path / 'a.tsv'}")
+def test_rows_of_a_table_that_are_too_short_or_too_long_are_named(tmp_path):
+    for row, columns in (("so", 1), ("so\t0\t1", 3)):
+        (tmp_path / "a.tsv").write_text(f'text\tlabel\nso it "goes\t0\n{row}\n')
+        message = rf"a\.tsv, line 3: {columns} columns, but the first row has 2"
+        with pytest.raises(Broken, match=message):
+            loader(tmp_path)(f"tsv:{tmp_path / 'a.tsv'}")
 
 
 @pytest.mark.parametrize(
@@ -249,13 +290,20 @@ def test_token_files_that_disagree_with_their_header_are_refused(tmp_path):
     folder = tmp_path / "out"
     prepare(f"jsonl:{path}", folder, quiet=True)
     whole, header = (folder / "train.bin").read_bytes(), (folder / "header.json").read_text()
-    (folder / "train.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"train\.bin has \d+ bytes, but its header counts \d+"):
-        loader(tmp_path)(f"bin:{folder}")
+    for other in (whole[:-1], whole + b"x"):
+        (folder / "train.bin").write_bytes(other)
+        message = r"train\.bin has \d+ bytes, but its header counts \d+"
+        with pytest.raises(ValueError, match=message):
+            loader(tmp_path)(f"bin:{folder}")
     (folder / "train.bin").unlink()
     with pytest.raises(ValueError, match=r"train\.bin is missing"):
         loader(tmp_path)(f"bin:{folder}")
     (folder / "train.bin").write_bytes(whole)
+    stated = json.loads(header)
+    stated["splits"]["train"]["largest"] = 256  # one more than the largest byte
+    (folder / "header.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=r"train\.bin has another largest token than header"):
+        loader(tmp_path)(f"bin:{folder}")
     for broken in (header[:-9], header.replace("tokens 1", "tokens 9"), "[]", '{"format": 1}'):
         (folder / "header.json").write_text(broken)
         with pytest.raises(ValueError, match=r"header\.json is not a header that this version"):

@@ -149,6 +149,15 @@ def test_there_are_two_programs_where_an_interval_is_longer_than_one_step(optimi
         assert [chosen.due(step).refresh for step in range(4)] == flags
 
 
+def test_curvature_and_roots_have_intervals_of_their_own():
+    built = BuiltOptimizer(optax.identity(), refresh_interval=2, renew_interval=3)
+    due = [built.due(step) for step in range(4)]
+    assert [kind.refresh for kind in due] == [True, False, True, False]
+    assert [kind.renew for kind in due] == [True, False, False, True]
+    assert built.due(1, pending=True) == Due(True, True)
+    assert BuiltOptimizer(optax.identity(), refresh_interval=2).due(1, pending=True) == Due(True)
+
+
 @pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "sophia-lite", "sophia-geometric"])
 def test_state_dtypes_reach_every_moment(optimizer):
     flags = {"mu_dtype": "bfloat16", "hessian_dtype": "bfloat16"}
@@ -201,6 +210,24 @@ def test_above_eight_groups_a_device_they_go_in_rounds():
     assert parallel_groups(16, 1, 2) == 16
     assert parallel_groups(18, 1, 2) == 2
     assert parallel_groups(34, 1, 4) == 4
+
+
+@pytest.mark.parametrize(("groups", "parallel", "rounds"), [(8, 8, 1), (6, 4, 2), (5, 1, 5)])
+def test_rounds_hold_all_groups(groups, parallel, rounds):
+    plan = SophiaG().plan(context())._replace(groups=groups, parallel_groups=parallel)
+    assert plan.rounds == rounds
+
+
+@pytest.mark.parametrize(
+    ("groups", "share", "accumulation", "each"),
+    [(8, 1, 1, 8), (8, 1, 4, 2), (8, 1 / 2, 4, 4), (1, 1, 4, 1), (0, 1, 4, 12), (0, 1 / 8, 2, 6)],
+)
+def test_groups_of_the_batch_are_shared_by_its_sampled_micro_batches(
+    groups, share, accumulation, each
+):
+    """Of 48 rows; groups of 0 are single rows."""
+    optim = SophiaG(groups=groups, batch_fraction=share)
+    assert optim.groups_of(48, accumulation) == each
 
 
 @pytest.mark.parametrize(

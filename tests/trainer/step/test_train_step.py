@@ -120,3 +120,18 @@ def test_the_step_tells_soaa_the_loss_by_which_its_radius_moves():
     assert have == pytest.approx(float(want), rel=1e-3) and abs(have - 1) > 1e-2
     near = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(near, state.params, params)
+
+
+def test_the_optimizer_is_told_what_is_due():
+    told = []
+
+    def update(updates, state, params=None, **extra):
+        told.append(extra)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    step = functools.partial(make_step(outputs_of(MODEL), tx), due=Due(True, False))
+    batch = next_tokens(jnp.zeros((8, 9), jnp.int32))
+    jax.eval_shape(step, jax.eval_shape(initial(tx)), batch)
+    assert [(x["refresh"], x["renew"], x["hessian"]) for x in told] == [(True, False, None)]
+    assert told[0]["value"].shape == ()
