@@ -73,16 +73,3 @@ def _check_vocabulary(config: Config, tokens: int) -> None:
             f"the tokenizer {config.data.tokenizer} has {tokens} tokens, more than the "
             f"{config.model.vocab_size} of the model: set --model.vocab-size {tokens}."
         )
-
-
-def place(make: Callable[[slice], Batch], shapes: Batch) -> Batch:
-    """A batch on the mesh; each process makes the rows of its own devices, once."""
-    made = functools.cache(lambda start, stop: make(slice(start, stop)))
-
-    def leaf(name: str, like: jax.ShapeDtypeStruct | None):
-        if like is None:
-            return None
-        rows = lambda rows: getattr(made(rows.start, rows.stop), name)  # noqa: E731
-        return data.to_mesh(rows, like.shape, like.sharding)
-
-    return Batch(**{name: leaf(name, like) for name, like in shapes._asdict().items()})

@@ -69,7 +69,7 @@ def assemble(config: Config, devices: Sequence[Any] | None = None) -> Program:
         compile=functools.partial(compile_step, step, abstract, shapes),
         evaluate=heldout.on_mesh(outputs, placed, loaded, whole_text=whole_text),
         data=loaded,
-        batch=lambda number: inputs.place(functools.partial(loaded().batch, number), shapes),
+        batch=lambda number: data.to_mesh(functools.partial(loaded().batch, number), shapes),
         abstract=abstract,
         optimizer=optimizer,
     )

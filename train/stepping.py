@@ -139,7 +139,6 @@ def _compiled(
     are not compiled.
     """
     compiled = {}
-    names = {True: "step that samples curvature", False: "plain step", None: "step"}
     due = [
         _due(run, step, health if step == first else Health())
         for step in range(first, run.config.steps)
@@ -147,6 +146,6 @@ def _compiled(
     for kind in dict.fromkeys(due):
         if asked_to_stop():
             break
-        with log.compiling(names[kind.refresh]):
+        with log.compiling(kind.name):
             compiled[kind] = run.programs.compile(kind)
     return compiled

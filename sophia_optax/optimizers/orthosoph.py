@@ -61,8 +61,9 @@ def orthosoph(
       b2_numbers: deprecated name of `b2_vector`; it takes precedence if it is given.
 
     Extra arguments of `update`:
-      refresh: whether to take roots now, a bool; None lets the counter decide. It is ignored if
+      renew: whether to take roots now, a bool; None lets the counter decide. It is ignored if
         `update_interval=1`.
+      refresh: read if `renew` is None.
 
     Returns:
       A transformation. Its state (`ScaleByBlocksState`) holds M, and C and the roots if they are

@@ -94,9 +94,10 @@ def scale_by_blocks(
       b2_numbers: deprecated name of `b2_vector`; it takes precedence if it is given.
 
     Extra arguments of `update`:
-      refresh: None takes roots at counts 0, k, 2k, ... (`lax.cond`). A Python or NumPy bool is a
+      renew: None takes roots at counts 0, k, 2k, ... (`lax.cond`). A Python or NumPy bool is a
         static choice, with no cond in the program. A boolean array is a cond. It is ignored if no
         root is kept.
+      refresh: read if `renew` is None, so that one argument serves a chain with curvature too.
 
     Returns:
       A transformation. It computes in float32 at least; its output has the dtype of the gradient,
@@ -201,14 +202,15 @@ class _Whitening:
             root=() if self.every_update else unboxed(params, Z),
         )
 
-    def update(self, updates, state, params=None, *, refresh=None, **unused):
+    def update(self, updates, state, params=None, *, renew=None, refresh=None, **unused):
         del unused
         checks.real_numbers("the gradient", updates)
+        chosen = refresh if renew is None else renew
         count = jnp.asarray(optax.safe_increment(state.count))
         old = (updates, state.mu, state.curvature, state.root)
         leaves, structures = zip(*map(jax.tree.flatten, old), strict=True)
         specs = tuple(jax.tree.map(spec_of, list(x)) for x in leaves)
-        cuts, due = self.cuts(updates), True if self.every_update else refresh_due(refresh, None)
+        cuts, due = self.cuts(updates), True if self.every_update else refresh_due(chosen, None)
         given = {name: getattr(self, name) for name in _NUMBERS} | {"due": due}
         traced = {name: x for name, x in given.items() if isinstance(x, jax.Array)}
 

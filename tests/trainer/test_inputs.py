@@ -1,4 +1,4 @@
-"""The data of a run: its vocabulary against the model's, and its rows on the mesh."""
+"""The data of a run against its model: the vocabulary and the classes."""
 
 import dataclasses
 
@@ -10,8 +10,6 @@ from small_run import small
 from models import EncoderConfig
 from train import inputs
 from train.data import DataConfig
-from train.parallel.mesh import MeshConfig, make_mesh
-from train.step.batch import next_tokens
 
 
 def with_vocabulary(size, **data):
@@ -49,17 +47,3 @@ def test_a_model_has_the_classes_of_its_data(tmp_path, classes, said):
         return
     with pytest.raises(ValueError, match=rf"has 3 classes \(0, 1, 2\), {said}"):
         load()
-
-
-def test_each_device_has_its_own_rows_made_once():
-    run, tokens = small("unused", "adamw"), np.arange(8 * 17, dtype=np.int32).reshape(8, 17)
-    made = []
-
-    def rows(part):
-        made.append((part.start, part.stop))
-        return next_tokens(tokens[part])
-
-    placed = inputs.place(rows, inputs.batch_shapes(run, make_mesh(MeshConfig())))
-    np.testing.assert_array_equal(placed.inputs, tokens[:, :-1])
-    np.testing.assert_array_equal(placed.targets, tokens[:, 1:])
-    assert sorted(made) == [(i, i + 1) for i in range(8)] and placed.weights is None

@@ -5,31 +5,32 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 
-def to_mesh(
-    make_rows: Callable[[slice], np.ndarray],
-    shape: tuple[int, ...],
-    sharding: jax.sharding.Sharding,
-) -> jax.Array:
-    """One global array; each process makes only the rows that its own devices hold.
+def to_mesh(make_rows: Callable[[slice], Any], shapes: Any) -> Any:
+    """A tree of global arrays; each process makes only the rows that its own devices hold, once.
 
     Args:
-        make_rows: slice of the leading axis -> array [rows, *shape[1:]], for example
-            `lambda rows: tokens[rows]`.
-        shape: the global shape, such as (B, T) for the inputs of a batch.
-        sharding: any sharding of that shape.
+        make_rows: slice of the leading axis -> tree of NumPy arrays [rows, ...], for example
+            `lambda rows: data.batch(step, rows)`.
+        shapes: the same tree of `jax.ShapeDtypeStruct`s with global shapes and any shardings.
 
     Returns:
-        The global array [*shape].
+        The tree of global arrays.
     """
+    leaves, structure = jax.tree.flatten(shapes)
     # Devices along other mesh axes hold the same rows, and JAX calls once for each device.
-    make = functools.cache(lambda start, stop: make_rows(slice(start, stop)))
+    made = functools.cache(
+        lambda start, stop: structure.flatten_up_to(make_rows(slice(start, stop)))
+    )
+    arrays = [_array(made, number, like) for number, like in enumerate(leaves)]
+    return jax.tree.unflatten(structure, arrays)
 
-    def shard(index: Any) -> np.ndarray:
+
+def _array(made: Callable[[int, int], Any], number: int, like: Any) -> jax.Array:
+    def shard(index: Any) -> Any:
         rows, *rest = index
-        start, stop, _ = rows.indices(shape[0])
-        return make(start, stop)[:, *rest]
+        start, stop, _ = rows.indices(like.shape[0])
+        return made(start, stop)[number][:, *rest]
 
-    return jax.make_array_from_callback(shape, sharding, shard)
+    return jax.make_array_from_callback(like.shape, like.sharding, shard)

@@ -48,6 +48,20 @@ class Due(NamedTuple):
     refresh: bool | None = None  # curvature
     renew: bool | None = None  # roots, eigenvectors, projections
 
+    @property
+    def name(self) -> str:
+        """What a user calls the step.
+
+        >>> Due(True, None).name, Due(False, False).name, Due().name
+        ('step that samples curvature', 'plain step', 'step')
+        """
+        renewed = [
+            word for word, x in zip(("samples curvature", "renews roots"), self, strict=True) if x
+        ]
+        if renewed:
+            return f"step that {' and '.join(renewed)}"
+        return "plain step" if False in self else "step"
+
 
 class BuiltOptimizer(NamedTuple):
     """An optimizer as the trainer uses it."""

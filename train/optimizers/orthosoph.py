@@ -51,6 +51,5 @@ class OrthoSoph(OptimizerConfig):
     def build(self, context: TrainContext) -> BuiltOptimizer:
         """The transformation."""
         arguments = arguments_of(self, context)
-        arguments["b2_numbers"] = arguments.pop("b2_vector")
         tx = sophia_optax.orthosoph(**arguments, block_mask=matrices)
-        return BuiltOptimizer(clip_first(tx, context), refresh_interval=self.update_interval)
+        return BuiltOptimizer(clip_first(tx, context), renew_interval=self.update_interval)

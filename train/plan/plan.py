@@ -21,8 +21,6 @@ from train.plan.hlo import Collective
 from train.plan.step_flops import curvature_flops, step_flops
 from train.program import Program, assemble
 
-NAMES = {False: "plain", True: "curvature", None: "every step"}
-
 
 class Compiled(NamedTuple):
     """XLA's figures of a program, on one device."""
@@ -51,7 +49,7 @@ class Plan(NamedTuple):
     config: Config
     mesh: dict[str, int]  # devices of each axis
     parameters: int
-    steps: dict[str, Step]  # "plain" and "curvature", or "every step"
+    steps: dict[str, Step]  # "plain" and "curvature" or "roots", else "every step"
     interval: int  # steps between curvature samples; 1 without any
     flops_per_token: float  # of loss and gradient, the numerator of MFU
     curvature_flops: float  # of one sample, over all devices
@@ -109,13 +107,20 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
         config=config,
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(program.abstract.params)),
-        steps={NAMES[kind.refresh]: _step(config, program, mesh, kind, compile) for kind in kinds},
+        steps={_label(kind): _step(config, program, mesh, kind, compile) for kind in kinds},
         interval=optimizer.refresh_interval,
         flops_per_token=model_flops(config.model, 1, config.sequence_length)
         / config.sequence_length,
         curvature_flops=curvature_flops(config, optimizer.sampling, row_devices(mesh)),
         idle=config.optim.idle(config.context(row_devices(mesh))),
     )
+
+
+def _label(due: Due) -> str:
+    """Name of a kind of step in tables."""
+    if True in due:
+        return "curvature" if due.refresh else "roots"
+    return "plain" if False in due else "every step"
 
 
 def _step(config: Config, program: Program, mesh: Any, due: Due, compile: bool) -> Step:

@@ -44,8 +44,11 @@ def make_evaluate(
             sums.append(jnp.vdot(jnp.argmax(made, -1) == batch.targets, weights))
         return jnp.stack(sums)
 
-    def place(array):
-        return data.to_mesh(lambda rows: array[rows], array.shape, sharding)
+    def place(batch):
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        return data.to_mesh(
+            lambda rows: jax.tree.map(lambda x: x[rows], batch), jax.tree.map(like, batch)
+        )
 
     def evaluate(
         params, *, batches: int | None = None, stopped: Callable[[], bool] = lambda: False
@@ -54,7 +57,7 @@ def make_evaluate(
         for batch in loaded().heldout(batches):
             if stopped():
                 return None
-            now = add_up(params, jax.tree.map(place, batch))
+            now = add_up(params, place(batch))
             # Wait for the previous batch: with more than 32 programs in flight XLA's CPU thread
             # pool can deadlock on collectives.
             total, late = total + np.asarray(late, np.float64), now

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from corpora import assert_same
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train import data
@@ -14,6 +15,7 @@ from train.data.rows import Data
 from train.data.tasks.causal import next_token_rows
 from train.data.tasks.windows import Windows
 from train.data.tokens import Tokens
+from train.step.batch import Batch
 
 TEXTS = Path(data.__file__).parent / "texts"
 
@@ -121,25 +123,27 @@ def test_each_row_of_a_global_array_is_made_once(shape):
 
     def make_rows(rows):
         asked.append(rows)
-        return found.batch(2, rows).inputs
+        return found.batch(2, rows)
 
-    array = data.to_mesh(make_rows, (16, 16), sharding)
-    assert array.sharding == sharding
-    np.testing.assert_array_equal(array, found.batch(2).inputs)
+    like = jax.ShapeDtypeStruct((16, 16), np.int32, sharding=sharding)
+    batch = data.to_mesh(make_rows, Batch(like, like))
+    assert batch.inputs.sharding == sharding and batch.weights is None
+    assert_same(batch, found.batch(2))
     assert sorted(i for rows in asked for i in range(16)[rows]) == list(range(16))
 
 
 def test_global_arrays_may_be_cut_along_any_axis():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     full = np.arange(4 * 8).reshape(4, 8)
-    array = data.to_mesh(
-        lambda rows: full[rows], (4, 8), NamedSharding(mesh, PartitionSpec("data", "model"))
-    )
+    shapes = [
+        jax.ShapeDtypeStruct(shape, full.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        for shape, axes in (((4, 8), ("data", "model")), ((4,), ("data",)))
+    ]
+    array, vector = data.to_mesh(lambda rows: [full[rows], full[rows, 0]], shapes)
     np.testing.assert_array_equal(array, full)
-    weights = data.to_mesh(
-        lambda rows: full[rows, 0], (4,), NamedSharding(mesh, PartitionSpec("data"))
-    )
-    np.testing.assert_array_equal(weights, full[:, 0])
+    np.testing.assert_array_equal(vector, full[:, 0])
+    with pytest.raises(ValueError, match=r"arity|structure|length"):
+        data.to_mesh(lambda rows: [full[rows]], shapes)
 
 
 def test_decode_inverts_encode_and_replaces_broken_bytes():

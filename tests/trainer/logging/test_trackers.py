@@ -146,31 +146,6 @@ def test_spikes_are_found_and_counted_across_a_resume():
     assert not resumed.add(float("nan"))[1]
 
 
-TEN = [2.0 + 0.01 * (i % 3) for i in range(10)]
-
-
-def spikes_after(*losses):
-    """For each loss after the first ten, whether it is a spike."""
-    spikes = Spikes(6.0)
-    assert not any(spikes.add(loss)[1] for loss in TEN)
-    return [bool(spikes.add(loss)[1]) for loss in losses]
-
-
-def test_ten_losses_are_enough_to_tell_a_spike():
-    assert spikes_after(2.5) == [True]
-    few = Spikes(6.0)
-    assert not any(few.add(loss)[1] for loss in (*TEN[:9], 2.5))
-
-
-def test_a_loss_far_below_is_no_spike():
-    assert spikes_after(1.0) == [False]
-
-
-def test_losses_that_are_not_finite_hide_no_later_spike():
-    assert spikes_after(float("nan"), 2.5) == [False, True]
-    assert spikes_after(float("inf"), 2.5)[1]
-
-
 def test_a_run_has_the_trackers_that_it_asks_for(tmp_path, monkeypatch):
     libraries = {name: Calls() for name in ("tensorboardX", "wandb", "trackio")}
     for name, library in libraries.items():
@@ -180,3 +155,18 @@ def test_a_run_has_the_trackers_that_it_asks_for(tmp_path, monkeypatch):
     assert len(trackers.asked_for(output, tmp_path, {}, 3)) == 3
     assert libraries["tensorboardX"].seen[0][2] == {"purge_step": 4}
     assert [libraries[name].seen[0][2]["project"] for name in ("wandb", "trackio")] == ["a", "b"]
+
+
+def test_a_spike_is_above_ten_losses_or_more_and_none_below_them():
+    found, short, ten = Spikes(3.0), Spikes(3.0), Spikes(3.0)
+    for number in range(10):
+        loss = 2.0 + 0.1 * (number % 2)
+        found.add(loss)
+        ten.add(loss)
+        assert number == 9 or short.add(loss) == (0, "")
+    assert short.add(9.0) == (0, "")  # after nine losses
+    assert ten.add(9.0)[0] == 1
+    assert found.add(0.1) == (0, "")  # far below
+    for loss in (float("nan"), float("inf")):
+        found.add(loss)
+    assert "above 1.873" in found.add(9.0)[1]  # those are not compared with

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from models import BERT, LLAMA, PRESETS, DecoderConfig
+from train.cli import plan as plan_command
 from train.config.presets import preset
 from train.data import batch_shapes
 from train.parallel.mesh import MeshConfig
@@ -226,7 +227,7 @@ def test_a_plan_is_of_the_precision_that_a_run_has():
 
 @pytest.mark.parametrize(("words", "said"), [([], True), (["--precision", "bfloat16"], False)])
 def test_a_plan_in_float32_says_what_a_gpu_would_take(words, said, capsys):
-    report.command(["tiny", "adamw", "--devices", "8", *words])
+    plan_command.command(["tiny", "adamw", "--devices", "8", *words])
     text = capsys.readouterr().out
     assert ("add --precision bfloat16" in " ".join(text.split())) == said
     assert ("bfloat16, xla attention" in " ".join(text.split())) != said
