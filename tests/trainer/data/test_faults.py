@@ -121,11 +121,12 @@ def test_a_cell_of_parquet_as_long_as_the_limit_is_read(tmp_path):
     import pyarrow.parquet as pq
 
     path, skipped = tmp_path / "a.parquet", []
-    pq.write_table(arrow.table({"text": ["x" * 40, "x" * 41, "so"]}), path)
-    config = DataConfig(document_limit=LIMIT, broken="skip")
+    texts = ["x" * 400, "x" * 401, *["so"] * 2000]  # many short ones, so that rows are read at once
+    pq.write_table(arrow.table({"text": texts}), path, use_dictionary=False)
+    config = DataConfig(document_limit=400, broken="skip")
     found = documents(SourceFile("parquet", path), config, ("text",), skipped)
-    assert [len(text) for (text,) in found] == [40, 2]
-    assert len(skipped) == 1 and "row 1: 41 bytes" in skipped[0]
+    assert [len(text) for (text,) in found] == [400, *[2] * 2000]
+    assert len(skipped) == 1 and "row 1: 401 bytes" in skipped[0]
 
 
 @pytest.mark.parametrize("beyond", range(1, 7))
