@@ -35,7 +35,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-bench: install  ## the tables that the README quotes
+bench: install  ## the tables of README.md and docs/results.md
 	$(BIN)/python -m benchmarks.update_cost
 	$(BIN)/python -m benchmarks.matrix_cost
 	$(BIN)/python -m benchmarks.estimator_variance

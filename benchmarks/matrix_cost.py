@@ -1,7 +1,7 @@
-"""What an update of one weight matrix computes: `python -m benchmarks.matrix_cost` (seconds).
+"""The cost of an update of one weight matrix: `python -m benchmarks.matrix_cost` (seconds).
 
-XLA's own count, on CPU, of the operations and bytes of a compiled update without a model. Loops
-are unrolled for it, since XLA counts their body once.
+XLA's count, on CPU, of the operations and bytes of a compiled update without a model. Loops are
+unrolled, because XLA counts the body of a loop once.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def unrolled_loops() -> contextlib.AbstractContextManager[Any]:
 
 
 def measure(name: str, shape: tuple[int, int]) -> dict[str, float]:
-    """Billions of operations, and bytes and state a parameter, of an update of one matrix."""
+    """Billions of operations, and bytes moved and state per parameter, of one update."""
     tx, extra = OPTIMIZERS[name]
     params = {"w": jnp.ones(shape, jnp.float32)}
     with unrolled_loops():

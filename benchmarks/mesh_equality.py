@@ -1,10 +1,11 @@
-"""Where and how a step is computed changes no loss: `python -m benchmarks.mesh_equality`.
+"""Losses do not depend on where and how a step is computed: `python -m benchmarks.mesh_equality`.
 
-The first ten losses of each optimizer on 8 fake CPU devices in four meshes and on one device, with
-layers scanned and unrolled, with and without remat, in one micro-batch and in four, against one
-device, unrolled, in one piece. Prints the largest relative difference of each form; `--quick` takes
-one form of each mesh, `--processes` two processes of four devices each. About an hour on two cores,
-nearly all of it compilation; `--quick` and `--processes` take minutes.
+The script compares the first ten losses of each optimizer with the losses on one device with
+unrolled layers, no remat and one micro-batch. It varies the mesh (four meshes of 8 fake CPU
+devices, and one device), scanned layers, remat, and the number of micro-batches (1 or 4), and
+prints the largest relative difference of each combination. It takes about an hour on two cores,
+nearly all of it compilation. `--quick` tries one combination per mesh, and `--processes` two
+processes of four devices each; these take minutes.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-if __name__ == "__main__":  # before jax starts
+if __name__ == "__main__":  # XLA reads its flags when jax starts
     from train.parallel import xla_flags
 
     DEVICES = 8 // int(os.environ.get("NUM_PROCESSES", 1))
@@ -64,7 +65,7 @@ SHARED = (Form((2, 4, 1)), Form((2, 4, 1), True, "full", 4), Form((1, 8, 1)), Fo
 
 
 def config(optimizer: str, form: Form) -> Config:
-    """A run that takes a second."""
+    """A run small enough to take a second."""
     return dataclasses.replace(
         preset("tiny", optimizer),
         model=dataclasses.replace(MODEL, scan_layers=form.scan, remat=form.remat),
@@ -77,7 +78,7 @@ def config(optimizer: str, form: Form) -> Config:
 
 
 def losses(optimizer: str, form: Form) -> np.ndarray:
-    """Of the first ten steps, with samples of curvature at steps 0, 3, 6 and 9."""
+    """Losses of the first ten steps; steps 0, 3, 6 and 9 sample curvature."""
     devices = jax.devices()[: math.prod(form.mesh)]
     programs = program.assemble(config(optimizer, form), devices)
     state, seen = programs.init(), []
@@ -90,17 +91,17 @@ def losses(optimizer: str, form: Form) -> np.ndarray:
 
 @functools.cache
 def reference(optimizer: str) -> np.ndarray:
-    """On one device, unrolled, in one piece."""
+    """Losses on one device with unrolled layers, no remat and one micro-batch."""
     return losses(optimizer, Form())
 
 
 def difference(optimizer: str, form: Form) -> float:
-    """The largest relative difference of the ten losses to the reference."""
+    """The largest relative difference between the ten losses and the reference."""
     return float(np.max(np.abs(losses(optimizer, form) / reference(optimizer) - 1)))
 
 
 def forms(quick: bool) -> Iterator[Form]:
-    """Every form but the reference; or of each mesh the one that differs most."""
+    """Every form except the reference; if `quick`, the one per mesh that differs most from it."""
     every = itertools.product(MESHES, (False, True), ("none", "full"), (1, 4))
     for form in itertools.starmap(Form, every):
         if form != Form() and (not quick or form[1:] == (True, "full", 4)):
@@ -108,7 +109,7 @@ def forms(quick: bool) -> Iterator[Form]:
 
 
 def one_of_several(names: Sequence[str]) -> None:
-    """What each of the processes does: the first prints the losses, for each form those of each."""
+    """Runs in each process. The first prints losses [form, optimizer, step]."""
     with distributed.leaving():
         distributed.start(distributed.DistributedConfig())
         found = [[losses(name, form).tolist() for name in names] for form in SHARED]
@@ -117,14 +118,14 @@ def one_of_several(names: Sequence[str]) -> None:
 
 
 def free_port() -> int:
-    """At which processes of this machine can meet."""
+    """A free port of this machine, for its processes to connect."""
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         return listening.getsockname()[1]
 
 
 def several(names: Sequence[str]) -> np.ndarray:
-    """Losses [form, optimizer, step] of `SHARED` in processes that share the devices."""
+    """Losses [form, optimizer, step] of `SHARED`, from processes that share the devices."""
     own = {"COORDINATOR_ADDRESS": f"localhost:{free_port()}", "NUM_PROCESSES": str(PROCESSES)}
     command = [sys.executable, "-m", "benchmarks.mesh_equality", "--only", ",".join(names)]
     started = [
@@ -143,14 +144,14 @@ def several(names: Sequence[str]) -> np.ndarray:
 
 
 def row(form: Form, differences: Sequence[float]) -> list[str]:
-    """Of the table."""
+    """One row of the table."""
     shape = " x ".join(map(str, form.mesh))
     layers = "scanned" if form.scan else "unrolled"
     return [shape, layers, form.remat, str(form.accumulation), *(f"{x:.1e}" for x in differences)]
 
 
 def rows(names: Sequence[str], *, quick: bool, processes: bool) -> Iterator[list[str]]:
-    """Each form, with the differences of each optimizer."""
+    """Rows of the table: a form and the differences of each optimizer."""
     if processes:
         for form, found in zip(SHARED, several(names), strict=True):
             alone = [reference(name) for name in names]
@@ -164,14 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one form of each mesh")
+    parser.add_argument("--quick", action="store_true", help="one combination per mesh")
     parser.add_argument("--processes", action="store_true", help="two processes of four devices")
-    parser.add_argument("--only", default=",".join(OPTIMIZERS), help="optimizers, by comma")
+    parser.add_argument(
+        "--only", default=",".join(OPTIMIZERS), help="optimizers, separated by commas"
+    )
     args = parser.parse_args()
     names = args.only.split(",")
     if "NUM_PROCESSES" in os.environ:
         return one_of_several(names)
-    table = Table(title="largest relative difference of ten losses")
+    table = Table(title="largest relative difference of the first ten losses")
     for column in ("data x fsdp x tensor", "layers", "remat", "micro-batches", *names):
         table.add_column(column)
     for cells in rows(names, quick=args.quick, processes=args.processes):

@@ -1,8 +1,9 @@
-"""What six models need on 8, 64 and 256 devices: `python -m benchmarks.plans` (a few minutes).
+"""Requirements of six models on 8, 64 and 256 devices: `python -m benchmarks.plans` (minutes).
 
-Sophia-G in bfloat16 with cuDNN attention, layers scanned and computed again, parameters over all
-devices; 512 sequences a step of 1024 tokens (256 of 4096 for Llama-2), of which one for each device
-is sampled, and 64 at least. By hand from shapes; `python -m train plan` shows more of each.
+The runs use Sophia-G in bfloat16 with cuDNN attention, scanned layers and full remat, and shard
+parameters over all devices. A step has 512 sequences of 1024 tokens (Llama-2: 256 of 4096), of
+which one per device is sampled, and at least 64. Figures are computed by formula from shapes;
+`python -m train plan` shows more of each run.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from train.plan.plan import Plan, fake_devices, plan
 
 MODELS = ("gpt2-125m", "gpt2-355m", "gpt2-540m", "gpt2-770m", "qwen3-0.6b", "llama2-7b")
 DEVICES = (8, 64, 256)
-LEAST = 64  # sequences sampled
+LEAST = 64  # sampled sequences, at least
 
 
 def config(model: str, devices: int) -> Config:
-    """A run that fits the devices."""
+    """A run for this number of devices."""
     run = preset(model, "sophia-g")
     large = model == "llama2-7b"
     rows, length = (256, 4096) if large else (512, 1024)
@@ -43,9 +44,9 @@ def config(model: str, devices: int) -> Config:
 
 
 def row(figures: Plan) -> list[str]:
-    """Cells of the table."""
+    """One row of the table."""
     plain, sampled = figures.steps["plain"], figures.steps["curvature"]
-    traffic = (sum(x.bytes for x in step.collectives.values()) for step in (plain, sampled))
+    exchanged = (sum(x.bytes for x in step.collectives.values()) for step in (plain, sampled))
     kept = plain.memory.parameters + plain.memory.optimizer
     return [
         figures.config.base,
@@ -54,7 +55,7 @@ def row(figures: Plan) -> list[str]:
         f"{kept / 1e9:.2f}",
         f"{plain.memory.total / 1e9:.1f}, {sampled.memory.total / 1e9:.1f}",
         f"{plain.flops / 1e12:,.1f}, {sampled.flops / 1e12:,.1f}",
-        ", ".join(f"{size / 1e9:.1f}" for size in traffic),
+        ", ".join(f"{size / 1e9:.1f}" for size in exchanged),
         f"{figures.curvature:.1%}",
     ]
 
@@ -62,11 +63,11 @@ def row(figures: Plan) -> list[str]:
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=MODELS, help="presets; default six")
+    parser.add_argument("models", nargs="*", default=MODELS, help="presets (six)")
     parser.add_argument("--devices", type=int, nargs="*", default=DEVICES)
     known = parser.parse_args(args)
     fake_devices(max(known.devices))
-    table = Table(title="on one device: plain step, step that samples curvature")
+    table = Table(title="per device: plain step, step that samples curvature")
     heads = ("model", "devices", "million parameters", "GB kept", "GB in all", "TFLOP")
     for name in (*heads, "GB exchanged", "curvature"):
         table.add_column(name, justify="right")

@@ -1,10 +1,11 @@
 """How costs grow: `python -m benchmarks.scaling` (four minutes on two cores, 8 GB of memory).
 
-The time of an update against the number of parameters must be linear: the exponent is the slope of
-log time over log number. And weak scaling, by XLA's figures for one of 1 to 8 fake CPU devices, of
-steps that are compiled and never run: the rows grow with the devices, the model is fixed, so that
-operations, bytes and collectives of a device should stay flat. Under fsdp its share of the update
-and of the state falls besides. Bytes of collectives are those of their results, on each device.
+- The time of an update should be linear in the number of parameters. The exponent is the slope of
+  log time over log number.
+- Weak scaling: the batch grows with the devices and the model stays fixed, so the operations, bytes
+  and collectives of one device should stay constant. With fsdp, a device's share of update and
+  state falls. The figures are XLA's for steps on 1 to 8 fake CPU devices, which are compiled but
+  never run. Bytes of collectives are the bytes of their results, per device.
 """
 
 import argparse
@@ -39,11 +40,11 @@ OPTIMIZERS = {  # extra arguments, whether a sample of curvature is an input
     "sophia_g, refresh": (sophia_optax.sophia_g(1e-3), {"refresh": True}, True),
 }
 SIZES = (1e5, 1e6, 1e7, 1e8)
-CACHED = 9e6  # parameters that no cache holds
+CACHED = 9e6  # parameters; more than a cache holds
 DEVICES = (1, 2, 4, 8)
 MODEL = DecoderConfig(vocab_size=256, context=128, width=128, layers=4, heads=2)
-ROWS = 8  # of a device
-STEPS = {  # share of the rows that are sampled, whether they are
+ROWS = 8  # per device
+STEPS = {  # fraction of rows that a sample uses, whether the step samples
     "plain": (1.0, False),
     "sample of all rows": (1.0, True),
     f"sample of 1/{ROWS}": (1 / ROWS, True),
@@ -64,7 +65,7 @@ def update_times(name: str, sizes: Sequence[float], rounds: int) -> Figures:
         number = optax.tree.size(params)
         program, args = compile_update(tx, extra, sampled, params)
         del params  # the program donates them
-        calls = max(1, int(1e7 / number))  # so that the clock's grain and noise are small
+        calls = max(1, int(1e7 / number))  # small updates are repeated, for the clock's resolution
         seconds = _seconds(program, args, rounds, calls)
         figures[str(number)] = {"seconds": seconds, "nanoseconds": 1e9 * seconds / number}
     return figures
@@ -82,7 +83,7 @@ def _seconds(program: Any, args: Any, rounds: int, calls: int) -> float:
 
 
 def exponent(figures: Figures, least: float = 0) -> float | None:
-    """The slope of log seconds over log number, from `least` parameters on; None of one point."""
+    """Slope of log seconds over log number, from `least` parameters on; None if it is undefined."""
     points = [(float(n), row["seconds"]) for n, row in figures.items() if float(n) >= least]
     if len(points) < 2:
         return None
@@ -91,7 +92,7 @@ def exponent(figures: Figures, least: float = 0) -> float | None:
 
 
 def compile_step(mesh: MeshConfig, devices: int, fraction: float, refresh: bool) -> Any:
-    """The trainer's step, each device with `ROWS` rows."""
+    """The trainer's step with `ROWS` rows per device."""
     run = Config(
         model=MODEL,
         optim=SophiaG(batch_fraction=fraction),
@@ -105,7 +106,7 @@ def compile_step(mesh: MeshConfig, devices: int, fraction: float, refresh: bool)
 
 
 def weak_scaling(devices: Sequence[int]) -> Figures:
-    """Figures of one device, for each kind of mesh, each program, each number of devices."""
+    """Figures of one device, for each kind of mesh, program and number of devices."""
     figures = {}
     for layout, mesh in MESHES.items():
         for name, step in STEPS.items():
@@ -125,7 +126,7 @@ def weak_scaling(devices: Sequence[int]) -> Figures:
 
 
 def show_times(figures: dict[str, Figures]) -> None:
-    table = Table(title="one update: seconds, and nanoseconds a parameter")
+    table = Table(title="one update: seconds, and nanoseconds per parameter")
     table.add_column("float32 parameters", justify="right")
     for name in figures:
         table.add_column(name, justify="right")
@@ -142,9 +143,9 @@ def show_times(figures: dict[str, Figures]) -> None:
 
 
 def show_scaling(figures: Figures) -> None:
-    table = Table(title=f"one device's share of a step of {ROWS} x {MODEL.context} tokens a device")
+    table = Table(title=f"one device in a step with {ROWS} x {MODEL.context} tokens per device")
     table.add_column("mesh, step, devices", no_wrap=True)
-    columns = ("GFLOP", "MB moved", "MB state", "MB temporaries", "collectives", "MB in them")
+    columns = ("GFLOP", "MB moved", "MB state", "MB temporaries", "collectives", "their MB")
     for column in columns:
         table.add_column(column, justify="right")
     keys = ("bytes", "argument_bytes", "temporary_bytes")
@@ -160,17 +161,19 @@ def show_scaling(figures: Figures) -> None:
 
 
 def fake_devices() -> None:
-    """Before jax first looks for devices."""
+    """Makes fake devices; call it before jax looks for devices."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--largest", type=float, default=3e8, help="parameters; takes 24 bytes for each"
+        "--largest", type=float, default=3e8, help="largest number of parameters, of 24 bytes each"
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
-    parser.add_argument("--devices", type=int, nargs="*", default=DEVICES, help="of 8, fake ones")
+    parser.add_argument(
+        "--devices", type=int, nargs="*", default=DEVICES, help="numbers of fake devices, up to 8"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     fake_devices()

@@ -1,9 +1,9 @@
-"""Whether a long run leaks: `python -m benchmarks.soak` (20,000 tiny steps, about ten minutes).
+"""Does a long run leak? `python -m benchmarks.soak` (20,000 tiny steps, about ten minutes).
 
-Trains a very small model, with checkpoints and evaluations, and notes memory, open files and the
-time of a step as it goes. Prints each with the slope of a straight line through its second half,
-and draws them. Memory is what is left once the allocator has given free pages back, so that it is
-what something holds. The standard error takes the residuals for independent; they are not quite.
+Trains a very small model, with checkpoints and evaluations, and records memory, open files and step
+time. Prints each with the slope of a least-squares line through the second half of the run, and
+plots them. Memory is measured after the allocator has returned free pages. The standard error
+assumes independent residuals, which is not quite true.
 """
 
 import argparse
@@ -29,7 +29,7 @@ NAMES = {"memory": "resident memory (MB)", "files": "open files", "time": "time 
 
 
 class Point(NamedTuple):
-    """What is noted at a step."""
+    """Measurements at one step."""
 
     step: int
     memory: float  # MB
@@ -38,23 +38,23 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A straight line through points, by least squares."""
+    """A least-squares line."""
 
-    slope: float  # a thousand steps
-    error: float  # standard error of it
-    grew: bool  # more than three errors, and more than a hundredth of the mean over the run
+    slope: float  # per thousand steps
+    error: float  # its standard error
+    grew: bool  # slope over three errors, and growth in the run over a hundredth of the mean
 
 
 class Probe:
-    """Takes metrics as they come, and notes what the process holds then."""
+    """A tracker that measures the process whenever it gets metrics."""
 
     def __init__(self, tokens: int):
         self.tokens, self.points = tokens, []
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """At evaluations nothing is noted: they have no time of a step."""
+        """Measures the process. Metrics of evaluations have no step time and are ignored."""
         if "tokens_per_second" in metrics:
-            with contextlib.suppress(OSError, AttributeError):  # glibc's
+            with contextlib.suppress(OSError, AttributeError):  # only glibc has it
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             memory = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -63,11 +63,11 @@ class Probe:
             self.points.append(Point(step, memory, files, time))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
 
 def config(steps: int, every: int, folder: str) -> Config:
-    """A run of a model so small that the host's part of a step is most of it."""
+    """A run of a model so small that the host does most of the work of a step."""
     shown = OutputConfig(
         folder=folder,
         log_every=every,
@@ -88,7 +88,7 @@ def config(steps: int, every: int, folder: str) -> Config:
 
 
 def soak(run: Config) -> list[Point]:
-    """The points of a run; the first, at which programs were just loaded, is left out."""
+    """The points of a run, without the first: programs have just been loaded there."""
     probe = Probe(run.batch_size * run.sequence_length)
     loop.train(run, others=[probe])
     return probe.points[1:]
@@ -110,7 +110,7 @@ def fit(points: Sequence[Point], name: str) -> Line:
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """One curve for each of what was noted."""
+    """Plots each measurement over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
@@ -123,8 +123,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 
 def table(points: Sequence[Point]) -> Table:
-    """What was noted, at the start and at the end, and how it grew."""
-    shown = Table("", "first", "last", "slope a 1000 steps", "growth")
+    """Each measurement at the start and at the end, and its growth."""
+    shown = Table("", "first", "last", "slope per 1000 steps", "growth")
     for name, label in NAMES.items():
         line = fit(points, name)
         ends = (f"{getattr(points[i], name):.4g}" for i in (0, -1))
@@ -135,8 +135,8 @@ def table(points: Sequence[Point]) -> Table:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs, prints and draws."""
-    parser = argparse.ArgumentParser(description="Whether a long run leaks.")
+    """Trains, prints and plots."""
+    parser = argparse.ArgumentParser(description="Does a long run leak?")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--every", type=int, default=200, help="steps between points")
     parser.add_argument("--plot", type=Path, default=Path("runs/soak.png"))
@@ -149,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> None:
     draw(points, given.plot)
     console = Console()
     console.print(table(points))
-    console.print(f"{given.steps} steps; drawn in {given.plot}", highlight=False, soft_wrap=True)
+    console.print(f"{given.steps} steps; plotted in {given.plot}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

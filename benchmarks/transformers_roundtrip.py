@@ -1,13 +1,14 @@
-"""Models and tokenizers of `transformers` in and out again.
+"""Models and tokenizers of `transformers`, imported and exported again.
 
     python -m benchmarks.transformers_roundtrip --python OTHER/bin/python
 
-OTHER is an environment of its own, with torch, transformers and tokenizers. There small models of
-each family are made, with tokenizers trained on Shakespeare. Here each is imported, trained for
-three steps, and exported; there `AutoModel...` and `AutoTokenizer` load the exports. The table has
-the largest difference of logits, whether the tokens of 1 MB of text are equal, whether generation
-stops at the end of a document, and the special tokens and class names before and after. Exits with
-1 if one of them is wrong. About three minutes on two cores.
+OTHER is a separate environment with torch, transformers and tokenizers. It makes small models of
+each family, with tokenizers trained on Shakespeare. This environment imports each model, trains it
+for three steps, and exports it. In OTHER, `AutoModel...` and `AutoTokenizer` load the exports.
+
+The table has the largest difference of logits, whether the tokens of 1 MB of text are equal,
+whether generation stops at the end of a document, and the special tokens and class names before and
+after. The exit code is 1 if anything is wrong. It takes about three minutes on two cores.
 """
 
 import argparse
@@ -33,14 +34,14 @@ from train.config.schema import Config, OutputConfig
 from train.data import shakespeare, tokenizers
 
 THERE = Path(__file__).with_name("transformers_there.py")
-OWN = ("tiny", "tiny-llama", "tiny-bert")  # runs on bytes, which begin here
+OWN = ("tiny", "tiny-llama", "tiny-bert")  # presets on bytes, which start in this environment
 BYTES = 1_000_000
 LABELS = ("good", "bad", "so-so")
 TOLERANCE = 1e-4
 
 
 def write_texts(folder: Path) -> None:
-    """1 MB of text, and a table of labelled lines of it."""
+    """Writes 1 MB of text, and some of its lines with labels."""
     text = shakespeare().train[:BYTES].tobytes().decode()
     (folder / "text.txt").write_text(text, encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if len(line) > 20][:300]
@@ -49,7 +50,7 @@ def write_texts(folder: Path) -> None:
 
 
 def train(folder: Path, name: str) -> Path:
-    """The folder of a run of three steps from an imported model, or from a preset."""
+    """Trains three steps from an imported model or from a preset; returns the run's folder."""
     place = folder / "runs" / name
     if name in OWN:
         begun = preset(name, "adamw")
@@ -65,7 +66,7 @@ def train(folder: Path, name: str) -> Path:
 
 
 def short(run: Config, place: Path) -> Config:
-    """A run of three steps, shown nowhere."""
+    """The same run with three steps and without output."""
     shown = OutputConfig(
         folder=str(place), compile_cache="", quiet=True, sample_length=0, checkpoint_every=3
     )
@@ -74,7 +75,7 @@ def short(run: Config, place: Path) -> Config:
 
 
 def export(folder: Path, name: str) -> None:
-    """Exports a run, with what this side computes beside it."""
+    """Exports a run, and saves what this environment computes with it."""
     place = train(folder, name)
     out = folder / "out" / name
     cli.main(["export", str(place), str(out)])
@@ -101,7 +102,7 @@ def export(folder: Path, name: str) -> None:
 
 
 def there(python: str, word: str, folder: Path) -> str:
-    """What the other environment prints."""
+    """The output of the other environment."""
     done = subprocess.run(
         [python, str(THERE), word, str(folder)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -109,7 +110,7 @@ def there(python: str, word: str, folder: Path) -> str:
 
 
 def rows(found: dict[str, dict]) -> list[tuple[list[str], bool]]:
-    """The cells of each export, and whether all is right."""
+    """The cells of each export, and whether everything is right."""
     made = []
     for name, one in found.items():
         before = one.get("before", one["roles"])
@@ -122,7 +123,7 @@ def rows(found: dict[str, dict]) -> list[tuple[list[str], bool]]:
             one["architecture"],
             f"{one['difference']:.1e} of {one['largest']:.2f}",
             f"{one['count']} {'equal' if one['equal'] and one['decoded'] else 'DIFFER'}",
-            {True: "stops", False: "GOES ON", None: ""}[one.get("stops")],
+            {True: "stops", False: "DOES NOT STOP", None: ""}[one.get("stops")],
             f"{before} -> {one['roles']}" if "before" in one else f"{one['roles']}",
             ", ".join(one["names"]),
         ]
@@ -134,8 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--python", required=True, help="of an environment with transformers")
-    parser.add_argument("--only", default="", help="names of models, by comma")
+    parser.add_argument(
+        "--python", required=True, help="Python of an environment with transformers"
+    )
+    parser.add_argument("--only", default="", help="names of models, separated by commas")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -145,7 +148,7 @@ def main() -> None:
         for name in args.only.split(",") if args.only else [*names, *OWN]:
             export(folder, name)
         found = json.loads(there(args.python, "check", folder).splitlines()[-1])
-    table = Table(title="transformers in, and out again")
+    table = Table(title="from transformers and back")
     for column in ("model", "loaded as", "logits", "tokens", "generation", "bos eos pad", "names"):
         table.add_column(column)
     made = rows(found)

@@ -1,9 +1,9 @@
-"""The other side of `benchmarks.transformers_roundtrip`: run by a Python with torch, transformers.
+"""The part of `benchmarks.transformers_roundtrip` that needs torch and transformers.
 
-    python benchmarks/transformers_there.py make FOLDER     small models and tokenizers of each kind
-    python benchmarks/transformers_there.py check FOLDER    what is loaded of their exports, as JSON
+    python benchmarks/transformers_there.py make FOLDER     makes small models and tokenizers
+    python benchmarks/transformers_there.py check FOLDER    loads their exports; prints JSON
 
-Imports nothing of this project.
+It imports nothing of this project.
 """
 # pyright: reportMissingImports=false
 
@@ -20,12 +20,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 VOCABULARY = 512
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 64}
-LABELS = {0: "good", 1: "so-so", 2: "bad"}  # not in the order of the alphabet
+LABELS = {0: "good", 1: "so-so", 2: "bad"}  # not in alphabetical order
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
 
 
 def byte_level(text: str, special: list[str], *, split: bool) -> tokenizers.Tokenizer:
-    """GPT-2's kind of tokenizer, or with `split` that of Qwen."""
+    """A tokenizer like GPT-2's, or like Qwen's with `split`."""
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if split:
@@ -48,7 +48,7 @@ def byte_level(text: str, special: list[str], *, split: bool) -> tokenizers.Toke
 
 
 def byte_fallback(text: str) -> tokenizers.Tokenizer:
-    """Llama-2's kind: <s> before each text, spaces as letters, bytes for unknown letters."""
+    """A tokenizer like Llama-2's: <s> before each text, ▁ for spaces, bytes for unknown letters."""
     model = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     model.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -65,7 +65,7 @@ def byte_fallback(text: str) -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=special[:3], show_progress=False
     )
-    # Line by line, and cut at spaces, which the model itself is not.
+    # Trained on single words; the model itself does not split at spaces.
     model.train_from_iterator((word for word in text.split()), trainer)
     spec = json.loads(model.to_str())
     words = [word for word in spec["model"]["vocab"] if word not in special]
@@ -81,19 +81,19 @@ def byte_fallback(text: str) -> tokenizers.Tokenizer:
 
 
 def word_pieces(text: str) -> tokenizers.Tokenizer:
-    """BERT's kind, lower-case."""
+    """A tokenizer like BERT's, lower-case."""
     model = tokenizers.BertWordPieceTokenizer()
     model.train_from_iterator(text.splitlines(), vocab_size=VOCABULARY, show_progress=False)
     return model._tokenizer
 
 
 def fast(model: tokenizers.Tokenizer, **special: str) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer that transformers saves."""
+    """Wraps a tokenizer so that transformers can save it."""
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
 
 
 def make(folder: Path) -> None:
-    """Saves models with tokenizers, some with the older files of a tokenizer alone."""
+    """Saves models with tokenizers, some of them only with the older files of a tokenizer."""
     text = (folder / "text.txt").read_text(encoding="utf-8")[:200_000]
     torch.manual_seed(0)
     end = "<|endoftext|>"
@@ -131,7 +131,7 @@ def make(folder: Path) -> None:
 
 
 def keep(folder: Path, name: str, model, tokenizer, older: str = "") -> None:
-    """Saves a model, with a tokenizer.json or the files that came before it."""
+    """Saves a model with a tokenizer.json, or with the older files of a tokenizer."""
     place = folder / "source" / name
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -150,7 +150,7 @@ def keep(folder: Path, name: str, model, tokenizer, older: str = "") -> None:
 
 
 class EndAt(transformers.LogitsProcessor):
-    """Makes one token the likeliest once the text is so long."""
+    """Makes one token the most likely once the text has this length."""
 
     def __init__(self, token: int, length: int):
         self.token, self.length = token, length
@@ -162,14 +162,14 @@ class EndAt(transformers.LogitsProcessor):
 
 
 def check(folder: Path) -> None:
-    """Prints a JSON object: export -> what transformers makes of it."""
+    """Prints a JSON object: export -> what transformers loads from it."""
     text = (folder / "text.txt").read_text(encoding="utf-8")
     found = {place.name: check_one(folder, place, text) for place in sorted(folder.glob("out/*"))}
     print(json.dumps(found))
 
 
 def check_one(folder: Path, place: Path, text: str) -> dict:
-    """What is loaded of one export."""
+    """What transformers loads from one export."""
     ours = np.load(folder / "ours" / f"{place.name}.npz")
     config = transformers.AutoConfig.from_pretrained(place)
     architecture = config.architectures[0]

@@ -1,14 +1,15 @@
 """What one update moves: `python -m benchmarks.update_cost` (five minutes on two cores).
 
-XLA's own count of the bytes that a compiled update accesses, its temporaries and floating-point
-operations, and its wall time over that of optax.adamw, update by update in turn. The gradient is
-an input: the cost of a sample of curvature is not in these figures, that of averaging one is.
-Parameters and gradients are float32, and parameters and state are donated.
+For a compiled update: XLA's count of the bytes that it accesses, of its temporaries and of its
+floating-point operations, and its wall time relative to optax.adamw. The two are timed in turn,
+update by update. The gradient is an input. A sample of curvature is an input too, so the figures
+include the cost of averaging a sample, but not of computing it. Parameters and gradients are
+float32. Parameters and state are donated.
 
-`floor` is each input read once and each output written once: for Sophia p, g, m, h and p, m, which
-is 24 bytes a parameter, for AdamW 28. XLA on CPU has a loop for each output: one reads g, m and
-writes m, another reads p, m, h and writes p, which is 28. A factor of the whole tree, such as a
-norm, asks for a pass more. The bytes of a slice inside of a loop are counted as those of its array.
+`floor` counts each input read once and each output written once. For Sophia these are p, g, m, h
+and p, m: 24 bytes per parameter; for AdamW, 28. XLA on CPU has a loop for each output: one reads
+g, m and writes m, another reads p, m, h and writes p. This makes 28. A factor that depends on the
+whole tree, such as a norm, needs another pass. XLA counts a slice inside a loop as its whole array.
 """
 
 import argparse
@@ -40,7 +41,7 @@ ON = "refresh, statistics on"
 
 
 def by_hand() -> optax.GradientTransformation:
-    """Sophia between refreshes, written as one function: what the chain is measured against."""
+    """Sophia between refreshes, written as one function, to compare the chain with."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
@@ -57,7 +58,7 @@ def by_hand() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def peers() -> dict[str, Case]:
+def baselines() -> dict[str, Case]:
     obj_fn = {"obj_fn": lambda p: sum(jnp.vdot(x, x) for x in jax.tree.leaves(p)) / 2}
     sophia = optax.contrib.sophia(RATE, update_interval=INTERVAL)
     return {
@@ -65,7 +66,7 @@ def peers() -> dict[str, Case]:
         "optax.adamw": (optax.adamw(RATE), {}, False),
         "optax.lion": (optax.lion(RATE), {}, False),
         "optax.contrib.muon": (optax.contrib.muon(RATE), {}, False),
-        f"optax.contrib.sophia, sampling too, {MEAN}": (sophia, obj_fn, False),
+        f"optax.contrib.sophia, sampling included, {MEAN}": (sophia, obj_fn, False),
         "Sophia by hand, between refreshes": (by_hand(), {}, False),
     }
 
@@ -106,7 +107,7 @@ def others(dtype: str) -> dict[str, Case]:
 
 
 def cases() -> dict[str, Case]:
-    found = peers()
+    found = baselines()
     for dtype in ("float32", "bfloat16"):
         for name, case in (sophias(dtype) | others(dtype)).items():
             found[name + ", bfloat16" * (dtype == "bfloat16")] = case
@@ -129,7 +130,7 @@ def compile_update(tx, extra: dict[str, Any], sampled: bool, params) -> tuple[Co
 
 
 def floor(program: Compiled) -> int:
-    """Bytes of all inputs that are read and of all outputs that are not inputs."""
+    """Bytes of all inputs that are read, and of all outputs that are not inputs."""
     entry = program.as_text().split("\nENTRY ")[1]
     found = re.findall(r"(%[\w.-]+) = (\w+?)(\d*)\[([\d,]*)\]\S* ([\w-]+)\(", entry)
     size = {
@@ -156,7 +157,7 @@ def counted(program: Compiled, size: int) -> Row:
 
 
 def seconds_of(program: Compiled, args: Any) -> Iterator[float]:
-    """The time of one update after another."""
+    """Yields the seconds of one update after another."""
     params, state, *rest = args
     del args
     while True:
@@ -168,7 +169,7 @@ def seconds_of(program: Compiled, args: Any) -> Iterator[float]:
 def time_ratio(
     updates: Iterator[float], adamw: Iterator[float], rounds: int, limit: float, period: int
 ) -> float | None:
-    """Median of the ratios of neighbours; where the program refreshes, the mean over periods."""
+    """Median of the ratios of paired updates; with a period, their mean over whole periods."""
     start, ratios = time.perf_counter(), []
     for program in (updates, adamw):
         next(program)  # warm up
@@ -187,11 +188,11 @@ def parameters(size: int, matrices: int = 8) -> dict[str, jax.Array]:
 
 
 def measure(name: str, case: Case, size: int, rounds: int, limit: float) -> Row:
-    """The figures of one program."""
+    """The figures of one update."""
     program, args = compile_update(*case, parameters(size))
     row = counted(program, optax.tree.size(args[0]))
     if rounds:
-        adamw = seconds_of(*compile_update(*peers()["optax.adamw"], parameters(size)))
+        adamw = seconds_of(*compile_update(*baselines()["optax.adamw"], parameters(size)))
         updates = seconds_of(program, args)
         del args  # donated
         period = INTERVAL if MEAN in name else 1
@@ -200,7 +201,7 @@ def measure(name: str, case: Case, size: int, rounds: int, limit: float) -> Row:
 
 
 def average(between: Row, refresh: Row) -> Row:
-    """One refresh in INTERVAL updates."""
+    """Means of INTERVAL updates, one of them a refresh."""
 
     def mean(name, x, y):
         if name == "temporary_megabytes":
@@ -211,7 +212,7 @@ def average(between: Row, refresh: Row) -> Row:
 
 
 def run(size: int, rounds: int, limit: float = 20.0, only: str = "") -> dict[str, Row]:
-    """A row of figures for each case whose name holds `only`, and for the mean of a Sophia."""
+    """Figures of each case whose name contains `only`; for Sophia also the mean of updates."""
     rows: dict[str, Row] = {}
     for name, case in cases().items():
         if only not in name:
@@ -227,7 +228,7 @@ def run(size: int, rounds: int, limit: float = 20.0, only: str = "") -> dict[str
 def show(rows: dict[str, Row], size: int) -> None:
     table = Table(title=f"one update of {size / 1e6:.1f} M float32 parameters")
     table.add_column("optimizer")
-    columns = ("bytes", "floor", "/ floor", "temporaries (MB)", "FLOPs", "time / optax.adamw")
+    columns = ("bytes", "floor", "bytes / floor", "temporaries (MB)", "FLOPs", "time / adamw")
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in rows.items():
@@ -245,9 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = {"type": int, "nargs": "+", "default": [34_603_008]}
     parser.add_argument("--size", **sizes, help="numbers of parameters")
-    parser.add_argument("--rounds", type=int, default=10, help="timed updates; 0 counts bytes only")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds for a row, at most")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--rounds", type=int, default=10, help="timed updates; 0 only counts")
+    parser.add_argument("--limit", type=float, default=20.0, help="time limit of a row, in seconds")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     found = {}

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -240,3 +241,15 @@ def same_shapes(name: str, tree: Any, like: Any) -> None:
                 f"`{name}` has shape {jax.numpy.shape(leaf)} at {jax.tree_util.keystr(path)}, "
                 f"where the gradient has {jax.numpy.shape(other)}."
             )
+
+
+def renamed(owner: str, old: str, value: Any, new: str, current: Any) -> Any:
+    """The value of an argument that may be passed under its deprecated name, with a warning."""
+    if value is None:
+        return current
+    warnings.warn(
+        f"{owner}({old}=...) is deprecated: the argument is now `{new}`.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return value

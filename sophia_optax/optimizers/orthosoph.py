@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from sophia_optax import checks
 from sophia_optax.optimizers.decay_and_rate import Mask, decay_and_rate
 from sophia_optax.transforms.blocks import scale_by_blocks
 
@@ -58,7 +59,7 @@ def orthosoph(
       nesterov: N as above; False uses M as N.
       block_mask: which leaves hold matrices in their last two axes: a pytree of bools, or a
         function of params that returns one. None selects all leaves of two axes or more.
-      b2_numbers: deprecated name of `b2_vector`; it takes precedence if it is given.
+      b2_numbers: deprecated name of `b2_vector`. It warns, and takes precedence.
 
     Extra arguments of `update`:
       renew: whether to take roots now, a bool; None lets the counter decide. It is ignored if
@@ -104,7 +105,7 @@ def orthosoph(
             block_size=block_size,
             update_interval=update_interval,
             form=form,
-            b2_vector=b2_vector if b2_numbers is None else b2_numbers,
+            b2_vector=checks.renamed("orthosoph", "b2_numbers", b2_numbers, "b2_vector", b2_vector),
             mu_dtype=mu_dtype,
             rms=rms,
             nesterov=nesterov,

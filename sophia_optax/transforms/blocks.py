@@ -91,7 +91,7 @@ def scale_by_blocks(
         it, or a function of params that returns one. None selects all leaves of two axes or more.
         An attention kernel of [width, heads, head] is read as matrices of heads x head: store it
         as [width, heads head].
-      b2_numbers: deprecated name of `b2_vector`; it takes precedence if it is given.
+      b2_numbers: deprecated name of `b2_vector`. It warns, and takes precedence.
 
     Extra arguments of `update`:
       renew: None takes roots at counts 0, k, 2k, ... (`lax.cond`). A Python or NumPy bool is a
@@ -128,7 +128,7 @@ def scale_by_blocks(
     [[ 1.73  0.    0.  ]
      [ 0.    0.   -1.73]]
     """
-    b2_vector = b2_vector if b2_numbers is None else b2_numbers
+    b2_vector = checks.renamed("scale_by_blocks", "b2_numbers", b2_numbers, "b2_vector", b2_vector)
     checks.decays(b1=b1, b2=b2, b2_vector=b2_vector)
     _check(eps, block_size, update_interval, form, mu_dtype, rms)
     whitening = _Whitening(

@@ -27,8 +27,8 @@ def test_first_moment_is_ema_and_its_warning_names_the_new_call():
 
 @pytest.mark.parametrize("factory", [lambda **kw: orthosoph(0.1, **kw), scale_by_blocks])
 def test_b2_numbers_is_b2_vector(factory):
-    old, new, default = (
-        two_updates(factory(**x)) for x in ({"b2_numbers": 0.5}, {"b2_vector": 0.5}, {})
-    )
+    with pytest.warns(DeprecationWarning, match="is now `b2_vector`"):
+        old = two_updates(factory(b2_numbers=0.5))
+    new, default = (two_updates(factory(**x)) for x in ({"b2_vector": 0.5}, {}))
     assert_close(old, new, **EXACT)
     assert not jnp.allclose(default[0]["b"], new[0]["b"])

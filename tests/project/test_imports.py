@@ -1,6 +1,6 @@
-"""Imports run one way: between packages, between rooms, and without a cycle of modules.
+"""Imports run one way, between packages and between rooms, and modules have no import cycle.
 
-docs/architecture.md draws the same order.
+docs/architecture.md shows the same order.
 """
 
 import ast
@@ -9,7 +9,7 @@ import graphlib
 import pytest
 from places import ROOT
 
-# Each room imports rooms above it alone. A module named here stands apart from its folder.
+# Each room imports only rooms above it. A module that is listed is a room of its own.
 ROOMS = [
     "models",
     "sophia_optax.numerics",
@@ -58,7 +58,7 @@ def modules():
     found = {}
     for package in ("sophia_optax", "models", "train"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            if path.name != "make.py":  # a program of its own
+            if path.name != "make.py":  # a separate program
                 parts = path.relative_to(ROOT).with_suffix("").parts
                 name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
                 found[name] = ast.parse(path.read_text())
@@ -73,7 +73,7 @@ def is_for_types(node):
 
 
 def nodes(tree):
-    """All nodes but those that only a type checker reads."""
+    """All nodes except those that only a type checker reads."""
     for child in ast.iter_child_nodes(tree):
         if not is_for_types(child):
             yield child
@@ -81,7 +81,7 @@ def nodes(tree):
 
 
 def imported(name):
-    """The modules that a module imports, wherever in it; of a package its submodules as named."""
+    """The modules that a module imports anywhere in its code; of packages, the named submodules."""
     for node in nodes(MODULES[name]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -96,14 +96,14 @@ def room_of(module):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_rooms_import_rooms_above_them(name):
+def test_rooms_import_only_rooms_above_them(name):
     here = ROOMS.index(room_of(name))
     below = {other for other in imported(name) if other in MODULES and other != name}
     wrong = {other for other in below if ROOMS.index(room_of(other)) > here}
     assert not wrong, f"{name} imports {sorted(wrong)}, which come after {ROOMS[here]}"
 
 
-def test_no_modules_import_each_other():
+def test_imports_have_no_cycle():
     graph = {
         name: {other for other in imported(name) if other in MODULES and other != name}
         for name in MODULES
@@ -112,7 +112,7 @@ def test_no_modules_import_each_other():
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("sophia_optax")])
-def test_the_library_imports_jax_and_optax_alone(name):
+def test_the_library_imports_only_jax_and_optax(name):
     standard = {"sophia_optax", "__future__", *__import__("sys").stdlib_module_names}
     allowed = OUTSIDE.get(name, OUTSIDE["sophia_optax"]) | standard
     assert {other.partition(".")[0] for other in imported(name)} <= allowed

@@ -1,4 +1,4 @@
-"""The notebooks run from scratch, and their stories are true."""
+"""The notebooks run from scratch, and their claims hold."""
 
 import json
 import re
@@ -58,10 +58,10 @@ print(json.dumps({
 
 
 def run(path: Path, figures: Path, questions: str, **reduced: int) -> list[dict]:
-    """Executes a notebook of the clone, its figures written to a folder of their own.
+    """Executes a notebook of the clone, with figures written to another folder.
 
-    `reduced` gives constants of the notebook smaller values. Returns the JSON lines that
-    `questions`, run as a last cell, prints.
+    `reduced` lowers constants of the notebook. `questions` is run as a last cell; the function
+    returns the JSON lines that it prints.
     """
     notebook = nbformat.read(path, as_version=4)
     for name, value in reduced.items():
@@ -87,7 +87,7 @@ def run(path: Path, figures: Path, questions: str, **reduced: int) -> list[dict]
 def curvature_by_hand(tmp_path_factory):
     figures = tmp_path_factory.mktemp("figures")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # this clone, installed or not
+        patch.setenv("PYTHONPATH", str(ROOT))  # import this clone
         patch.setenv("MPLBACKEND", "agg")
         paths, race, probe = run(ROOT / "notebooks/1_curvature_by_hand.ipynb", figures, QUESTIONS)
     return {name: np.array(path) for name, path in paths.items()}, race | probe, figures
@@ -105,14 +105,14 @@ def test_newton_ends_at_the_saddle(curvature_by_hand):
     assert np.abs(paths["Newton"][race["steps"]] - (0, 4)).max() < 1e-3
 
 
-def test_sophia_ends_at_the_minimum_where_gradient_descent_is_still_on_its_way(curvature_by_hand):
+def test_sophia_reaches_the_minimum_before_gradient_descent(curvature_by_hand):
     paths, race, _ = curvature_by_hand
     left = {name: np.linalg.norm(path[race["steps"]] - (1, 4)) for name, path in paths.items()}
     assert left["Sophia"] < 0.05
     assert left["gradient descent"] > 0.5
 
 
-def test_each_path_has_the_best_rate_of_its_sweep_and_only_newton_never_arrives(curvature_by_hand):
+def test_each_path_has_its_best_rate_and_only_newton_never_arrives(curvature_by_hand):
     paths, race, _ = curvature_by_hand
     for name, path in paths.items():
         outside = ~(np.linalg.norm(path - (1, 4), axis=-1) <= 0.05)
@@ -143,7 +143,7 @@ def estimators(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("MPLBACKEND", "agg")
-        # Its loops are long enough to repay some optimisation; fusion emitters compile slowly.
+        # Its loops are long, so some optimisation pays; fusion emitters compile slowly.
         options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
         patch.setenv("XLA_FLAGS", xla_flags.flags(options))
         path, figures = ROOT / "notebooks/2_estimators.ipynb", tmp_path_factory.mktemp("figures")
@@ -155,7 +155,7 @@ GROUPS = {number: f"GNB, {number} group{'s' * (number > 1)}" for number in (1, 4
 
 
 @pytest.mark.slow
-def test_the_transformer_in_the_notebook_is_the_decoder(estimators):
+def test_the_transformer_of_the_notebook_is_the_decoder_of_models(estimators):
     assert estimators["difference"] < 1e-5
 
 
@@ -167,7 +167,9 @@ def test_each_estimator_is_unbiased_for_its_own_target(estimators):
         assert estimators["spread"][name] == pytest.approx(1, abs=0.15), name
 
 
-def test_the_squared_gradient_is_biased_by_the_batch_until_the_gradient_is_gone(estimators):
+def test_the_bias_of_the_squared_gradient_grows_with_the_batch_until_the_gradient_vanishes(
+    estimators,
+):
     inflation = {(step, B): pair for step, B, *pair in estimators["inflation"]}
     for step in (100, 500):
         ratio, standard_error = inflation[step, 1024]
@@ -176,7 +178,7 @@ def test_the_squared_gradient_is_biased_by_the_batch_until_the_gradient_is_gone(
     assert inflation[990, 1024][0] == pytest.approx(1, abs=0.15)
 
 
-def test_sixteen_groups_have_the_least_error_at_any_cost(estimators):
+def test_sixteen_groups_have_the_lowest_error_at_any_cost(estimators):
     one, cost = estimators["one"], estimators["cost"]
     single, sixteen = (GROUPS[number] for number in (1, 16))
     assert one[single] == pytest.approx([2, 2], rel=0.15)
@@ -187,13 +189,13 @@ def test_sixteen_groups_have_the_least_error_at_any_cost(estimators):
         assert one[name][0] * cost[name] > 50 * one[sixteen][0] * cost[sixteen]
 
 
-def test_hutchinson_needs_many_gradients_to_pass_gauss_newton(estimators):
+def test_hutchinson_needs_many_gradients_to_beat_gauss_newton(estimators):
     name = "Hutchinson, Rademacher"
     needed = estimators["one"][name][0] / estimators["distance"] * estimators["cost"][name]
     assert 100 < needed < 1000
 
 
-def test_sixteen_groups_afford_a_shorter_memory(estimators):
+def test_sixteen_groups_allow_a_shorter_memory(estimators):
     decays, moving = np.array(estimators["decays"]), estimators["moving"]
     single, sixteen = (np.array(moving[GROUPS[number]]) for number in (1, 16))
     advised = (decays > 0.75) & (decays < 0.96)
@@ -201,5 +203,5 @@ def test_sixteen_groups_afford_a_shorter_memory(estimators):
     assert np.all(sixteen[advised] < single[-1] / 2)  # the last is b2 = .99
     assert single[-1] < 1.6 * sixteen[-1]
     assert np.all(sixteen[(decays > 0.5) & (decays < 0.98)] < single.min())
-    # What is left there is lag, of one path of samples: a little more or less than without noise.
+    # The rest is lag. One path of samples: a little more or less than without noise.
     assert 0.5 < moving["exact samples"][-1] / sixteen[-1] < 1.2

@@ -21,7 +21,7 @@ def names(requirements):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # built apart: setuptools leaves its build folder there
+    source = folder / "source"  # a copy, because setuptools leaves a build folder behind
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     build = [*command, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
 
 
 def run_elsewhere(wheel, folder, code):
-    """Out of the wheel, in a folder that is no clone."""
+    """Runs code with the installed wheel, in a folder outside the clone."""
     zipfile.ZipFile(wheel).extractall(folder / "installed")
     environment = os.environ | {"PYTHONPATH": str(folder / "installed"), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]
@@ -73,7 +73,7 @@ sys.meta_path.insert(0, Absent())
 
 
 @pytest.mark.parametrize("absent", ["tyro", "flax", "orbax", "matplotlib"])
-def test_without_the_extra_one_line_names_it(wheel, tmp_path, absent):
+def test_a_missing_extra_is_named_in_one_line(wheel, tmp_path, absent):
     code = f"""{ABSENT.format([absent])}
 import runpy
 sys.argv = ["train", "tiny", "adamw"]
@@ -85,13 +85,13 @@ runpy.run_module("train", run_name="__main__")"""
     assert "pip install -e '.[train]'" in line
 
 
-def test_without_the_extra_an_import_names_it(wheel, tmp_path):
+def test_importing_the_trainer_names_the_missing_extra(wheel, tmp_path):
     code = ABSENT.format(["flax"]) + "from train import train"
     out = run_elsewhere(wheel, tmp_path, code)
     assert "the trainer needs flax, which is not installed: install the extra" in out.stderr
 
 
-def test_the_library_imports_where_the_trainer_cannot(wheel, tmp_path):
+def test_the_library_imports_without_the_extras(wheel, tmp_path):
     absent = ["flax", "orbax", "tyro", "rich", "matplotlib"]
     code = ABSENT.format(absent) + "import sophia_optax as s; print(s.__version__)"
     out = run_elsewhere(wheel, tmp_path, code)
@@ -107,19 +107,10 @@ def test_the_library_needs_jax_and_optax_only():
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
-def test_what_ci_installs_is_pinned_by_name_and_version_alone(name):
+def test_ci_installs_pinned_versions(name):
     lines = (ROOT / name).read_text().splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     extras = PROJECT["optional-dependencies"]
     for extra in ("train", "notebooks", "dev"):
         assert set(names(extras[extra])) <= pinned
-
-
-def test_imports_run_one_way():
-    allowed = {"sophia_optax": (), "models": (), "train": ("models", "sophia_optax")}
-    for package, may in allowed.items():
-        for path in (ROOT / package).rglob("*.py"):
-            text = path.read_text()
-            for other in set(allowed) - {package, *may}:
-                assert not re.search(rf"^\s*(from|import) {other}\b", text, re.MULTILINE), path

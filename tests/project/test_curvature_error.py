@@ -1,4 +1,4 @@
-"""What the tables of curvature's error rest on: their statistics, and the laws that they show."""
+"""The benchmark of curvature's error: its statistics, and the laws that its table shows."""
 
 import dataclasses
 import json
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
-from benchmarks import curvature_error, leaderboard, tracking
+from benchmarks import curvature_error
+from benchmarks.moments import moments, relative_squared_error
 from models import DecoderConfig, split
 from train.config.presets import preset
 
@@ -22,30 +22,30 @@ SMALL = dataclasses.replace(
 )
 
 
-def test_moments_are_those_of_all_pairs():
+def test_moments_equal_their_definitions_over_all_pairs():
     draws = np.random.default_rng(0).normal(1, 2, (5, 3))
-    found = curvature_error.moments(iter(draws))
+    found = moments(iter(draws))
     np.testing.assert_allclose(found.mean, draws.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.squared_standard_error, draws.var(0, ddof=1) / 5, rtol=1e-12)
     products = [draws[i] * draws[j] for i in range(5) for j in range(5) if i != j]
     np.testing.assert_allclose(found.squared_mean, np.mean(products, 0), rtol=1e-10)
 
 
-def test_the_noise_of_the_reference_is_no_error_of_the_samples():
+def test_the_noise_of_the_reference_is_subtracted():
     rng = np.random.default_rng(0)
     truth = np.linspace(1, 2, 4000)
-    reference = curvature_error.moments(truth + rng.normal(0, 3, (10, truth.size)))
+    reference = moments(truth + rng.normal(0, 3, (10, truth.size)))
     noise = reference.squared_standard_error.sum() / (truth**2).sum()
     assert noise == pytest.approx(0.9 / (truth**2).mean(), rel=0.05)
-    found = curvature_error.errors(truth + rng.normal(0, 0.5, (50, truth.size)), reference)
+    found = relative_squared_error(truth + rng.normal(0, 0.5, (50, truth.size)), reference)
     exact = 0.25 / (truth**2).mean()
     assert noise > 3 * exact
-    # The same noise enters every sample's error once more, times twice the sample's own.
+    # The cross term of the two noises remains.
     assert found["total_error"] == pytest.approx(exact, abs=0.05 * noise)
 
 
 def test_hutchinson_needs_no_reference_for_its_total_error():
-    """On ½ xᵀAx a coordinate's variance is Σ_{j≠i} A_ij² over groups, the reference's nothing."""
+    """On ½ xᵀAx the variance of coordinate i is Σ_{j≠i} A_ij² / groups."""
     P = 400
     A = np.random.default_rng(1).normal(0, 0.2, (P, P))
     A = (A + A.T) / 2 + np.diag(np.linspace(1, 2, P))
@@ -58,7 +58,7 @@ def test_hutchinson_needs_no_reference_for_its_total_error():
     found = curvature_error.hutchinson_rows(p, number=400, coordinates=20, probes=40)
     squares, diagonal = A**2, np.diag(A)
     variance = squares.sum(1) - diagonal**2
-    # The products' mean is right to 2 sqrt(2 error / draws / P), 1.3% here; pairs i, j count once.
+    # The mean product has a relative error of 2 sqrt(2 error / draws / P), which is 1.3% here.
     for row in found:
         groups = row["groups"] or row["rows"]
         total, median = variance.sum() / (diagonal**2).sum(), np.median(variance / diagonal**2)
@@ -70,7 +70,7 @@ def test_hutchinson_needs_no_reference_for_its_total_error():
 
 
 def test_rows_are_shuffled_between_draws():
-    """Else a sub-batch would be the same one each time, and its noise no part of the error."""
+    """Otherwise a sub-batch always has the same rows, and the error lacks their noise."""
     rows = jnp.arange(8.0)[:, None]
     p = curvature_error.Problem(jnp.ones(1), lambda *_: rows, lambda *_: rows, rows)
     seen = curvature_error.draws(p, lambda *_, inputs, **unused: inputs[::4, 0], 200)
@@ -81,7 +81,7 @@ def test_rows_are_shuffled_between_draws():
 
 @pytest.fixture(scope="module")
 def cells():
-    """Logits linear in 128 parameters, 32 rows of 8 outputs: errors, reference, exact diagonal."""
+    """Errors, reference and exact diagonal: logits linear in 128 parameters, 32 rows, 8 outputs."""
     x = np.random.default_rng(2).normal(size=(32, 8, 32)).astype(np.float32)
     theta = jax.random.normal(jax.random.key(0), (32, 4)) / 8
 
@@ -89,7 +89,7 @@ def cells():
         return rows @ theta.reshape(32, 4)
 
     p = curvature_error.Problem(theta.ravel(), logits_fn, logits_fn, jnp.asarray(x))
-    reference = curvature_error.moments(curvature_error.draws(p, rows_apart(p), 400))
+    reference = moments(curvature_error.draws(p, one_group_per_row(p), 400))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curvature_error, "FRACTIONS", (1, 4))
         patch.setattr(curvature_error, "GROUPS", (1, 4, 16, None))
@@ -99,20 +99,20 @@ def cells():
     return {(row["fraction"], row["groups"]): row for row in rows}, reference, exact.ravel()
 
 
-def rows_apart(p):
+def one_group_per_row(p):
     return curvature_error.of_groups(p, 1, None)
 
 
-def test_the_reference_is_the_gauss_newton_diagonal_to_its_standard_error(cells):
+def test_the_reference_is_the_gauss_newton_diagonal_within_its_standard_error(cells):
     _, reference, exact = cells
-    # A mean of 128 coordinates' χ², each of variance 2.
+    # The mean of 128 squared normal numbers, each with variance 2.
     in_errors = (reference.mean - exact) ** 2 / reference.squared_standard_error
     assert in_errors.mean() == pytest.approx(1, abs=4 * (2 / 128) ** 0.5)
     assert reference.squared_standard_error.sum() < 1e-3 * (exact**2).sum()
 
 
-def test_an_error_is_two_by_the_groups_and_what_single_outputs_leave(cells):
-    """Var Σ_m s_m² is 2 / G of h² for Gaussian s_m, and a kurtosis that grouping does not touch."""
+def test_an_error_is_two_over_the_groups_plus_a_constant(cells):
+    """Var Σ_m s_m² is 2 h² / G for Gaussian s_m; the kurtosis adds a term without G."""
     cells, _, _ = cells
     assert set(cells) == {*((n, g) for n in (1, 4) for g in (1, 4, None))} | {(1, 16)}
     apart = cells[1, None]
@@ -125,14 +125,14 @@ def test_an_error_is_two_by_the_groups_and_what_single_outputs_leave(cells):
         assert row["median_error"] == pytest.approx(row["total_error"], rel=0.2)
 
 
-def test_an_error_is_inverse_to_the_rows(cells):
+def test_an_error_is_inversely_proportional_to_the_rows(cells):
     cells, _, _ = cells
     ratio = cells[4, None]["total_error"] / cells[1, None]["total_error"]
     assert ratio == pytest.approx(4, rel=0.2)
 
 
 @pytest.mark.slow
-def test_the_table_charges_rows_and_marks_the_default(tmp_path, monkeypatch, capsys):
+def test_the_table_has_overheads_by_rows_and_marks_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curvature_error, "preset", lambda: SMALL)
     monkeypatch.setattr(curvature_error.program, "use_compile_cache", lambda folder: None)
     monkeypatch.setattr(curvature_error, "FRACTIONS", (10,))
@@ -152,7 +152,7 @@ def test_the_table_charges_rows_and_marks_the_default(tmp_path, monkeypatch, cap
     assert marked.split()[1:4] == ["2", "=", "1/10"]
 
 
-def test_a_sample_costs_a_backward_pass_a_gradient_or_more_than_two():
+def test_a_sample_costs_a_backward_pass_a_gradient_or_a_hessian_vector_product():
     model = split(preset().model)
     rows = jnp.zeros((16, 65), int)
     p = curvature_error.flat_problem(model.apply, model.init(jax.random.key(0)), rows)
@@ -160,57 +160,3 @@ def test_a_sample_costs_a_backward_pass_a_gradient_or_more_than_two():
     assert costs["shared"] == pytest.approx(2 / 3, rel=0.05)
     assert costs["apart"] == pytest.approx(1, rel=0.05)
     assert 2 < costs["hutchinson"] < 3
-
-
-@pytest.mark.parametrize("b2", [0.0, 0.5, 0.99])
-def test_an_average_weighs_its_samples_by_age(b2):
-    samples = np.random.default_rng(0).normal(1, 1, (7, 5))
-    average = tracking.Average((b2, 0.3))
-    for h in samples:
-        average.add(h)
-    weights = (1 - b2) * b2 ** np.arange(7)[::-1] / (1 - b2**7)
-    exact = curvature_error.Moments(10, np.ones(5), np.full(5, 0.1))
-    squares = (weights @ samples - 1) ** 2
-    expected = (squares.sum() - 0.05) / (5 - 0.05)
-    assert average.errors(exact)[0] == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.slow
-def test_where_parameters_rest_an_average_has_the_noise_of_its_weights():
-    """And so no lag: the sum of squared weights of the four samples at steps 0 to 30."""
-    samples, b2s = ((16, 1), (16, 16), (48, 48)), (0.0, 0.5, 0.9)
-    still = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, learning_rate=1e-9))
-    found = tracking.track(still, samples=samples, b2s=b2s, judged=(35,), reference=(64, 6))
-    one, sixteen, more = (np.mean(found["errors"][str(kind)], 0) for kind in samples)
-    assert one[0] > 1.5 * sixteen[0] > 1.5 * 1.5 * more[0]
-    for errors in (one, sixteen, more):
-        for b2, error in zip(b2s, errors, strict=True):
-            weights = b2 ** np.arange(4) / np.sum(b2 ** np.arange(4))
-            assert error / errors[0] == pytest.approx(np.sum(weights**2), rel=0.35)
-    assert max(found["reference_error"]) < more[0] / 4
-
-
-def test_runs_that_are_compared_differ_in_the_average_alone(tmp_path, monkeypatch):
-    trained, cache = [], jax.config.jax_compilation_cache_dir
-
-    def measure(run, after_step=None):
-        trained.append(run)
-        return {"heldout_loss": run.optim.b2 + run.seed}
-
-    monkeypatch.setattr(leaderboard, "measure", measure)
-    rows = tracking.losses(
-        tmp_path / "runs.json",
-        Console(quiet=True),
-        b2s=(0.5, 0.9),
-        groups=(1, 16),
-        rates=(1e-3,),
-        seeds=2,
-        steps=20,
-    )
-    assert [row["losses"] for row in rows] == [[0.5, 1.5]] * 2 + [[0.9, 1.9]] * 2
-    assert [(run.optim.b2, run.optim.groups, run.seed) for run in trained] == [
-        (b2, groups, seed) for b2 in (0.5, 0.9) for groups in (1, 16) for seed in (0, 1)
-    ]
-    like = dataclasses.replace(trained[0].optim, b2=0.9, groups=16)
-    assert dataclasses.replace(trained[0], optim=like, seed=1).hash == trained[-1].hash
-    assert jax.config.jax_compilation_cache_dir == cache
