@@ -326,26 +326,3 @@ def test_a_sample_of_fewer_rows_than_devices(mesh, fraction, accumulation):
     assert sum(c.bytes for kind, c in theirs.items() if kind not in ours) < 50_000  # tokens
     assert step.memory.total == pytest.approx(step.compiled.total, rel=0.15)
     assert step.flops == pytest.approx(step.compiled.flops, rel=0.1)
-
-
-def test_rows_are_spread_over_data_and_fsdp():
-    figures = plan(run_of(mesh=MeshConfig(data=2, fsdp=2, tensor=2)), devices=8)
-    assert figures.row_devices == 4 and figures.devices == 8
-
-
-def test_micro_batches_keep_the_sum_of_their_gradients():
-    run = run_of(mesh=MeshConfig())
-    one, two = (
-        plan(dataclasses.replace(run, accumulation=n), devices=1).steps["every step"].memory
-        for n in (1, 2)
-    )
-    assert two.gradients - one.gradients == one.parameters
-
-
-@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h"])
-def test_a_step_that_samples_has_the_operations_of_its_sample(optimizer):
-    figures = plan(run_of(optimizer), devices=8)
-    plain, sampled = figures.steps["plain"], figures.steps["curvature"]
-    assert figures.curvature_flops > 0
-    assert 8 * (sampled.flops - plain.flops) == pytest.approx(figures.curvature_flops)
-    assert 8 * plain.flops == pytest.approx(step_flops.step_flops(figures.config))
