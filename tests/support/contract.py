@@ -293,10 +293,6 @@ def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-def all_finite(tree):
-    return all(jnp.isfinite(x).all() for x in jax.tree.leaves(tree))
-
-
 def accepted(state):
     """Numbers of samples that each average of curvature has taken."""
     return [int(n) for _, n in optax.tree.get_all_with_path(state, "accepted")]

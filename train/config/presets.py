@@ -108,7 +108,7 @@ def preset(model: str = "tiny", optimizer: str = "sophia-g") -> Config:
     shape = PRESETS[model]
     data = DataConfig(task="masked" if isinstance(shape, EncoderConfig) else "next-token")
     tuned = LARGE.get(model, TINY).get(optimizer) or OPTIMIZERS[optimizer]()
-    if model not in LARGE:
+    if model not in LARGE:  # a tiny one: a test holds that there are no others
         return Config(shape, tuned, data, base=model)
     return Config(
         dataclasses.replace(shape, scan_layers=True),

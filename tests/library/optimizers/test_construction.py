@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import OPTIMIZERS
 
+import sophia_optax
 from sophia_optax import (
     clip_by_ratio,
     ema,
@@ -239,3 +241,10 @@ def test_a_complex_gradient_of_real_parameters_is_refused(factory):
     tx, grads = factory(0.1), jax.tree.map(lambda g: g * (1 + 1j), GRADS)
     with pytest.raises(ValueError, match="the gradient is complex64 at"):
         tx.update(grads, tx.init(PARAMS), PARAMS, hessian=GRADS, value=1.0)
+
+
+def test_every_optimizer_is_in_the_tables_of_the_contract_and_of_this_file():
+    public = [getattr(sophia_optax, name) for name in sophia_optax.__all__]
+    ours = [x for x in public if x.__module__.startswith("sophia_optax.optimizers.")]
+    assert {x.__name__ for x in ours} == set(FACTORIES)
+    assert set(ours) <= {row.factory for row in OPTIMIZERS.values()}

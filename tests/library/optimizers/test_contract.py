@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,6 @@ from contract import (
     EXTRA,
     STEPS,
     accepted,
-    all_finite,
     assert_close,
     classifier,
     every_factory,
@@ -23,7 +23,6 @@ from contract import (
     run,
     start,
     step,
-    types,
 )
 
 pytestmark = pytest.mark.newest
@@ -71,8 +70,8 @@ def test_none_in_the_gradient_is_none_in_the_update(opt):
 @every_optimizer
 def test_scan_carries_parameters_and_state_and_it_descends(opt):
     params, state = opt.plain
-    assert types(params) == types(start()) and types(state) == types(opt().init(start()))
-    assert all_finite((params, state))
+    chex.assert_trees_all_equal_shapes_and_dtypes((params, state), (start(), opt().init(start())))
+    chex.assert_tree_all_finite((params, state))
     assert obj_fn(params, BATCH) < 0.5 * obj_fn(start(), BATCH)
 
 
@@ -85,16 +84,17 @@ def test_cond_carries_parameters_and_state(opt, dtype):
         return jax.lax.cond(pred, lambda *c: step(tx, *c), lambda *c: c, params, state)
 
     carry = (params, tx.init(params))
-    assert types(jax.eval_shape(maybe, True, *carry)) == types(carry)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(maybe, True, *carry), carry)
 
 
 @every_optimizer
 def test_donated_state_compiles_once_under_a_schedule_and_inits_again(opt):
-    traces, tx = [], opt()
+    tx = opt()
+    chex.clear_trace_counter()  # which knows functions by their source
 
     @functools.partial(jit, donate_argnums=(0, 1))
+    @chex.assert_max_traces(n=1)
     def donated(params, state):
-        traces.append(1)
         return step(tx, params, state)
 
     for init in (tx.init, jax.jit(tx.init)):
@@ -103,7 +103,6 @@ def test_donated_state_compiles_once_under_a_schedule_and_inits_again(opt):
         for _ in range(STEPS):
             params, state = donated(params, state)
         assert_close((params, state), opt.plain, **opt.tolerance)
-    assert len(traces) == 1
 
 
 @every_optimizer
@@ -140,7 +139,9 @@ def test_vmap_is_one_run_for_each_seed_and_state(opt):
 @every_optimizer
 def test_eval_shape_of_init_is_init(opt):
     tx = opt()
-    assert types(jax.eval_shape(tx.init, start())) == types(tx.init(start()))
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(tx.init, start()), tx.init(start())
+    )
 
 
 # ---------------------------------------------------------------- trees
@@ -163,7 +164,7 @@ def test_none_leaves_are_left_alone(opt):
     tx, params = opt(), start() | {"none": None}
     state = tx.init(params)
     updates, after = jax.eval_shape(lambda p, s: tx.update(p, s, p, **EXTRA), params, state)
-    assert types(updates) == types(params) and types(after) == types(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
 
 
 @every_optimizer
@@ -172,7 +173,8 @@ def test_a_scalar_is_a_tree(opt):
     extra = classifier(lambda p, x: jnp.concatenate([p * x, 1 - x], 1))
     update = jit(lambda x, state: tx.update(x, state, x, refresh=True, **extra))
     updates, state = update(x, tx.init(x))
-    assert types(updates) == types(x) and all_finite((updates, state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, x)
+    chex.assert_tree_all_finite((updates, state))
     assert updates < 0 and set(accepted(state)) <= {1}
 
 
@@ -181,4 +183,5 @@ def test_an_empty_tree_is_a_tree(opt):
     tx, extra = opt(), classifier(lambda p, x: jnp.concatenate([x, 1 - x], 1))
     state = tx.init({})
     updates, after = jax.eval_shape(lambda s: tx.update({}, s, {}, **extra), state)
-    assert updates == {} and types(after) == types(state)
+    assert updates == {}
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ from contract import (
     BATCH,
     EXTRA,
     accepted,
-    all_finite,
     classifier,
     every_factory,
     every_optimizer,
@@ -19,7 +19,6 @@ from contract import (
     jit,
     start,
     step,
-    types,
 )
 
 pytestmark = pytest.mark.newest
@@ -33,7 +32,7 @@ def test_updates_and_state_keep_their_dtypes(opt, dtype):
         state = tx.init(params)
         update = functools.partial(tx.update, value=1.0, **EXTRA)
         updates, after = jax.eval_shape(lambda p, s: update(p, s, p), params, state)
-    assert types(updates) == types(params) and types(after) == types(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
     wide = [x for x in jax.tree.leaves(state) if x.dtype == "float64"]
     assert bool(wide) == (dtype == "float64")
 
@@ -50,7 +49,8 @@ def test_all_is_finite_where_float16_has_no_eps_and_coordinates_are_dead(opt, dt
         return tx.update(grads, state, params, refresh=True, **value, **EXTRA)
 
     updates, state = jit(update)(grads, tx.init(params))
-    assert all_finite((updates, state)) and set(accepted(state)) <= {1}
+    chex.assert_tree_all_finite((updates, state))
+    assert set(accepted(state)) <= {1}
 
 
 @every_optimizer
@@ -93,7 +93,7 @@ def test_no_rank_is_promoted(opt):
         updates, _ = jax.eval_shape(
             lambda p, s: tx.update(p, s, p, **extra), params, tx.init(params)
         )
-    assert types(updates) == types(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
 @every_factory
@@ -104,7 +104,7 @@ def test_debug_nans_finds_none(opt):
         state, program = tx.init(params), jit(functools.partial(step, tx))
         for _ in range(2):
             params, state = program(params, state)
-    assert all_finite((params, state))
+    chex.assert_tree_all_finite((params, state))
 
 
 # ---------------------------------------------------------------- leaves of other kinds
@@ -144,4 +144,4 @@ def test_a_short_gradient_does_not_cut_the_step_of_a_wide_parameter(opt):
     updates, _ = jax.eval_shape(
         lambda g, s, p: tx.update(g, s, p, value=1.0, **EXTRA), grads, tx.init(params), params
     )
-    assert types(updates) == types(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)

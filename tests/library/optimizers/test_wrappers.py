@@ -6,6 +6,7 @@ If a wrapper calls `update` unchanged, every factory is run, and the variants wi
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,6 @@ from contract import (
     run,
     start,
     step,
-    types,
 )
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -73,7 +73,7 @@ def test_injected_over_bfloat16_parameters_momentum_keeps_its_dtype(mu_dtype):
     tx, params = injected(OPTIMIZERS["sophia_h"], mu_dtype=mu_dtype), start("bfloat16")
     state = tx.init(params)
     _, after = jax.eval_shape(lambda p, s: tx.update(p, s, p, **EXTRA), params, state)
-    assert types(after.inner_state) == types(state.inner_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after.inner_state, state.inner_state)
 
 
 # ---------------------------------------------------------------- MultiSteps
@@ -288,5 +288,5 @@ def test_orbax_restores_the_state_bit_by_bit(opt, tmp_path):
         jax.eval_shape(opt().init, params),
     )
     restored = orbax.load_pytree(tmp_path / "state", abstract)
-    assert types(restored) == types(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     assert_close(restored, state, **EXACT)

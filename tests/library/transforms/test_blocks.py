@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles as o
 import pytest
-from contract import all_finite, assert_close, types
+from contract import assert_close, types
 
 from models import split
 from models.presets import PRESETS
@@ -205,7 +206,7 @@ def test_a_block_whose_sample_is_not_finite_keeps_its_curvature(form, bad):
     update = jax.jit(tx.update)
     _, before = update(grads, tx.init(grads))
     _, after = update(spoilt, before)
-    assert all_finite(after.curvature)
+    chex.assert_tree_all_finite(after.curvature)
     kept = jax.tree.map(lambda x, y: np.asarray(x == y), before.curvature, after.curvature)
     changed = jax.tree.map(lambda x: ~x, kept)
     assert changed["v"].sum() == 7 and kept["v"][2]
@@ -221,15 +222,20 @@ def test_a_block_that_overflows_stays_in_place_where_no_curvature_is_kept():
     for state in (tx.init(g), update(g, tx.init(g))[1]):
         updates, state = update(g.at[:2].set(1e25), state)
         assert (updates[:2] == 0).all() and (updates[2:] != 0).all()
-        assert all_finite((updates, state))
+        chex.assert_tree_all_finite((updates, state))
 
 
 # ---------------------------------------------------------------- refresh
 
 
-def program(refresh, update_interval=10):
+def program(refresh, update_interval=10, **extra):
     tx, g = scale_by_blocks(update_interval=update_interval), {"w": jnp.ones((4, 6))}
-    return str(jax.make_jaxpr(lambda s: tx.update(g, s, refresh=refresh))(tx.init(g)))
+    return str(jax.make_jaxpr(lambda s: tx.update(g, s, refresh=refresh, **extra))(tx.init(g)))
+
+
+def test_renew_decides_before_refresh():
+    assert program(False, renew=True) == program(True)
+    assert program(True, renew=False) == program(False)
 
 
 @pytest.mark.parametrize("boolean", [bool, np.bool_])

@@ -8,6 +8,7 @@ from models import PRESETS
 from train import baseline
 from train.config import schema, serialize
 from train.config.presets import preset
+from train.config.sizes import GPT2_SIZE
 from train.optimizers.adam import AdamW
 from train.optimizers.registry import OPTIMIZERS, name_of
 
@@ -210,3 +211,7 @@ def test_rows_that_cannot_be_cut_are_refused_where_the_run_is_described(optim, c
 def test_the_reference_of_a_run_in_micro_batches_is_that_in_one_piece():
     cut = dataclasses.replace(preset("tiny", "sophia-g"), accumulation=2)
     assert baseline.twin(cut) == preset("tiny", "adamw")
+
+
+def test_every_larger_model_has_a_size_whose_hyperparameters_it_takes():
+    assert {name for name in PRESETS if not name.startswith("tiny")} == set(GPT2_SIZE)

@@ -27,12 +27,14 @@ from train.checkpoint import manifest
 from train.checkpoint.store import CheckpointError, Checkpoints
 from train.config import presets, serialize
 from train.data import DataConfig, load, tokenizers
+from train.data.prepare import documents as document_readers
 from train.data.prepare import token_writer
 from train.data.prepare.documents import documents
 from train.data.prepare.header import read_header
 from train.data.prepare.prepare import prepare
 from train.data.prepare.records import SourceFile
 from train.data.prepare.train_tokenizer import train_tokenizer
+from train.data.source_string import KINDS
 from train.logging import jsonl
 
 pytest.importorskip("pyarrow", reason="the extra data is not installed")
@@ -344,3 +346,9 @@ def test_another_error_or_one_without_the_file_is_seen(tmp_path, wrong):
 def test_memory_that_is_taken_is_seen(tmp_path):
     reader = Reader(gpt2, lambda folder: np.ones(2**24).sum(), limit=0)  # 128 MB, given back
     assert "MB were taken" in judged(reader, tmp_path, set()) or not memory("VmHWM")
+
+
+def test_files_of_every_kind_are_damaged():
+    named = {"tfds": "tfrecord"}
+    assert {named.get(kind, kind) for kind in document_readers.READERS} <= set(READERS)
+    assert set(document_readers.READERS) | {"embedded", "bin"} == set(KINDS)

@@ -51,7 +51,7 @@ def documents(
         if config.broken == "error":
             hint = ". Repair or remove it, or skip what is broken: --data.broken skip."
             raise Broken(str(fault).rstrip(".") + hint) from error
-        skipped.append(str(fault))
+        skipped.append(f"{fault}; the rest of the file was not read")
 
 
 def _value(record: Record, field: str, config: DataConfig) -> Any:
