@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from test_families import FAMILIES, LLAMA2, MASKED, noisy_params, shapes_of, tokens_of
 
 from models import huggingface, logical_ndims, split
+from models.layers import PADDING_LOGIT, padding_bias
 
 MODELS = FAMILIES | {"classes": dataclasses.replace(MASKED, classes=3)}
 
@@ -154,3 +155,10 @@ def test_a_mesh_with_a_tensor_axis_computes_the_same(name):
 def test_dimensions_of_parameters(name):
     shapes = shapes_of(FAMILIES[name])
     assert logical_ndims(shapes) == jax.tree.map(lambda x: len(x.shape), shapes)
+
+
+def test_the_bias_of_a_padded_head_hides_every_row_of_padding():
+    """Chunked logits add it where `mask_padding` would replace whole logits."""
+    bias = padding_bias(8, 5)
+    np.testing.assert_array_equal(bias[:5], 0)
+    assert (bias[5:] == PADDING_LOGIT).all() and padding_bias(5, 5) is None

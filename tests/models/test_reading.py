@@ -34,6 +34,7 @@ def test_a_file_is_read_only_if_its_size_is_allowed_and_it_holds_an_object(tmp_p
     assert read_json(path) == {"a": 1}
     with pytest.raises(ValueError, match=r"a.json has 8 bytes, but at most 7 are read"):
         read_json(path, limit=7)
+    assert read_json(path, limit=8) == {"a": 1}
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"a.json holds \[1\], not an object"):
         read_json(path)

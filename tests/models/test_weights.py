@@ -105,6 +105,9 @@ def test_parts_without_an_index_that_are_not_one_model_are_refused(folder):
     loads(folder, NEW)
     (folder / "model-00000-of-00002.safetensors").write_bytes(kept)
     refuses(folder, "has 3 parts of 2")
+    second.rename(folder / "kept")
+    refuses(folder, "has 2 parts of 2, without model-00002-of-00002")
+    (folder / "kept").rename(second)
     (folder / "model-00000-of-00002.safetensors").rename(
         folder / "model-00001-of-00003.safetensors"
     )

@@ -21,6 +21,7 @@ from sophia_optax import (
     softmax_cross_entropy,
     value_grad_and_hessian,
 )
+from sophia_optax.estimators.chunked_logits import by_chunk
 
 LENGTH, V = 5, 7
 rng = np.random.default_rng(1)
@@ -278,3 +279,15 @@ def test_other_forms_are_refused():
         )
     short = extra_of(lambda params, batch: linear(params, jax.tree.map(lambda x: x[1:], batch)))
     refuses(r"float\[8, ..., V\]", lambda: gauss_newton_bartlett()(KEY, PARAMS, None, **short))
+
+
+@pytest.mark.parametrize(("length", "chunk", "sizes"), [(10, 4, {4}), (9, 4, {3}), (3, 8, {3})])
+def test_a_chunk_is_no_longer_than_asked_for(length, chunk, sizes):
+    seen = set()
+
+    def losses(logits):
+        seen.add(logits.shape[1])
+        return logits.sum(-1)
+
+    by_chunk(losses, LinearLogits(jnp.ones((2, length, 3)), jnp.ones((5, 3)), chunk=chunk))
+    assert seen == sizes

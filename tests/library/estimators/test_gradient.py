@@ -113,3 +113,11 @@ def test_one_coordinate_out_of_range_spoils_every_weighted_sample_and_none_is_ta
     for extra in ({}, {"refresh": True}):
         _, after = tx.update(spoiled, state, **extra)
         jax.tree.map(np.testing.assert_array_equal, after.h, state.h)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_bounded_sample_is_nan_if_the_norm_is_not_finite(bad):
+    """The bound must not turn an infinite norm into a sample of 0."""
+    g = {"spoilt": jnp.array([1.0, bad]), "other": jnp.ones(2)}
+    h = weighted_squared_gradient(max_norm=5.0)(jax.random.key(0), None, g)
+    assert jnp.isnan(h["other"]).all()

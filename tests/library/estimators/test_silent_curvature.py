@@ -85,6 +85,19 @@ def test_a_sample_that_is_refused_is_not_a_sample_of_zero():
     assert (state.rejected, state.zero_leaves) == (1, 0)
 
 
+def test_signs_that_cancel_are_no_leaf_of_zeros():
+    tx, g = hessian_estimate(None), jnp.array([1.0, -1.0])
+    _, state = tx.update(g, tx.init(g), hessian=g)
+    assert (state.accepted, state.zero, state.zero_leaves) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("empty", [{}, {"a": jnp.zeros((0, 3))}])
+def test_a_tree_without_numbers_is_no_sample_of_zero(empty):
+    tx = hessian_estimate(None)
+    _, state = tx.update(empty, tx.init(empty), hessian=empty)
+    assert (state.accepted, state.zero, state.zero_leaves) == (1, 0, 0)
+
+
 # ---------------------------------------------------------------- momentum that is not finite
 
 X2 = jnp.ones(2)

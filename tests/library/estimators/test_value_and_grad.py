@@ -180,6 +180,19 @@ def test_auxiliary_output_of_the_loss_comes_in_the_order_of_the_rows(name):
         close(have, ((loss, {"x": X, "hit": hit}), gradient, h))
 
 
+def test_auxiliary_output_comes_before_the_state():
+    x = jnp.arange(12.0).reshape(4, 3) / 12
+    sample = value_grad_and_hessian(gauss_newton_bartlett(), has_aux=True, has_state=True)
+    told = {
+        "logits_fn": lambda params, x: (x @ params, {"mean": x.mean(0)}),
+        "loss_fn": lambda logits, x: (logits.sum(-1) ** 2, {"first": x[:, 0]}),
+    }
+    run = jax.jit(lambda params: sample(KEY, params, inputs=x, **told)[0])
+    _, aux, state = run(jnp.ones((3, 2)))
+    np.testing.assert_allclose(aux["first"], x[:, 0])
+    np.testing.assert_allclose(state["mean"], x.mean(0), rtol=1e-6)
+
+
 # ---------------------------------------------------------------- what it costs
 
 

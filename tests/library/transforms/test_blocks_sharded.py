@@ -58,6 +58,16 @@ def test_concrete_sharded_parameters_make_a_sharded_state():
     assert state.root["w"].addressable_shards[0].data.shape == (1, 1, 8, 8)
 
 
+def test_blocks_of_a_tall_matrix_lie_along_its_columns():
+    """Over the mesh axis of its columns, which are the rows of blocks, and not of its rows."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    both = NamedSharding(mesh, PartitionSpec("data", "fsdp"))
+    params = {"tall": jnp.ones((96, 64)), "wide": jnp.ones((64, 96))}
+    state = scale_by_blocks(block_size=8, **KEPT).init(jax.device_put(params, both))
+    specs = {name: C.sharding.spec[0] for name, C in state.curvature.items()}
+    assert specs == {"tall": "fsdp", "wide": "data"}
+
+
 THREE = ("down", "out", "norm")
 
 

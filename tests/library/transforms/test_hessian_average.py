@@ -300,13 +300,23 @@ def test_one_number_in_a_large_leaf_is_seen_by_the_program_that_users_run(bad, p
     assert program(tx.init(x), spoilt).rejected == 1
 
 
-def test_rounding_is_independent_of_keys_that_an_estimator_derives():
+def derived_bits(key, n):
+    key = jax.random.fold_in(jax.random.fold_in(key, 1), 0)
+    return jax.random.bits(key, (n,), jnp.uint16).astype(jnp.uint32)
+
+
+def own_bits(key, n):
+    """What rounding would add if it used the key of the estimator."""
+    return noise(jax.random.bits(key, (1,), jnp.uint32)[0], (n,))
+
+
+@pytest.mark.parametrize("bits_of", [derived_bits, own_bits])
+def test_rounding_is_independent_of_keys_that_an_estimator_derives(bits_of):
     n = 1 << 12
 
     def estimator(key, params, updates, **unused):
-        key = jax.random.fold_in(jax.random.fold_in(key, 1), 0)
-        bits = jax.random.bits(key, (n,), jnp.uint16).astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(jnp.uint32(0x3F800000) | bits, jnp.float32)
+        bits = jnp.uint32(0x3F800000) | bits_of(key, n)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     tx = estimate(estimator, dtype="bfloat16")
     h, _ = tx.update(jnp.zeros(n), tx.init(jnp.zeros(n)), refresh=True)

@@ -164,7 +164,7 @@ def test_a_refresh_that_is_no_bool_is_refused(refresh, message):
 @pytest.mark.parametrize(
     ("hessian", "message"),
     [
-        ({"a": jnp.zeros(())}, "`hessian` must have the structure of the gradient"),
+        ({"a": jnp.zeros(())}, "`hessian` must have the structure of the gradient,"),
         ({"a": jnp.zeros(()), "b": jnp.zeros(3)}, r"`hessian` has shape \(3,\) at \['b'\]"),
         ([jnp.zeros(()), jnp.zeros((2, 3))], "`hessian` must have the structure"),
     ],
@@ -213,3 +213,11 @@ def test_alone_its_output_is_none_where_the_gradient_is():
     h, _ = tx.update({"a": 2 * jnp.ones(2), "b": None}, tx.init(params), params)
     assert h["b"] is None
     np.testing.assert_allclose(h["a"], 4, rtol=1e-6)
+
+
+def test_a_given_sample_may_be_none_where_the_gradient_is():
+    tx, params = hessian_estimate(None, decay=0.5), {"a": jnp.ones(2), "b": jnp.ones(3)}
+    part = {"a": 2 * jnp.ones(2), "b": None}
+    h, state = tx.update(part, tx.init(params), params, hessian=part)
+    assert h["b"] is None and not state.h["b"].any()
+    np.testing.assert_allclose(h["a"], 2, rtol=1e-6)

@@ -45,6 +45,14 @@ def test_the_second_moment_is_the_weighted_mean_of_squares(corrected):
                 np.testing.assert_allclose(out[n][t - 1], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_coordinate_that_is_not_finite_keeps_its_second_moment_and_spares_the_others(bad):
+    tx = second_moment(0.5, bias_correction=False)
+    _, state = tx.update(jnp.array([1.0, 2.0]), tx.init(jnp.zeros(2)))
+    v, _ = tx.update(jnp.array([bad, 2.0]), state)
+    np.testing.assert_allclose(v, [0.5, 3.0])
+
+
 @pytest.mark.parametrize("place", ["curvature", "second_moment"])
 def test_the_second_moment_hears_nothing_of_refreshes_and_of_samples(place):
     """In either place of `clip_by_ratio`: both arguments concern curvature only."""

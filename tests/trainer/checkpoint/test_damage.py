@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from saved_states import abstract, assert_same, damage, saved
 
+from train.checkpoint import store
 from train.checkpoint.errors import CheckpointError
 from train.checkpoint.store import Checkpoints
 
@@ -132,6 +133,17 @@ def test_a_failed_save_is_reported_by_the_next_call_and_can_be_repeated(
     small = {"w": jnp.ones(3)}
     assert at_close or checkpoints.save(1, small)  # the step whose save failed
     checkpoints.close()
+
+
+def test_digests_that_cannot_be_written_are_a_failed_save(folder, monkeypatch):
+    def full(folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(store.digests, "write", full)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"w": jnp.ones(3)})
+    with pytest.raises(CheckpointError, match=r"the last save failed .*No space left"):
+        checkpoints.close()
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(folder):

@@ -27,6 +27,23 @@ def test_no_names_mean_the_tiny_model_with_sophia_g():
     assert parse([]) == preset("tiny", "sophia-g")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("--run.quiet", "--output.quiet", "--run.quiet is now --output.quiet"),
+        ("--run.folder=--run.x", "--output.folder=--run.x", "--run.folder is now --output.folder"),
+        ("--optim.no-spread", "--optim.no-amortize", "is now --optim.no-amortize"),
+        ("--optim.b2_numbers=.9", "--optim.b2_vector=.9", "is now --optim.b2_vector"),
+        ("a--run.x", "a--run.x", ""),
+        ("--steps", "--steps", ""),
+    ],
+)
+def test_flags_of_older_versions_are_read_and_their_new_names_printed(old, new, said, capsys):
+    assert flags.current([old, "9"]) == [new, "9"]
+    printed = capsys.readouterr().err
+    assert said in printed and bool(said) == bool(printed)
+
+
 @pytest.mark.parametrize("model", ["tiny", "gpt2-125m"])
 def test_a_run_prints_the_command_that_makes_it_again(model):
     run = preset(model, "sophia-g")

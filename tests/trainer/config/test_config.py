@@ -36,6 +36,18 @@ def test_a_config_survives_json(model, optimizer, tmp_path):
     assert serialize.load(tmp_path) == run
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "old", "new"),
+    [("sophia-g", "spread", "amortize"), ("orthosoph", "b2_numbers", "b2_vector")],
+)
+def test_a_config_with_the_names_of_older_versions_is_read(optimizer, old, new):
+    run = preset("tiny", optimizer)
+    fields = serialize.to_json(run)
+    fields["run"] = fields.pop("output")
+    fields["optim"][old] = fields["optim"].pop(new)
+    assert serialize.from_json(fields) == run
+
+
 def test_a_changed_model_keeps_its_name():
     run = preset("gpt2-125m", "adamw")
     changed = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="bfloat16"))

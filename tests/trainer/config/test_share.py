@@ -4,6 +4,7 @@ import pytest
 
 from train.cli.train import parse
 from train.config.command_line import command
+from train.optimizers.sophia import SophiaG
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,10 @@ def test_the_share_of_a_preset_is_the_nearest_that_its_batch_has(words, share, g
 def test_a_share_that_was_named_is_not_fitted(words, message):
     with pytest.raises(ValueError, match=message):
         parse(["gpt2-125m", "sophia-g", *words.split()])
+
+
+def test_a_fitting_share_is_left_where_it_is_fixed():
+    optim = SophiaG(batch_fraction=0.1)
+    assert optim.fitted(512, 1, fixed={"batch_fraction"}) is optim
+    assert optim.fitted(512).batch_fraction == 1 / 8
+    assert optim.fitted(480) == optim

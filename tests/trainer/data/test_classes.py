@@ -55,3 +55,7 @@ def test_names_of_classes_are_in_the_fingerprint(tmp_path, monkeypatch):
     before = small(f"jsonl:{path}", task="classify").fingerprint
     monkeypatch.setattr(classify, "class_names", lambda labels: ("1", "0"))
     assert small(f"jsonl:{path}", task="classify").fingerprint != before
+
+
+def test_numbers_of_classes_go_by_their_size():
+    assert class_names(["10", "2", "1"]) == ("1", "2", "10")

@@ -136,10 +136,12 @@ def test_a_table_whose_first_line_is_broken_has_no_rows(tmp_path):
     assert len(skipped) == 1 and "line 1: byte 2" in skipped[0]
 
 
-def test_rows_of_a_table_that_are_too_short_are_named(tmp_path):
-    (tmp_path / "a.tsv").write_text('text\tlabel\nso it "goes\t0\nso\n')
-    with pytest.raises(Broken, match=r"a\.tsv, line 3: . columns, but the first row has 2"):
-        loader(tmp_path)(f"tsv:{tmp_path / 'a.tsv'}")
+def test_rows_of_a_table_that_are_too_short_or_too_long_are_named(tmp_path):
+    for row, columns in (("so", 1), ("so\t0\t1", 3)):
+        (tmp_path / "a.tsv").write_text(f'text\tlabel\nso it "goes\t0\n{row}\n')
+        message = rf"a\.tsv, line 3: {columns} columns, but the first row has 2"
+        with pytest.raises(Broken, match=message):
+            loader(tmp_path)(f"tsv:{tmp_path / 'a.tsv'}")
 
 
 @pytest.mark.parametrize(
@@ -249,13 +251,20 @@ def test_token_files_that_disagree_with_their_header_are_refused(tmp_path):
     folder = tmp_path / "out"
     prepare(f"jsonl:{path}", folder, quiet=True)
     whole, header = (folder / "train.bin").read_bytes(), (folder / "header.json").read_text()
-    (folder / "train.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"train\.bin has \d+ bytes, but its header counts \d+"):
-        loader(tmp_path)(f"bin:{folder}")
+    for other in (whole[:-1], whole + b"x"):
+        (folder / "train.bin").write_bytes(other)
+        message = r"train\.bin has \d+ bytes, but its header counts \d+"
+        with pytest.raises(ValueError, match=message):
+            loader(tmp_path)(f"bin:{folder}")
     (folder / "train.bin").unlink()
     with pytest.raises(ValueError, match=r"train\.bin is missing"):
         loader(tmp_path)(f"bin:{folder}")
     (folder / "train.bin").write_bytes(whole)
+    stated = json.loads(header)
+    stated["splits"]["train"]["largest"] = 256  # one more than the largest byte
+    (folder / "header.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=r"train\.bin has another largest token than header"):
+        loader(tmp_path)(f"bin:{folder}")
     for broken in (header[:-9], header.replace("tokens 1", "tokens 9"), "[]", '{"format": 1}'):
         (folder / "header.json").write_text(broken)
         with pytest.raises(ValueError, match=r"header\.json is not a header that this version"):

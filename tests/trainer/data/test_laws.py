@@ -1,5 +1,7 @@
 """Laws of every task and source: rows are functions of (seed, step), whoever asks for them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from corpora import DOCUMENTS, assert_same, loader, write_jsonl, write_tokens
 import models
 from train import data
 from train.data import tokenizers
+from train.data.load import fingerprint
 from train.data.tasks import causal, mixture
 from train.data.tasks.masked import hide
 
@@ -239,3 +242,9 @@ def test_the_fingerprint_tells_changed_data(corpora, tmp_path):
     copy.write_bytes(copy.read_bytes().replace(b"so it", b"So it", 1))
     assert loader(tmp_path)(f"jsonl:{copy}").fingerprint != one.fingerprint
     assert loader(tmp_path)("embedded").fingerprint != one.fingerprint
+
+
+def test_the_fingerprint_tells_another_tokenizer_of_the_same_tokens():
+    one, other = (types.SimpleNamespace(hash=name) for name in ("one", "other"))
+    assert fingerprint(one, "tokens") == fingerprint(one, "tokens")
+    assert fingerprint(one, "tokens") != fingerprint(other, "tokens")

@@ -161,6 +161,15 @@ def test_ids_alone_are_tokens_of_a_vocabulary_up_to_the_largest(tmp_path, dtype,
     assert loader(tmp_path)(f"bin:{one}").vocab_size == largest + 1
 
 
+def test_ids_alone_of_several_sources_are_of_the_largest_vocabulary(tmp_path):
+    for name, largest in (("a", 300), ("b", 700), ("c", 500)):
+        ids(tmp_path / name, "uint16", largest)
+    mixed = DataConfig(source=f"bin:{tmp_path}/a:1,bin:{tmp_path}/b:1")
+    assert resolved(mixed).tokenizer == "ids:701"
+    judged = DataConfig(source=f"bin:{tmp_path}/a", heldout_source=f"bin:{tmp_path}/c")
+    assert resolved(judged).tokenizer == "ids:501"
+
+
 def test_bytes_of_two_are_not_taken_for_halves_of_four(tmp_path):
     folder = tmp_path / "characters"
     ids(folder, "uint16", largest=64)

@@ -14,8 +14,8 @@ from train import lock
 from train.data import DataConfig, tokenizers
 from train.data.prepare import token_writer
 from train.data.prepare.header import read_header
-from train.data.prepare.prepare import prepare
-from train.data.prepare.records import Broken
+from train.data.prepare.prepare import prepare, request_hash
+from train.data.prepare.records import Broken, SourceFile
 from train.data.prepare.train_tokenizer import train_tokenizer
 
 END = tokenizers.load("bytes").end
@@ -291,3 +291,21 @@ def test_folders_with_brackets_are_printed_as_they_are(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("to be or not " * 90)
     prepare(f"text:{tmp_path}/a.txt", tmp_path / "[/x]" / "[lr=.01]")
     assert f"{tmp_path}/[/x]/[lr=.01]: " in capsys.readouterr().err
+
+
+def test_which_documents_are_held_out_never_changes():
+    """A run that goes on under another version must find its data as it was."""
+    held = [i for i in range(40) if token_writer.held_out(f"document {i}".encode(), 0.2)]
+    assert held == [15, 26, 27, 36, 37]
+    assert sum(token_writer.held_out(str(i).encode(), 0.2) for i in range(1000)) == 181
+
+
+def test_a_file_that_was_written_again_is_another_request(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "so it goes"}])
+    file, tokenizer = SourceFile("jsonl", path), tokenizers.load("bytes")
+    hash_of = lambda: request_hash([file], ("text",), tokenizer, DataConfig())  # noqa: E731
+    os.utime(path, ns=(10**18, 10**18))
+    before = hash_of()
+    assert hash_of() == before
+    os.utime(path, ns=(10**18, 10**18 + 10**6))
+    assert hash_of() != before

@@ -168,3 +168,17 @@ def test_errors_name_the_cause_and_the_cure():
         numbers(99, batch_size=1, sequence_length=8).batch(-1)
     with pytest.raises(ValueError, match="first 256 logits"):
         data.decode(np.array([1, 300]))
+
+
+@pytest.mark.parametrize(("length", "extra", "count"), [(12, 1, 2), (13, 1, 3), (12, 0, 3)])
+def test_the_last_window_has_its_last_target(length, extra, count):
+    windows = positions(length, stride=4, extra=extra)
+    assert windows.count == count
+    assert windows.in_order(np.arange(count))[-1, -1] == 4 * count + extra - 1
+
+
+def test_the_first_id_that_is_no_token_is_refused():
+    how = {"stride": 4, "extra": 1, "seed": 0, "where": "the text"}
+    assert Windows(np.arange(5), vocab_size=5, **how).in_order(np.arange(1))[0, -1] == 4
+    with pytest.raises(ValueError, match="the text holds token 4, outside a vocabulary of 4"):
+        Windows(np.arange(5), vocab_size=4, **how).in_order(np.arange(1))

@@ -13,8 +13,8 @@ from contract import assert_close
 
 import sophia_optax
 from train.config.presets import preset
-from train.optimizers.base import BuiltOptimizer, Due, TrainContext
-from train.optimizers.layerwise import matrices
+from train.optimizers.base import BuiltOptimizer, Due, TrainContext, clip_first, clipped
+from train.optimizers.layerwise import dimension_numbers, matrices
 from train.optimizers.registry import OPTIMIZERS, SophiaG, SophiaH
 from train.optimizers.sophia import parallel_groups
 
@@ -150,6 +150,15 @@ def test_there_are_two_programs_where_an_interval_is_longer_than_one_step(optimi
         assert [getattr(chosen.due(step), kind) for step in range(4)] == flags
 
 
+def test_curvature_and_roots_have_intervals_of_their_own():
+    built = BuiltOptimizer(optax.identity(), refresh_interval=2, renew_interval=3)
+    due = [built.due(step) for step in range(4)]
+    assert [kind.refresh for kind in due] == [True, False, True, False]
+    assert [kind.renew for kind in due] == [True, False, False, True]
+    assert built.due(1, pending=True) == Due(True, True)
+    assert BuiltOptimizer(optax.identity(), refresh_interval=2).due(1, pending=True) == Due(True)
+
+
 @pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "sophia-lite", "sophia-geometric"])
 def test_state_dtypes_reach_every_moment(optimizer):
     flags = {"mu_dtype": "bfloat16", "hessian_dtype": "bfloat16"}
@@ -204,6 +213,24 @@ def test_above_eight_groups_a_device_they_go_in_rounds():
     assert parallel_groups(34, 1, 4) == 4
 
 
+@pytest.mark.parametrize(("groups", "parallel", "rounds"), [(8, 8, 1), (6, 4, 2), (5, 1, 5)])
+def test_rounds_hold_all_groups(groups, parallel, rounds):
+    plan = SophiaG().plan(context())._replace(groups=groups, parallel_groups=parallel)
+    assert plan.rounds == rounds
+
+
+@pytest.mark.parametrize(
+    ("groups", "share", "accumulation", "each"),
+    [(8, 1, 1, 8), (8, 1, 4, 2), (8, 1 / 2, 4, 4), (1, 1, 4, 1), (0, 1, 4, 12), (0, 1 / 8, 2, 6)],
+)
+def test_groups_of_the_batch_are_shared_by_its_sampled_micro_batches(
+    groups, share, accumulation, each
+):
+    """Of 48 rows; groups of 0 are single rows."""
+    optim = SophiaG(groups=groups, batch_fraction=share)
+    assert optim.groups_of(48, accumulation) == each
+
+
 @pytest.mark.parametrize(
     ("number", "accumulation", "strides"), [(1, 4, (1, 1)), (2, 4, (2, 1)), (8, 2, (2, 4))]
 )
@@ -217,3 +244,69 @@ def test_the_rows_of_a_sample_are_every_nth_of_the_batch(number, accumulation, s
         for row in range(first, 48, accumulation * stride)
     ]
     assert sorted(taken) == list(range(0, 48, number))
+
+
+def rate(_):
+    return 0.5
+
+
+DECAYS = {"b1": 0.7, "b2": 0.9}
+OF_OPTAX = {  # fields of the config -> the transformation that they mean
+    "adam": (DECAYS, optax.adam(rate, **DECAYS, eps=1e-8)),
+    "adamw": (DECAYS, optax.adamw(rate, **DECAYS, eps=1e-8, weight_decay=0.3, mask=matrices)),
+    "lion": (DECAYS, optax.lion(rate, **DECAYS, weight_decay=0.3, mask=matrices)),
+    "sgd": ({"momentum": 0.7}, optax.sgd(rate, momentum=0.7, nesterov=False)),
+    "muon": (
+        {"beta": 0.7, "consistent_rms": 0.1},
+        optax.contrib.muon(
+            rate,
+            beta=0.7,
+            consistent_rms=0.1,
+            weight_decay=0.3,
+            weight_decay_mask=matrices,
+            muon_weight_dimension_numbers=dimension_numbers,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OF_OPTAX)
+def test_fields_are_the_arguments_of_optax_that_have_their_names(optimizer):
+    fields, want = OF_OPTAX[optimizer]
+    if hasattr(OPTIMIZERS[optimizer], "weight_decay"):
+        fields = fields | {"weight_decay": 0.3}
+    have = OPTIMIZERS[optimizer](**fields).build(context(0.5)).tx
+    assert same(follow(BuiltOptimizer(have)), follow(BuiltOptimizer(want)))
+
+
+def test_muon_makes_matrices_as_long_as_its_root_mean_square_says():
+    optim = OPTIMIZERS["muon"](consistent_rms=0.1, weight_decay=0.0)
+    params = {"matrix": jnp.zeros((8, 8))}
+    tx = optim.build(context(1.0)).tx
+    step, _ = tx.update({"matrix": jnp.eye(8)}, tx.init(params), params)
+    assert jnp.sqrt(jnp.mean(step["matrix"] ** 2)) == pytest.approx(0.1, rel=0.3)
+
+
+def test_gradients_are_clipped_before_the_optimizer_sees_them():
+    clip = TrainContext(rate, max_grad_norm=1.0)
+    large, unit = {"w": jnp.array([30.0, 40.0])}, {"w": jnp.array([0.6, 0.8])}
+    for made in (clip_first(optax.scale(5.0), clip), clipped(optax.scale(5.0), clip).tx):
+        step, _ = made.update(large, made.init(unit))
+        np.testing.assert_allclose(step["w"], 5 * unit["w"], rtol=1e-6)
+    assert clip_first(made, TrainContext(rate)) is made
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_gets_the_clipped_gradient(optimizer):
+    """A gradient ten times as long, clipped to its own norm, makes the same first step."""
+    optim = preset("tiny", optimizer).optim
+    grads = gradient(np.random.default_rng(2))
+    norm = float(optax.tree.norm(grads))
+    tx = optim.build(context()._replace(max_grad_norm=norm)).tx
+    tx = optax.with_extra_args_support(tx)
+    extra = {"hessian": PARAMS} if optimizer in ("sophia-g", "sophia-h") else {}
+    short, long = (
+        tx.update(optax.tree.scale(n, grads), tx.init(PARAMS), PARAMS, value=2.0, **extra)[0]
+        for n in (1 - 1e-6, 10)
+    )
+    assert_close(long, short, rtol=1e-3, atol=1e-6)

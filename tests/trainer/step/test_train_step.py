@@ -95,3 +95,43 @@ def test_the_step_takes_the_sample_that_the_optimizer_would_draw(name, refreshes
     near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(near, have, want)
     assert optax.tree.get(have[0].opt_state, "accepted") == 2 / interval
+
+
+def test_the_step_tells_soaa_the_loss_by_which_its_radius_moves():
+    """Three steps are those of the library called by hand."""
+    tx = sophia_optax.soaa(0.02, b1=0.5, total_steps=3)
+    step = jax.jit(make_step(outputs_of(MODEL), tx))
+    state = initial(tx)()
+    params, opt_state = state.params, state.opt_state
+
+    @jax.jit
+    def by_hand(params, opt_state, batch):
+        value, grads = jax.value_and_grad(lambda p: mean_loss(MODEL.apply(p, batch.inputs), batch))(
+            params
+        )
+        updates, opt_state = tx.update(grads, opt_state, params, value=value)
+        return optax.apply_updates(params, updates), opt_state
+
+    for tokens in np.random.default_rng(0).integers(32, size=(3, 8, 9)):
+        batch = next_tokens(jnp.asarray(tokens))
+        state, _ = step(state, batch)
+        params, opt_state = by_hand(params, opt_state, batch)
+    have, want = (optax.tree.get(s, "radius") for s in (state.opt_state, opt_state))
+    assert have == pytest.approx(float(want), rel=1e-3) and abs(have - 1) > 1e-2
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(near, state.params, params)
+
+
+def test_the_optimizer_is_told_what_is_due():
+    told = []
+
+    def update(updates, state, params=None, **extra):
+        told.append(extra)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    step = functools.partial(make_step(outputs_of(MODEL), tx), due=Due(True, False))
+    batch = next_tokens(jnp.zeros((8, 9), jnp.int32))
+    jax.eval_shape(step, jax.eval_shape(initial(tx)), batch)
+    assert [(x["refresh"], x["renew"], x["hessian"]) for x in told] == [(True, False, None)]
+    assert told[0]["value"].shape == ()
