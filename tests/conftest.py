@@ -1,6 +1,8 @@
 """Eight fake CPU devices for every test, fixed before jax starts."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -11,9 +13,20 @@ from train.parallel import xla_flags
 # Compiling is what the tests wait for.
 xla_flags.add({"xla_force_host_platform_device_count": 8} | xla_flags.QUICK | xla_flags.PATIENT)
 
+# A program that several tests use is compiled once in each process. Processes share no folder: JAX
+# writes files that others may read half-written.
+COMPILED = tempfile.mkdtemp(prefix="compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 jax.devices()  # so that no test starts it with fewer: `train.plan.plan.fake_devices` may
 
 collect_ignore = ["support"]
+
+
+def pytest_sessionfinish():
+    """Deletes the compiled programs."""
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_addoption(parser):

@@ -1,9 +1,6 @@
 """A run of some steps of a model that is trained in seconds."""
 
-import contextlib
 import dataclasses
-
-import jax
 
 from models import DecoderConfig
 from train import data, program
@@ -35,20 +32,6 @@ def small(folder, optimizer="sophia-g", **changes):
 def output(run, **changes):
     """The run with other settings of its output."""
     return dataclasses.replace(run, output=dataclasses.replace(run.output, **changes))
-
-
-@contextlib.contextmanager
-def kept_programs(folder):
-    """Keeps compiled programs in a folder, since compiling is what takes long in these tests."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(folder), 0.1), strict=True):
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            jax.config.update(name, value)
 
 
 def losses(history):

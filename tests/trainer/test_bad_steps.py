@@ -9,8 +9,6 @@ from small_run import change_programs, losses, output, small
 import train
 from train.logging import jsonl
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def spoiled(monkeypatch, *bad):
     """Batches of these steps have a target that is no token, and a loss that is not a number.

@@ -22,8 +22,6 @@ from train.parallel.mesh import MeshConfig
 from train.step import train_step
 from train.step.loss import outputs_of, token_losses
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.mark.newest
 def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):

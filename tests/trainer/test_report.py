@@ -12,8 +12,6 @@ from train.config import command_line
 from train.config.presets import preset
 from train.parallel import processes
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, capsys):
     folder = tmp_path / "[lr=.01]" / "[" / "run"

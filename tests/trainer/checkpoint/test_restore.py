@@ -19,8 +19,6 @@ from train.logging import jsonl
 from train.logging.throughput import Meter
 from train.parallel import processes
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def test_a_run_that_saved_nothing_yet_starts_again_but_a_lost_checkpoint_is_named(tmp_path, capsys):
     run = output(small(tmp_path / "run", "adamw", steps=4), quiet=False, sample_length=0)

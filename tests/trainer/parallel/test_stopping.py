@@ -16,8 +16,6 @@ from train.data.rows import Data
 from train.logging import jsonl
 from train.parallel import signals
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def told():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -33,7 +31,7 @@ def rows(history):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick):
+def whole(tmp_path_factory):
     return rows(train.train(of(tmp_path_factory.mktemp("runs") / "whole")))
 
 
