@@ -243,10 +243,15 @@ def same_shapes(name: str, tree: Any, like: Any) -> None:
             )
 
 
-def renamed(owner: str, old: str, value: Any, new: str, current: Any) -> Any:
-    """The value of an argument that may be passed under its deprecated name, with a warning."""
+def renamed(owner: str, old: str, value: Any, new: str, current: Any, default: float) -> Any:
+    """The value of a number that may be passed under its deprecated name, with a warning."""
     if value is None:
         return current
+    if known_number(current) != default:
+        raise TypeError(
+            f"{new}={current} was passed together with {old}={value}, its deprecated name. Drop "
+            f"`{old}`."
+        )
     warnings.warn(
         f"{owner}({old}=...) is deprecated: the argument is now `{new}`.",
         DeprecationWarning,

@@ -1,4 +1,4 @@
-"""Held-out evaluation of parameters that are there, on any mesh, without an optimizer."""
+"""Held-out evaluation of existing parameters on any mesh, without an optimizer."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Trains a run, new or resumed, to its end. It knows no optimizer."""
+"""Trains a run, new or resumed, to its end. It is independent of the optimizer."""
 
 import dataclasses
 from collections.abc import Sequence

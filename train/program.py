@@ -21,7 +21,7 @@ from train.step.batch import Batch
 
 
 class Program(NamedTuple):
-    """What a config is turned into before anything is allocated."""
+    """Compiled functions and shapes of a run; nothing is allocated yet."""
 
     init: Any  # () -> TrainState, each shard made in place
     step: Any  # (state, batch, due: static) -> (state, metrics); state is donated

@@ -108,9 +108,11 @@ def _until_stopped(run: Run, state: TrainState, host: _Host) -> tuple[TrainState
         save(done, state, last=True)
     while done < steps and not stopped:
         due = _due(run, done, host.meter.health)
+        if due not in host.compiled:  # owed by skipped steps, in a combination of its own
+            host.compiled[due] = run.programs.compile(due)
         state, measured = host.compiled[due](state, run.programs.batch(done))
         done += 1
-        host.meter.report(done, measured, True in due)
+        host.meter.report(done, measured, due)
         host.trace(done, measured)
         stopped, overdue = host.agree(host.stop.is_set(), host.autosave.overdue())
         save(done, state, overdue=overdue, last=stopped or done == steps)
@@ -127,7 +129,7 @@ def _asked_to_stop(agree: processes.Agreement, stop: threading.Event) -> bool:
 
 def _due(run: Run, step: int, health: Health) -> Due:
     """What a step renews: what is due, and what was due at a skipped step before it."""
-    return run.programs.optimizer.due(step, pending=health.refresh_pending)
+    return run.programs.optimizer.due(step, pending=health.pending)
 
 
 def _compiled(

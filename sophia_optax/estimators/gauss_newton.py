@@ -1,7 +1,6 @@
 """Gauss-Newton-Bartlett: the Gauss-Newton diagonal from labels that the model itself draws."""
 
 import functools
-import warnings
 
 from sophia_optax import checks
 from sophia_optax.estimators.base import Estimator, Sampler
@@ -108,8 +107,8 @@ def gauss_newton_bartlett(
     >>> print(jnp.round(h, 1))                                   # 0.25 * (1 + 4 + 9 + 16) / 4
     [1.9]
     """
-    if shards is not None:
-        parallel_groups = _renamed(shards, parallel_groups)
+    old = ("shards", shards)
+    parallel_groups = checks.renamed(OWNER, *old, "parallel_groups", parallel_groups, 1)
     settings = Settings(
         likelihood, groups, batch_fraction, num_samples, parallel_groups, spmd_axis_name, variance
     )
@@ -119,20 +118,6 @@ def gauss_newton_bartlett(
         functools.partial(sample, settings),
         functools.partial(sample_with_gradient, settings),
     )
-
-
-def _renamed(shards: int, parallel_groups: int) -> int:
-    if parallel_groups != 1:
-        raise TypeError(
-            f"parallel_groups={parallel_groups} was passed together with shards={shards}, its "
-            "deprecated name. Drop `shards`."
-        )
-    warnings.warn(
-        "gauss_newton_bartlett(shards=...) is deprecated: the argument is now `parallel_groups`.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return shards
 
 
 def _check_settings(settings: Settings) -> None:

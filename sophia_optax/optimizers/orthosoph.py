@@ -59,7 +59,7 @@ def orthosoph(
       nesterov: N as above; False uses M as N.
       block_mask: which leaves hold matrices in their last two axes: a pytree of bools, or a
         function of params that returns one. None selects all leaves of two axes or more.
-      b2_numbers: deprecated name of `b2_vector`. It warns, and takes precedence.
+      b2_numbers: deprecated name of `b2_vector`. It warns.
 
     Extra arguments of `update`:
       renew: whether to take roots now, a bool; None lets the counter decide. It is ignored if
@@ -75,8 +75,9 @@ def orthosoph(
       TypeError: `block_size` is traced.
 
     Source: "OrthoSoph: Analyzing Trade-offs in Memory-Efficient Second-Order Optimization", 2025.
-    It prints no update. We read its tiles, each with its own b x b curvature, as `form="tiles",
-    b2=.99, rms=None, mu_dtype=None, eps=1e-8, nesterov=False`: (C + eps I)^(-1/2) M with C <- b2 C
+    It states no update rule. We interpret its tiles, each with its own b x b curvature, as
+    `form="tiles", b2=.99, rms=None, mu_dtype=None, eps=1e-8, nesterov=False`:
+    (C + eps I)^(-1/2) M with C <- b2 C
     + (1 - b2) G Gᵀ, which holds as many numbers as Adam. Rows are ours; averaging gradients instead
     of momentum in C was worse (LOG.md).
     To inject hyperparameters: `optax.inject_hyperparams(orthosoph, static_args=("block_size",
@@ -105,7 +106,9 @@ def orthosoph(
             block_size=block_size,
             update_interval=update_interval,
             form=form,
-            b2_vector=checks.renamed("orthosoph", "b2_numbers", b2_numbers, "b2_vector", b2_vector),
+            b2_vector=checks.renamed(
+                "orthosoph", "b2_numbers", b2_numbers, "b2_vector", b2_vector, 0.95
+            ),
             mu_dtype=mu_dtype,
             rms=rms,
             nesterov=nesterov,

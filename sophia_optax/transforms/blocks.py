@@ -91,7 +91,7 @@ def scale_by_blocks(
         it, or a function of params that returns one. None selects all leaves of two axes or more.
         An attention kernel of [width, heads, head] is read as matrices of heads x head: store it
         as [width, heads head].
-      b2_numbers: deprecated name of `b2_vector`. It warns, and takes precedence.
+      b2_numbers: deprecated name of `b2_vector`. It warns.
 
     Extra arguments of `update`:
       renew: None takes roots at counts 0, k, 2k, ... (`lax.cond`). A Python or NumPy bool is a
@@ -104,7 +104,7 @@ def scale_by_blocks(
       or of the parameter if that is wider, and is None where the gradient is. For an n x m matrix,
       n <= m, the state with rows holds n m numbers of momentum, n b of C unless b2 = 0, and n b of
       roots unless k = 1. A block whose sample overflows keeps its C, or does not move if no C is
-      kept. Momentum averages whatever comes, as in optax: a NaN in it spoils the whole matrix.
+      kept. Non-finite gradients enter the momentum, as in optax: a NaN makes the whole matrix NaN.
       On a mesh, `init` shards blocks like the rows that they are made of, or else like the columns,
       if the number of blocks divides over the mesh axis. Choose b so that it divides the rows on a
       device: then eight devices exchange 4 bytes (rms) for a 768 x 3072 matrix, at refreshes too.
@@ -128,7 +128,8 @@ def scale_by_blocks(
     [[ 1.73  0.    0.  ]
      [ 0.    0.   -1.73]]
     """
-    b2_vector = checks.renamed("scale_by_blocks", "b2_numbers", b2_numbers, "b2_vector", b2_vector)
+    owner = "scale_by_blocks"
+    b2_vector = checks.renamed(owner, "b2_numbers", b2_numbers, "b2_vector", b2_vector, 0.95)
     checks.decays(b1=b1, b2=b2, b2_vector=b2_vector)
     _check(eps, block_size, update_interval, form, mu_dtype, rms)
     whitening = _Whitening(

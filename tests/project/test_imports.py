@@ -1,6 +1,6 @@
 """Imports run one way, between packages and between rooms, and modules have no import cycle.
 
-docs/architecture.md shows the same order.
+docs/architecture.md shows the rooms.
 """
 
 import ast

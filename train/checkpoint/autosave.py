@@ -11,7 +11,7 @@ from train.step.train_step import TrainState
 
 
 class Autosave:
-    """Saves a state when `policy.save_due` says so, after the metrics that led to it."""
+    """Saves a state when `policy.save_due` says so, after the metrics of all steps up to it."""
 
     def __init__(self, run: Run, meter: Meter):
         self.run, self.meter = run, meter

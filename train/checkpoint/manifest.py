@@ -10,7 +10,7 @@ from train.differences import differences
 from train.logging.throughput import Health
 
 LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "flax", "numpy")
-FREE = ("run", "output", "mesh", "steps", "base")
+FREE = ("output", "mesh", "steps", "base")
 """Fields of a config that may differ on resume: where it runs, what it writes, how long."""
 PLACES = ("source", "heldout_source", "tokenizer", "cache", "download", "tfds_folder")
 """Fields of its data that may differ: the fingerprint says whether it is the same data."""
@@ -44,16 +44,17 @@ def versions() -> dict[str, str]:
 
 
 def health(manifest: Mapping[str, Any]) -> Health:
-    """The health in a manifest; `refresh_pending` was called "owed" before version 0.2.
+    """The health in a manifest; older versions call `refresh_pending` "owed".
 
     >>> health({"health": {"skipped": 2, "in_a_row": 1, "owed": True}})
-    Health(skipped=2, in_a_row=1, refresh_pending=True)
+    Health(skipped=2, in_a_row=1, refresh_pending=True, renew_pending=False)
     """
     fields: Mapping[str, Any] = manifest.get("health", {})
     return Health(
         skipped=int(fields.get("skipped", 0)),
         in_a_row=int(fields.get("in_a_row", 0)),
         refresh_pending=bool(fields.get("refresh_pending", fields.get("owed", False))),
+        renew_pending=bool(fields.get("renew_pending", False)),
     )
 
 

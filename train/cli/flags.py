@@ -78,6 +78,7 @@ OLD = {
     "--run.": "--output.",
     "--optim.spread": "--optim.amortize",
     "--optim.no-spread": "--optim.no-amortize",
+    "--optim.no_spread": "--optim.no_amortize",
     "--optim.b2-numbers": "--optim.b2-vector",
     "--optim.b2_numbers": "--optim.b2_vector",
 }

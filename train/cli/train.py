@@ -96,6 +96,10 @@ def _fitted(config: schema.Config, words: Sequence[str]) -> tuple[OptimizerConfi
         return config.optim, ""
     fit = config.optim.fitted(rows, pieces, fixed)
     changed = command_line.differing(fit, config.optim)
-    said = " ".join(f"--optim.{name.replace('_', '-')} {new:.4g}" for name, new in changed)
+    said = " ".join(f"--optim.{name.replace('_', '-')} {_short(new)}" for name, new in changed)
     cut = f" in {pieces} micro-batches" * (pieces > 1)
     return fit, f"{said}: the preset's share, fitted to a batch of {rows}{cut}." if said else ""
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -41,13 +41,13 @@ def check_numbers(fields: dict[str, Any], flag: str) -> None:
         elif name in NOT_NEGATIVE and value < 0:
             raise ValueError(f"{shown} {value} is negative: choose 0 or more.")
         elif (name == "b1" and not 0 <= value < 1) or (name == "b2" and not 0 <= value <= 1):
-            raise ValueError(f"{shown} {value} is no decay: choose at least 0 and less than 1.")
+            raise ValueError(
+                f"{shown} {value} is not a valid decay: choose at least 0 and less than 1."
+            )
         elif name in ("b1", "b2") and value < 1 and np.float32(value) == 1:
             raise ValueError(f"{shown} {value} is 1 in float32: choose at most 0.9999999.")
         elif name == "num_samples" and value > MOST_SAMPLES:
-            raise ValueError(
-                f"{shown} {value} draws labels too often: choose at most {MOST_SAMPLES}."
-            )
+            raise ValueError(f"{shown} {value} is too often: choose at most {MOST_SAMPLES}.")
 
 
 def check_task(task: str, model: DecoderConfig | EncoderConfig) -> None:

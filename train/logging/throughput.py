@@ -11,6 +11,7 @@ import numpy as np
 
 from train.config.schema import Config
 from train.logging import run_log
+from train.optimizers.base import Due
 from train.plan.flops import model_flops, peak_flops
 
 
@@ -19,21 +20,27 @@ class Health(NamedTuple):
 
     skipped: int = 0  # steps that changed nothing, since their loss or gradient was not finite
     in_a_row: int = 0  # how many of the last steps were skipped
-    refresh_pending: bool = False  # a skipped step was to sample curvature: the next one does
+    refresh_pending: bool = False  # a skipped step was to refresh curvature: the next one does
+    renew_pending: bool = False  # the same of roots and projections
+
+    @property
+    def pending(self) -> Due:
+        """What skipped steps were to renew."""
+        return Due(self.refresh_pending, self.renew_pending)
 
 
 class Meter:
     """Fetches metrics one step late, so that the device always has a step to work on.
 
-    It waits for the end of a step that samples curvature: if that step was skipped, the next one
-    must sample instead.
+    It waits for the end of a step that renews curvature or roots: if that step was skipped, the
+    next one must do so instead.
     """
 
     def __init__(self, config: Config, log: run_log.RunLog, first: int, health: Health):
         self.config, self.log, self.health = config, log, health
         self.spikes = Spikes(config.output.spike, log.kept) if config.output.spike else None
         self.peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
-        self._pending: deque[tuple[int, Mapping[str, jax.Array], bool]] = deque()
+        self._pending: deque[tuple[int, Mapping[str, jax.Array], Due]] = deque()
         self.restart(first)
 
     def restart(self, step: int) -> None:
@@ -43,19 +50,19 @@ class Meter:
     def _restart(self, step: int, now: float) -> None:
         self.since, self.clock = step, now
 
-    def report(self, step: int, measured: Mapping[str, jax.Array], sampled: bool) -> None:
+    def report(self, step: int, measured: Mapping[str, jax.Array], due: Due) -> None:
         """Takes the metrics of a step that may still be in flight.
 
         Args:
           step: steps done, this one included.
           measured: its metrics.
-          sampled: whether it sampled curvature.
+          due: what it renewed.
 
         Raises:
           FloatingPointError: too many steps in a row were skipped.
         """
-        self._pending.append((step, measured, sampled))
-        self._take(0 if sampled else 1)
+        self._pending.append((step, measured, due))
+        self._take(0 if True in due else 1)
 
     def flush(self) -> None:
         """Waits for the last reported step."""
@@ -63,17 +70,18 @@ class Meter:
 
     def _take(self, keep: int) -> None:
         while len(self._pending) > keep:
-            step, measured, sampled = self._pending.popleft()
-            self._count(float(measured["skipped"]) > 0.5, sampled)
+            step, measured, due = self._pending.popleft()
+            self._count(float(measured["skipped"]) > 0.5, due)
             if step % self.config.output.log_every == 0 or step in (1, self.config.steps):
                 self._record(step, measured)
             self._check(step)
 
-    def _count(self, skipped: bool, sampled: bool) -> None:
+    def _count(self, skipped: bool, due: Due) -> None:
         self.health = Health(
             skipped=self.health.skipped + skipped,
             in_a_row=self.health.in_a_row + 1 if skipped else 0,
-            refresh_pending=skipped if sampled else self.health.refresh_pending,
+            refresh_pending=skipped if due.refresh else self.health.refresh_pending,
+            renew_pending=skipped if due.renew else self.health.renew_pending,
         )
 
     def _check(self, step: int) -> None:

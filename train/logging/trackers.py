@@ -15,7 +15,7 @@ class Tracker(Protocol):
     """Takes the metrics of steps."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The values of one step, finite or not. A step may come twice, with other names."""
+        """The values of one step, finite or not. A step may come twice, with different metrics."""
 
     def close(self) -> None:
         """Nothing is written after it."""

@@ -26,11 +26,11 @@ class Adafactor(OptimizerConfig):
     decay_rate: float = 0.8
     """v decays by 1 - t^-decay_rate at step t."""
     min_dim_size_to_factor: int = 128
-    """Matrices with a shorter side than this keep every number of v."""
+    """Matrices whose shorter side is below this are not factored."""
     clipping_threshold: float = 1.0
     """Largest root mean square of a tensor's direction, 1 or more."""
     momentum: float = 0.0
-    """Decay of an average of steps, for 4 bytes a parameter; 0 is none."""
+    """Decay of an average of the steps, for 4 bytes a parameter; 0 turns it off."""
     eps: float = 1e-30
     """Added to the squared gradient."""
     weight_decay: float = 0.1

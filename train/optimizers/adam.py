@@ -10,7 +10,7 @@ from train.optimizers.layerwise import matrices
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(OptimizerConfig):
-    """Adam with decoupled weight decay: what the others are compared with.
+    """Adam with decoupled weight decay: the baseline.
 
         step = -lr (m / (sqrt(v) + eps) + weight_decay p)
 

@@ -50,7 +50,7 @@ class Due(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a user calls the step.
+        """Name of the step in progress messages.
 
         >>> Due(True, None).name, Due(False, False).name, Due().name
         ('step that samples curvature', 'plain step', 'step')
@@ -71,19 +71,19 @@ class BuiltOptimizer(NamedTuple):
     refresh_interval: int = 1  # steps between refreshes of curvature
     renew_interval: int = 1  # steps between renewals of roots, eigenvectors, projections
 
-    def due(self, step: int, pending: bool = False) -> Due:
+    def due(self, step: int, pending: Due = Due(False, False)) -> Due:  # noqa: B008
         """What a step renews. An interval of 1 gives None: one program serves all steps.
 
         Args:
           step: steps done.
-          pending: the last step was to renew something and was skipped: this one does.
+          pending: what skipped steps were to renew: this one does.
 
         >>> built = BuiltOptimizer(optax.identity(), refresh_interval=10)
         >>> built.due(10), built.due(11)
         (Due(refresh=True, renew=None), Due(refresh=False, renew=None))
         """
-        intervals = self.refresh_interval, self.renew_interval
-        return Due(*(None if n == 1 else pending or step % n == 0 for n in intervals))
+        intervals = zip((self.refresh_interval, self.renew_interval), pending, strict=True)
+        return Due(*(None if n == 1 else bool(owed) or step % n == 0 for n, owed in intervals))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,9 @@ class GaLore(OptimizerConfig):
     scale: float = 0.25
     """Factor on the direction of matrices, the paper's alpha."""
     b1: float = 0.9
-    """Decay of Adam's first moment, which a new projection leaves as it is."""
+    """Decay of Adam's first moment, not reset by a new projection."""
     b2: float = 0.999
-    """Decay of Adam's second moment, which a new projection leaves as it is."""
+    """Decay of Adam's second moment, not reset by a new projection."""
     eps: float = 1e-8
     """Added to Adam's denominator."""
     weight_decay: float = 0.1

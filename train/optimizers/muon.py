@@ -10,11 +10,11 @@ from train.optimizers.layerwise import dimension_numbers, matrices
 
 @dataclasses.dataclass(frozen=True)
 class Muon(OptimizerConfig):
-    """Momentum made orthogonal; vectors go by Adam.
+    """Orthogonalised momentum; vectors are updated by Adam.
 
         step = -lr (consistent_rms sqrt(longer side) U Vᵀ + weight_decay p),  m = U S Vᵀ
 
-    m averages gradients, with a step of momentum ahead (Nesterov). Every matrix is treated so,
+    m averages gradients, with Nesterov momentum. Every matrix is orthogonalised,
     embeddings included. The state takes 4 bytes a parameter. `optax.contrib.muon`.
     """
 

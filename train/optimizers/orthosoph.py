@@ -15,9 +15,9 @@ class OrthoSoph(OptimizerConfig):
 
         step = -lr (scaled to rms: (C + ridge I)^(-1/2) n, + weight_decay p)
 
-    n is the momentum a step ahead, C the products n nᵀ of each block_size rows of a matrix, the
-    shorter side being the rows; one block a matrix is Muon. The state takes 2 bytes a parameter,
-    the momentum in bfloat16. The paper's tiles:
+    n is the Nesterov momentum. C is n nᵀ for each block of block_size rows, which run along the
+    shorter side of a matrix. With one block a matrix this is Muon. The state takes 2 bytes a
+    parameter, for momentum in bfloat16. The paper's tiles:
 
         --optim.form tiles --optim.rms None --optim.eps 1e-8 --optim.b2 .99
         --optim.no-nesterov --optim.mu-dtype float32

@@ -19,8 +19,8 @@ class SamplesRows(OptimizerConfig):
     update_interval: int = 10
     """Steps between samples of curvature."""
     amortize: bool = False
-    """Sample a part of the share at every step, instead of all of it every update_interval steps:
-    all steps take equal time, and h remembers as many steps, but more samples. Better if steps must
+    """Sample 1 / update_interval of the rows at every step instead of all at an interval: all
+    steps take equal time, and h averages as many steps, with more samples. Better if steps must
     keep time, or if a whole sample needs too much memory; worse if the update is a large part of a
     step, since an update then moves 44 bytes a parameter instead of 28."""
     batch_fraction: float = 1.0

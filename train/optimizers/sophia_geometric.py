@@ -27,7 +27,7 @@ class SophiaGeometric(OptimizerConfig):
     eps: float = 1e-8
     """Added to rho h; the paper gives none."""
     rho: float = 1.0
-    """Factor on h; powers of ten more clip less. The paper lists .04 and does not use it."""
+    """Factor on h; powers of ten above 1 clip less. The paper lists .04 and does not use it."""
     clip_threshold: float = 1.0
     """Bound on each coordinate of the step, in learning rates."""
     two_sided: bool = True
@@ -43,7 +43,8 @@ class SophiaGeometric(OptimizerConfig):
     hessian_dtype: StateDtype = "float32"
     """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
     statistics: bool = False
-    """Measure win_rate and its kin at each step, on a 64th of the coordinates."""
+    """Measure win_rate, clipped_fraction and floored_fraction at each step, on a 64th of the
+    coordinates."""
 
     def build(self, context: TrainContext) -> BuiltOptimizer:
         """The transformation, which clips the gradient by itself."""

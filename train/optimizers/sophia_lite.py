@@ -14,7 +14,7 @@ class SophiaLite(OptimizerConfig):
         step = -lr (clip(m / (h + eps)) + weight_decay p)
 
     m averages gradients, h their magnitudes: an Adam of first powers, which needs no curvature
-    sample. The state takes 8 bytes a parameter, as AdamW's. The paper's letter:
+    sample. The state takes 8 bytes a parameter, as AdamW's. The paper's exact form:
 
         --optim.update-interval 20 --optim.weight-decay 0
         --optim.no-debias-momentum --optim.no-debias-hessian
@@ -43,7 +43,8 @@ class SophiaLite(OptimizerConfig):
     hessian_dtype: StateDtype = "float32"
     """Dtype of h; bfloat16 is rounded stochastically, and keeps the mean."""
     statistics: bool = False
-    """Measure win_rate and its kin at each sample, on a 64th of the coordinates."""
+    """Measure win_rate, clipped_fraction and floored_fraction at each sample, on a 64th of the
+    coordinates."""
 
     def build(self, context: TrainContext) -> BuiltOptimizer:
         """The transformation."""

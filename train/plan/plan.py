@@ -14,8 +14,7 @@ from train.config.schema import Config, resolved
 from train.optimizers.base import Due
 from train.parallel import xla_flags
 from train.parallel.mesh import row_devices
-from train.plan import collectives as traffic
-from train.plan import hlo, memory
+from train.plan import collectives, hlo, memory
 from train.plan.flops import model_flops
 from train.plan.hlo import Collective
 from train.plan.step_flops import curvature_flops, step_flops
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
     mesh: dict[str, int]  # devices of each axis
     parameters: int
     steps: dict[str, Step]  # "plain" and "curvature" or "roots", else "every step"
-    interval: int  # steps between curvature samples; 1 without any
+    interval: int  # steps between refreshes of curvature
     flops_per_token: float  # of loss and gradient, the numerator of MFU
     curvature_flops: float  # of one sample, over all devices
     idle: str  # advice if devices wait while curvature is sampled
@@ -102,7 +101,8 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     program = assemble(config, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
     optimizer = program.optimizer
-    kinds = dict.fromkeys(map(optimizer.due, (1, 0)))
+    intervals = optimizer.refresh_interval, optimizer.renew_interval
+    kinds = dict.fromkeys(map(optimizer.due, (1, *intervals, 0)))
     return Plan(
         config=config,
         mesh=dict(mesh.shape),
@@ -119,7 +119,7 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
 def _label(due: Due) -> str:
     """Name of a kind of step in tables."""
     if True in due:
-        return "curvature" if due.refresh else "roots"
+        return " and ".join(name for name, x in zip(("curvature", "roots"), due, strict=True) if x)
     return "plain" if False in due else "every step"
 
 
@@ -130,8 +130,8 @@ def _step(config: Config, program: Program, mesh: Any, due: Due, compile: bool) 
     return Step(
         memory.memory(*shapes),
         flops / mesh.size,
-        traffic.collectives(*shapes),
-        traffic.collectives(*shapes, scatter=False),
+        collectives.collectives(*shapes),
+        collectives.collectives(*shapes, scatter=False),
         compiled(program, due) if compile else None,
     )
 

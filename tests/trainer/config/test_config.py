@@ -98,7 +98,7 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else():
         ({"gradient_clip": math.nan}, "--gradient-clip nan is not a finite number"),
         ({"final_learning_rate": -3.0}, "final_learning_rate=-3.0 is a share"),
         ({"loss_chunk": -1}, "loss_chunk=-1 is negative"),
-        ({"optim": AdamW(b1=1.0)}, "--optim.b1 1.0 is no decay"),
+        ({"optim": AdamW(b1=1.0)}, "--optim.b1 1.0 is not a valid decay"),
         ({"optim": AdamW(b2=math.nan)}, "--optim.b2 nan is not a finite number"),
         ({"optim": AdamW(weight_decay=math.inf)}, "--optim.weight-decay inf is not a fin"),
         ({"optim": AdamW(learning_rate=-1.0)}, "--optim.learning-rate -1.0 is negative"),

@@ -15,6 +15,7 @@ from rich.console import Console
 from train.config.presets import preset
 from train.config.schema import OutputConfig
 from train.logging import figures, jsonl, run_log, throughput
+from train.optimizers.base import Due
 from train.plan import flops
 
 
@@ -264,7 +265,7 @@ def test_the_share_of_the_peak_is_that_of_tokens_a_second(monkeypatch, tmp_path)
     with run_log.RunLog(tmp_path, 1, console=console) as log:
         watched = throughput.Meter(preset("tiny", "adamw"), log, 0, throughput.Health())
         measured = {"loss": np.float32(2), "grad_norm": np.float32(1), "skipped": np.float32(0)}
-        watched.report(1, measured, True)
+        watched.report(1, measured, Due(True))
     (row,) = jsonl.read_history(tmp_path)
     want = 3 * 262_144 * row["tokens_per_second"] / (1e9 * jax.device_count())
     assert row["mfu"] == pytest.approx(want, rel=1e-9)
@@ -287,7 +288,7 @@ def test_the_time_of_a_step_is_that_between_two_results(monkeypatch, tmp_path):
         watched = throughput.Meter(run, log, 0, throughput.Health())
         for step in (1, 2, 3, 4):  # the results of step n are fetched once n + 1 is on its way
             now += 1
-            watched.report(step, {"loss": np.float32(2), "skipped": np.float32(0)}, False)
+            watched.report(step, {"loss": np.float32(2), "skipped": np.float32(0)}, Due())
     seconds = [16 * 64 / row["tokens_per_second"] for row in jsonl.read_history(tmp_path)]
     assert seconds == pytest.approx([2, 8, 8])
 
