@@ -258,7 +258,9 @@ def test_one_segment_is_none():
         )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "gpt2")) for n in FAMILIES]
+)
 def test_forward_over_reverse_is_reverse_over_reverse(name):
     """What a Hutchinson sample is made of, padding included."""
     config = dataclasses.replace(FAMILIES[name], layers=1)

@@ -181,6 +181,7 @@ def exact_diagonal(params, batch):
     return jnp.einsum("bt,btp->p", batch.weights, each) / batch.weights.sum()
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_masked_batch_is_of_what_is_hidden_alone():
     """The mean of 400 draws, in two micro-batches, of rows that hide 0 to 6 tokens.
 

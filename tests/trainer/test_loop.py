@@ -38,8 +38,15 @@ def test_a_run_learns_and_keeps_its_metrics_figure_and_config(finished):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["before the step", "after the step"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGINT, "before the step"),
+        (signal.SIGTERM, "after the step"),
+        pytest.param(signal.SIGTERM, "before the step", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "after the step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_told_to_stop_resumes_as_if_it_had_not(
     number, moment, finished, tmp_path, monkeypatch, capsys
 ):

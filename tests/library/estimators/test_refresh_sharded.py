@@ -137,7 +137,10 @@ def test_eight_devices_return_what_one_does_with_groups_one_by_one(name):
     near(h, sample(PARAMS, BATCH))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if i % 2 else []) for i, n in enumerate(CASES)],
+)
 def test_curvature_moves_what_another_gradient_would(name):
     """No collective makes an array of all parameters, or with an axis of groups, or activations.
 

@@ -35,7 +35,13 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n == "Hutchinson, a set a row" else [])
+        for n in ESTIMATORS
+    ],
+)
 def test_micro_batches_average_to_the_sample_of_the_whole_batch(name):
     make, number = ESTIMATORS[name]
     with jax.enable_x64(True):

@@ -51,6 +51,7 @@ def test_classes_keep_their_names_and_numbers(classifier, tmp_path, capsys):
     assert "classes are written as LABEL_0, LABEL_1, ...:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_run_has_the_classes_of_a_folder_by_name(classifier, tmp_path):
     source, _, before = classifier
     model, _ = huggingface.load(source)

@@ -50,7 +50,7 @@ def estimate(state):
     return optax.tree.get(state, "HessianEstimateState")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["sophia-g", pytest.param("sophia-h", marks=pytest.mark.slow)])
 def test_h_averages_a_slice_of_each_step(name):
     """Each a sample of every eighth row with d^4 = b2: four steps weigh what one did."""
     step, state = make(CONFIGS[name])

@@ -21,7 +21,7 @@ THE_FULLEST = "sophia-g", Form((2, 2, 2), scan=True, remat="full", accumulation=
 CASES = [
     pytest.param(*THE_FULLEST, marks=pytest.mark.newest),
     pytest.param("sophia-h", Form((2, 4, 1), scan=True, accumulation=4), marks=pytest.mark.slow),
-    ("orthosoph", Form((2, 2, 2), scan=True, accumulation=4)),
+    pytest.param("orthosoph", Form((2, 2, 2), scan=True, accumulation=4), marks=pytest.mark.slow),
     pytest.param("soaa", Form((1, 1, 8), scan=True), marks=pytest.mark.slow),
     ("adamw", Form((8, 1, 1), remat="full", accumulation=4)),
 ]

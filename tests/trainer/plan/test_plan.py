@@ -154,6 +154,7 @@ def gathers_as(theirs, ours):
     assert theirs in (ours, fewer)
 
 
+@pytest.mark.slow
 def test_a_sample_of_curvature_in_scanned_layers():
     """Loops are counted as often as they turn; what is kept is blocks' inputs and one block."""
     run = run_of("sophia-g", optim={"groups": 0, "batch_fraction": 0.5}, scan_layers=True)

@@ -57,7 +57,11 @@ def test_a_micro_batch_has_every_kth_row():
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
-    "optim", [preset("tiny", "adamw").optim, SophiaH(batch_fraction=0.25, b1=0.8)]
+    "optim",
+    [
+        preset("tiny", "adamw").optim,
+        pytest.param(SophiaH(batch_fraction=0.25, b1=0.8), marks=pytest.mark.slow),
+    ],
 )
 def test_accumulation_leaves_the_losses_as_they_are(optim, accumulation):
     """A quarter of the rows is the same quarter in one piece, half a micro-batch, and a whole."""
