@@ -35,3 +35,14 @@ def cast_to_step(
             return u.astype(jnp.promote_types(jnp.result_type(g), jnp.result_type(p)))
 
     return jax.tree.map(cast, step, updates, updates if params is None else params)
+
+
+def decayed(decay: jax.typing.ArrayLike, x: jax.Array, average: jax.Array) -> jax.Array:
+    """The moving average after x, in the dtype of x."""
+    d = jnp.asarray(decay, x.dtype)
+    return d * average.astype(x.dtype) + (1 - d) * x
+
+
+def is_fixed_at_one(interval: jax.typing.ArrayLike) -> bool:
+    """Whether an interval is 1 by its Python or NumPy value; that of a JAX array is not known."""
+    return not isinstance(interval, jax.Array) and bool(interval == 1)

@@ -33,11 +33,8 @@ def build_eval(config: Config) -> EvalProgram:
     placed = mesh.make_mesh(mesh.MeshConfig(fsdp=math.gcd(devices, config.model.width)))
     config = resolved(config, placed.devices.flat[0].platform)
     model = mesh.split_model(config.model, placed)
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(model.init, jax.random.key(0)),
-        mesh.parameter_shardings(placed, model.specs),
-    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = mesh.abstract(shapes, mesh.parameter_shardings(placed, model.specs))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(placed, P()))
     loaded = inputs.loader(config, -(-config.batch_size // devices) * devices)
     outputs = loss.outputs_of(model, config.loss_chunk)

@@ -91,9 +91,7 @@ def _abstract(init, tx: optax.GradientTransformation, placed: Mesh, specs) -> st
     params = mesh.parameter_shardings(placed, specs)
     opt_state = mesh.state_shardings(placed, tx.init, shapes.params, params)
     shardings = shapes._replace(step=NamedSharding(placed, P()), params=params, opt_state=opt_state)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    return mesh.abstract(shapes, shardings)
 
 
 def _step(config: Config, outputs: loss.Outputs, optimizer: BuiltOptimizer, placed: Mesh):

@@ -54,7 +54,7 @@ def gauss_newton_bartlett(
         devices once more, so run all groups at once if a device has memory for the gradients of
         one layer from `parallel_groups / devices` groups. Inside `shard_map`, and on explicit mesh
         axes, it has no effect: groups run one after the other.
-      spmd_axis_name: mesh axes over which parallel groups are spread, those of the batch; as in
+      spmd_axis_name: mesh axes of the batch, over which parallel groups are spread; as in
         `jax.vmap`. A sharding constraint inside `logits_fn` then applies to the rows of one group,
         which lie on one device, so it must not name these axes (`PartitionSpec()` keeps
         activations with their rows).

@@ -22,7 +22,7 @@ def value_grad_and_hessian(
     derivative of the gradient that is returned. ĥ equals `estimator(key, θ, None, **extra)`, up to
     rounding.
 
-    Loss and gradient are always those of the whole batch. If the estimator samples 1/n of the rows,
+    Loss and gradient always cover the whole batch. If the estimator samples 1/n of the rows,
     `gauss_newton_bartlett` shares the forward pass of these rows and makes an ordinary pass over
     the others: about 1 + 2/(3n) gradients instead of 1 + 1/n. `hutchinson` evaluates the sampled
     rows separately, since `obj_fn` may weigh them.
@@ -60,7 +60,7 @@ def value_grad_and_hessian(
           `weights` if there are any. The loss is Σ w l / Σ w, which is not finite if Σ w = 0. For
           `LinearLogits`, use `softmax_cross_entropy`.
         logits_fn, inputs, weights, row_numbers: as in `gauss_newton_bartlett`.
-        axis_name: axis of an enclosing `shard_map`. Loss and gradient are then those of all
+        axis_name: axis of an enclosing `shard_map`. Loss and gradient then cover all
           shards (with `hutchinson` the mean of the shards' losses); `aux` is the shard's own.
 
     Raises:

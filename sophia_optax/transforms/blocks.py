@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from sophia_optax import checks
-from sophia_optax.numerics import cast_to_step, widen
+from sophia_optax.numerics import cast_to_step, decayed, is_fixed_at_one, widen
 from sophia_optax.sharding import spec_of, with_auto_axes
 from sophia_optax.transforms.hessian_estimate import refresh_due
 from sophia_optax.transforms.inverse_root import floored
@@ -174,7 +174,7 @@ class _Whitening:
     @property
     def every_update(self) -> bool:
         """Whether the interval is known to be 1, so that no root is used twice."""
-        return not isinstance(self.update_interval, jax.Array) and bool(self.update_interval == 1)
+        return is_fixed_at_one(self.update_interval)
 
     def cuts(self, tree: optax.Params) -> list[Elementwise | Tiles]:
         cuts = cuts_of(self.block_mask, tree, rows=self.rows, block_size=self.block_size)
@@ -227,7 +227,7 @@ class _Whitening:
     def whiten(self, cuts, due, grads, old_mu, C, Z, count):
         """(directions, momentum, C, roots) after the gradients of this update."""
         grads = [widen(g) for g in grads]
-        mu = [_decayed(self.b1, g, m) for g, m in zip(grads, old_mu, strict=True)]
+        mu = [decayed(self.b1, g, m) for g, m in zip(grads, old_mu, strict=True)]
         out = [self.ahead(count, g, m) for g, m in zip(grads, mu, strict=True)]
         C = [self.average(count, *x) for x in zip(cuts, grads, out, C, strict=True)]
 
@@ -281,11 +281,6 @@ _NUMBERS = ("b1", "b2", "eps", "b2_vector", "update_interval", "rms")
 def _mass(decay: ArrayLike, count: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     """Total weight of `count` samples in an average with this decay."""
     return 1 - jnp.asarray(decay, dtype) ** jnp.asarray(count, dtype)
-
-
-def _decayed(decay: ArrayLike, x: jax.Array, average: jax.Array) -> jax.Array:
-    d = jnp.asarray(decay, x.dtype)
-    return d * average.astype(x.dtype) + (1 - d) * x
 
 
 def _check(eps, block_size, update_interval, form, mu_dtype, rms) -> None:

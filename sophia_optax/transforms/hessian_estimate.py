@@ -11,7 +11,7 @@ import optax
 
 from sophia_optax import checks
 from sophia_optax.estimators.base import Estimator, check_estimator
-from sophia_optax.numerics import accumulation_dtype, widen, widest
+from sophia_optax.numerics import accumulation_dtype, decayed, is_fixed_at_one, widen, widest
 from sophia_optax.sharding import AxisName, varying_like
 from sophia_optax.transforms.none_leaves import skip_none_leaves
 from sophia_optax.transforms.stochastic_rounding import round_to
@@ -187,7 +187,7 @@ class _SampledAverage:
     @property
     def every_update(self) -> bool:
         """Whether the interval is known to be 1; a traced interval is not known."""
-        return not isinstance(self.update_interval, jax.Array) and bool(self.update_interval == 1)
+        return is_fixed_at_one(self.update_interval)
 
     def rejects_coordinates(self, hessian: Any, refresh: Any) -> bool:
         """Whether non-finite values are rejected by coordinate instead of with their sample."""
@@ -222,11 +222,7 @@ def _keep(state: HessianEstimateState) -> HessianEstimateState:
 
 def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateState:
     """Averages one more sample, or rejects it."""
-
-    def average(h, x):
-        d = jnp.asarray(decay, x.dtype)
-        return d * h.astype(x.dtype) + (1 - d) * x
-
+    average = functools.partial(decayed, decay)
     checks.real_numbers("the curvature sample", sample)
     # Cast before the test: a float64 sample can be finite where its float32 is not.
     sample = jax.tree.map(lambda h, x: jnp.asarray(x, accumulation_dtype(h)), state.h, sample)
@@ -237,13 +233,13 @@ def _absorb(state, sample, decay, key, by_coordinate: bool) -> HessianEstimateSt
         ok, zero_leaves, nothing = _look_over(sample)
         finite = jax.tree.map(lambda _: ok, sample)
     old = jax.tree.map(widen, state.h)
-    h = jax.tree.map(jnp.where, finite, jax.tree.map(average, old, sample), old)
+    h = jax.tree.map(jnp.where, finite, jax.tree.map(average, sample, old), old)
     return HessianEstimateState(
         count=state.count,
         accepted=jnp.where(ok, optax.safe_increment(state.accepted), state.accepted),
         rejected=jnp.where(ok, state.rejected, optax.safe_increment(state.rejected)),
         age=jnp.where(ok, 0, optax.safe_increment(state.age)),
-        mass=jnp.where(ok, average(state.mass, jnp.ones_like(state.mass)), state.mass),
+        mass=jnp.where(ok, average(jnp.ones_like(state.mass), state.mass), state.mass),
         h=round_to(state.h, h, key),
         zero=jnp.where(ok & nothing, optax.safe_increment(state.zero), state.zero),
         zero_leaves=jnp.where(ok, zero_leaves, state.zero_leaves),

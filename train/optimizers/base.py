@@ -112,9 +112,9 @@ class OptimizerConfig(abc.ABC):
         del batch_size, accumulation, fixed
         return self
 
-    def idle(self, context: TrainContext) -> str:
+    def idle(self, context: TrainContext, sampling: SamplingPlan) -> str:
         """Advice if devices wait while curvature is sampled; empty if none does."""
-        del context
+        del context, sampling
         return ""
 
 

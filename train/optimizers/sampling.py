@@ -118,9 +118,9 @@ class SamplesRows(OptimizerConfig):
                 return form
         return self
 
-    def idle(self, context: TrainContext) -> str:
+    def idle(self, context: TrainContext, sampling: SamplingPlan) -> str:
         """A better sample if devices wait for rows; empty if none waits."""
-        sampling, devices = self.plan(context), context.row_devices
+        devices = context.row_devices
         rows = context.batch_size // (context.accumulation * sampling.row_stride)
         groups = sampling.groups
         if groups > 1 and rows // groups < devices and sampling.parallel_groups == 1:

@@ -120,6 +120,13 @@ def split_model(
     return model._replace(**{name: gather_embedding(mesh, getattr(model, name)) for name in names})
 
 
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """A `ShapeDtypeStruct` with its sharding, for each leaf of a tree."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
 def parameter_shardings(mesh: Mesh, specs: Any) -> Any:
     """A `NamedSharding` for each `PartitionSpec`."""
     return jax.tree.map(

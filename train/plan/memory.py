@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 import models
-from train import data
+from train import inputs
 from train.config.schema import Config
 from train.optimizers.base import SamplingPlan
 from train.parallel.mesh import row_devices
@@ -99,6 +99,7 @@ def memory(config: Config, abstract: Any, mesh: Mesh, sampling: SamplingPlan | N
     """
     params, tensor = jax.tree.leaves(abstract.params), mesh.shape["tensor"]
     here, whole = sum(map(shard_bytes, params)), _whole(config, abstract.params)
+    batch = jax.tree.leaves(inputs.batch_shapes(config, mesh))
     part = device_share(config, mesh, sampling)
     if part.cost == "product":  # cuDNN attention has no second derivative
         config = dataclasses.replace(
@@ -108,7 +109,7 @@ def memory(config: Config, abstract: Any, mesh: Mesh, sampling: SamplingPlan | N
     return Memory(
         parameters=here,
         optimizer=sum(map(shard_bytes, jax.tree.leaves((abstract.step, abstract.opt_state)))),
-        batch=batch_bytes(config) // row_devices(mesh),
+        batch=sum(map(shard_bytes, batch)),
         gathered=gathered,
         gradients=here * (1 + (config.accumulation > 1)) + max(whole),
         activations=round(rows * config.sequence_length * activations(config, tensor)),
@@ -134,13 +135,6 @@ def scanned(config: Config, path: Any) -> bool:
 
 def in_block(path: Any) -> bool:
     return jax.tree_util.keystr(path).startswith("['blocks']")
-
-
-def batch_bytes(config: Config) -> int:
-    """Bytes of a step's batch, over all devices."""
-    sizes = {"batch_size": config.batch_size, "sequence_length": config.sequence_length}
-    shapes = jax.tree.leaves(data.batch_shapes(config.data, **sizes))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
 def _live(config: Config, part: DeviceShare) -> float:

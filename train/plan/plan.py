@@ -100,7 +100,8 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
     least = max(config.mesh.fsdp * config.mesh.tensor * max(config.mesh.data, 1), 1)
     program = assemble(config, fake_devices(devices or least))
     mesh = jax.tree.leaves(program.abstract)[0].sharding.mesh
-    optimizer = program.optimizer
+    optimizer, rows_over = program.optimizer, row_devices(mesh)
+    sampling, context = optimizer.sampling, config.context(rows_over)
     intervals = optimizer.refresh_interval, optimizer.renew_interval
     kinds = dict.fromkeys(map(optimizer.due, (1, *intervals, 0)))
     return Plan(
@@ -111,8 +112,8 @@ def plan(config: Config, *, devices: int = 0, compile: bool = False) -> Plan:
         interval=optimizer.refresh_interval,
         flops_per_token=model_flops(config.model, 1, config.sequence_length)
         / config.sequence_length,
-        curvature_flops=curvature_flops(config, optimizer.sampling, row_devices(mesh)),
-        idle=config.optim.idle(config.context(row_devices(mesh))),
+        curvature_flops=curvature_flops(config, sampling, rows_over),
+        idle=config.optim.idle(context, sampling) if sampling else "",
     )
 
 
